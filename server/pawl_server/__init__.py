@@ -1,0 +1,1 @@
+"""pawl server: front end, engine, scheduler, paged KV cache and fleet."""

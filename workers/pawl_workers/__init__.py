@@ -1,0 +1,1 @@
+"""pawl workers: the attention / MLP / logit forward pass, one process per device."""
