@@ -1,0 +1,1 @@
+"""Generated stubs of `pawl.v1`; `make protos` makes them."""

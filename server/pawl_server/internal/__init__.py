@@ -1,0 +1,1 @@
+"""What front end, engine and fleet say to each other."""
