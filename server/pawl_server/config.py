@@ -62,17 +62,13 @@ class EngineSettings:
     max_partial_prefills: int = _setting(4, "most sequences in mid-prompt at once")
     max_waiting: int = _setting(4096, "most sequences waiting inside a replica")
     num_blocks: int = _setting(0, "KV blocks; 0 = what kv_memory_fraction gives", common=True)
-    kv_memory_fraction: float = _setting(
-        0.25, "share of the free memory for the KV cache, (0, 0.95]", common=True
-    )
+    kv_memory_fraction: float = _setting(0.25, "share of the free memory for the KV cache, (0, 0.95]", common=True)
     kv_max_bytes: int = _setting(4 << 30, "most bytes for the KV cache when num_blocks is 0; 0 = no limit")
     prefix_cache: bool = _setting(True, "reuse the KV of equal prompt beginnings", common=True)
     watermark: float = _setting(0.01, "share of the blocks kept free at admission, [0, 0.5]")
     max_bypass: int = _setting(8, "how often a sequence that does not fit may be overtaken")
     num_threads: int = _setting(0, "compute threads of a replica; 0 = cores / replicas", common=True)
-    step_timeout_s: float = _setting(
-        60.0, "a step that takes longer means a hung worker: the replica is rebuilt"
-    )
+    step_timeout_s: float = _setting(60.0, "a step that takes longer means a hung worker: the replica is rebuilt")
     check_every: int = _setting(0, "check the scheduler's invariants every n steps; 0 = never")
 
 
@@ -118,9 +114,7 @@ class FrontendSettings:
     slow_reader_timeout_s: float = _setting(30.0, "a reader that takes nothing for so long is cancelled")
     heartbeat_timeout_s: float = _setting(5.0, "an engine silent for so long counts as lost")
     keepalive_time_s: float = _setting(30.0, "time between keepalive pings")
-    keepalive_timeout_s: float = _setting(
-        10.0, "a connection that does not answer a ping for so long is closed"
-    )
+    keepalive_timeout_s: float = _setting(10.0, "a connection that does not answer a ping for so long is closed")
     prefix_affinity: float = _setting(
         1.0, "weight of cached prefixes against load when a replica is picked; 0 = load alone"
     )
@@ -155,9 +149,7 @@ class SecuritySettings:
 
     tls_cert: str = _setting("", "PEM certificate chain of the public listener", common=True)
     tls_key: str = _setting("", "its PEM private key", common=True)
-    tls_client_ca: str = _setting(
-        "", "PEM authorities of client certificates; set = client certificates are required"
-    )
+    tls_client_ca: str = _setting("", "PEM authorities of client certificates; set = client certificates are required")
     api_key_file: str = _setting("", "TOML file of API key hashes, tenants and limits", common=True)
     internal_token_file: str = _setting(
         "", "file with the token that front ends, engines and fleet share; empty = drawn at start"
@@ -327,9 +319,7 @@ def _from_file(path: Path) -> dict[str, tuple[Value, str]]:
     for section, items in document.items():
         if section not in sections or not isinstance(items, dict):
             close = difflib.get_close_matches(section, sections, n=1)
-            hint = (
-                f": did you mean [{close[0]}]?" if close else f": sections are {', '.join(sorted(sections))}"
-            )
+            hint = f": did you mean [{close[0]}]?" if close else f": sections are {', '.join(sorted(sections))}"
             raise InvalidRequest(f"unknown section [{section}] in {path}{hint}", reason="UNKNOWN_SETTING")
         for name, value in items.items():
             if by_name.get(name, section) != section:

@@ -116,9 +116,7 @@ class FrontendMetrics:
         ).labels(model)
         grpc_labels = ["grpc_service", "grpc_method", "grpc_type"]
         self._grpc_started = Counter("grpc_server_started", "RPCs started", grpc_labels, registry=r)
-        self._grpc_handled = Counter(
-            "grpc_server_handled", "RPCs ended", [*grpc_labels, "grpc_code"], registry=r
-        )
+        self._grpc_handled = Counter("grpc_server_handled", "RPCs ended", [*grpc_labels, "grpc_code"], registry=r)
         self._grpc_handling = Histogram(
             "grpc_server_handling_seconds", "Time from start to end of an RPC",
             grpc_labels, buckets=LATENCY_BUCKETS, registry=r,
@@ -161,12 +159,10 @@ class EngineMetrics:
     def __init__(self, model: str, replica: int, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
         r, names, values = self.registry, ["model", "replica"], (model, str(replica))
-        self.requests_running = Gauge(
-            "pawl_requests_running", "Sequences with KV blocks", names, registry=r
-        ).labels(*values)
-        waiting = Gauge(
-            "pawl_requests_waiting", "Sequences that wait, by reason", [*names, "reason"], registry=r
+        self.requests_running = Gauge("pawl_requests_running", "Sequences with KV blocks", names, registry=r).labels(
+            *values
         )
+        waiting = Gauge("pawl_requests_waiting", "Sequences that wait, by reason", [*names, "reason"], registry=r)
         self.requests_waiting = {reason: waiting.labels(*values, reason) for reason in WAIT_REASONS}
         prompt = Counter(
             "pawl_prompt_tokens", "Prompt tokens, by where their KV came from", [*names, "source"], registry=r
@@ -175,13 +171,9 @@ class EngineMetrics:
         self.output_tokens = Counter(
             "pawl_output_tokens", "Generated tokens; tokens per second is its rate", names, registry=r
         ).labels(*values)
-        blocks = Gauge(
-            "pawl_kv_blocks", "KV blocks by state; they sum to the capacity", [*names, "state"], registry=r
-        )
+        blocks = Gauge("pawl_kv_blocks", "KV blocks by state; they sum to the capacity", [*names, "state"], registry=r)
         self.kv_blocks = {state: blocks.labels(*values, state) for state in ("free", "used", "cached")}
-        self.kv_block_capacity = Gauge(
-            "pawl_kv_block_capacity", "Usable KV blocks", names, registry=r
-        ).labels(*values)
+        self.kv_block_capacity = Gauge("pawl_kv_block_capacity", "Usable KV blocks", names, registry=r).labels(*values)
         self.kv_cache_usage = Gauge(
             "pawl_kv_cache_usage_ratio", "Blocks in use / capacity, 0 to 1", names, registry=r
         ).labels(*values)
@@ -208,12 +200,8 @@ class EngineMetrics:
             "pawl_batch_tokens", "Tokens per step", [*names, "kind"], buckets=BATCH_BUCKETS, registry=r
         )
         self.batch_tokens = {kind: batch_tokens.labels(*values, kind) for kind in STEP_KINDS}
-        preemptions = Counter(
-            "pawl_preemptions", "Sequences that lost their KV blocks", [*names, "reason"], registry=r
-        )
-        self.preemptions = {
-            reason: preemptions.labels(*values, reason) for reason in ("blocks", "worker_lost")
-        }
+        preemptions = Counter("pawl_preemptions", "Sequences that lost their KV blocks", [*names, "reason"], registry=r)
+        self.preemptions = {reason: preemptions.labels(*values, reason) for reason in ("blocks", "worker_lost")}
         self.last_step = Gauge(
             "pawl_worker_last_step_timestamp_seconds",
             "Unix time of the last step",
@@ -240,9 +228,7 @@ class FleetMetrics:
     def __init__(self, model: str, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
         self._model = model
-        self._up = Gauge(
-            "pawl_worker_up", "1 while the worker serves", ["model", "worker"], registry=self.registry
-        )
+        self._up = Gauge("pawl_worker_up", "1 while the worker serves", ["model", "worker"], registry=self.registry)
         self._restarts = Counter(
             "pawl_worker_restarts",
             "Starts after the first",

@@ -22,8 +22,7 @@ def test_phases_sum_to_total() -> None:
     metrics.request_phases(0.1, 0.2, 0.3, 0.05)
     value = metrics.registry.get_sample_value
     sums = {
-        phase: value("pawl_request_duration_seconds_sum", {"model": "m", "phase": phase}) or 0.0
-        for phase in PHASES
+        phase: value("pawl_request_duration_seconds_sum", {"model": "m", "phase": phase}) or 0.0 for phase in PHASES
     }
     total = sums.pop("total")
     assert abs(sum(sums.values()) - total) < 1e-9

@@ -1,0 +1,1 @@
+"""The paged KV cache as accounting: which block holds what. Pure: no I/O, no clock, no torch."""

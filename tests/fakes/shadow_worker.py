@@ -1,0 +1,131 @@
+"""A worker without a model: it remembers, per KV slot, which prefix was written there, and checks every read.
+
+The next token is a function of the whole prefix, so a wrong block, a block shared across tenants, a stale cache
+entry or a lost write shows as an assertion or as another token than the isolated run gives. The namespace of a
+sequence travels in `sampling.seed`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+from pawl_workers.plan import NewSequence, PromptLogprobs, RowFailure, StepPlan, StepResult, TokenLogprobs
+
+
+def _extend(digest: bytes, token_id: int) -> bytes:
+    return hashlib.blake2b(digest + token_id.to_bytes(4, "little", signed=True), digest_size=8).digest()
+
+
+def _root(namespace: int) -> bytes:
+    return b"root" + namespace.to_bytes(8, "little")
+
+
+class _Row:
+    def __init__(self, new: NewSequence) -> None:
+        self.tokens = list(new.token_ids)
+        self.blocks = list(new.block_ids)
+        self.computed = new.num_computed
+        self.new = new
+
+
+class ShadowWorker:
+    """Executes plans as a worker would, over digests instead of tensors.
+
+    Args:
+        block_size: tokens per block.
+        vocab_size: tokens are in [0, vocab_size).
+        fault: called before each step; may raise (the step fails) or return rows that fail alone.
+    """
+
+    def __init__(
+        self, block_size: int, vocab_size: int = 32, fault: Callable[[StepPlan], Sequence[int]] | None = None
+    ) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.fault = fault
+        self.reset(1)
+
+    def reset(self, epoch: int) -> None:
+        """Forget everything; the next plan is step 1."""
+        self.epoch = epoch
+        self.step = 0
+        self.rows: dict[int, _Row] = {}
+        self.slots: dict[tuple[int, int], bytes] = {}
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step, checking everything the plan says."""
+        assert (plan.step, plan.epoch) == (self.step + 1, self.epoch)
+        self.step = plan.step
+        failing = set(self.fault(plan) if self.fault else ())
+        for freed in plan.freed_rows:
+            del self.rows[freed]
+        for new in plan.new:
+            assert new.row not in self.rows
+            self.rows[new.row] = _Row(new)
+        for known, blocks in plan.append_blocks:
+            self.rows[known].blocks += blocks
+        assert len(set(plan.rows)) == len(plan.rows)
+        self._check_writers(plan)
+        prompt_logprobs: list[PromptLogprobs] = []
+        sampled: list[tuple[int, int]] = []
+        failures: list[RowFailure] = []
+        for number, count in zip(plan.rows, plan.num_tokens, strict=True):
+            row = self.rows[number]
+            digest = self._compute(row, count)
+            if number in failing:
+                failures.append(RowFailure(number, "planted"))
+                continue
+            prompt_logprobs += self._prompt_logprobs(number, row, count)
+            if row.computed == len(row.tokens) and row.new.samples:
+                token_id = int.from_bytes(digest, "little") % self.vocab_size
+                row.tokens.append(token_id)
+                sampled.append((number, token_id))
+        rows, token_ids = [number for number, _ in sampled], [token_id for _, token_id in sampled]
+        return StepResult(plan.step, plan.epoch, rows, token_ids, [], prompt_logprobs, failures, 0.0, 0.0, 0.0)
+
+    def _slot(self, row: _Row, position: int) -> tuple[int, int]:
+        return row.blocks[position // self.block_size], position % self.block_size
+
+    def _check_writers(self, plan: StepPlan) -> None:
+        """No two rows write one slot, and nobody writes the null block."""
+        written = [
+            self._slot(self.rows[number], position)
+            for number, count in zip(plan.rows, plan.num_tokens, strict=True)
+            for position in range(self.rows[number].computed, self.rows[number].computed + count)
+        ]
+        assert len(written) == len(set(written)), "two sequences write one slot"
+        assert all(block > 0 for block, _ in written), "the null block is written"
+
+    def _compute(self, row: _Row, count: int) -> bytes:
+        assert count >= 1
+        assert row.computed + count <= len(row.tokens)
+        digest = _root(row.new.sampling.seed)
+        for position in range(row.computed + count):
+            digest = _extend(digest, row.tokens[position])
+            if position >= row.computed:
+                self.slots[self._slot(row, position)] = digest
+            assert self.slots.get(self._slot(row, position)) == digest, f"slot of position {position} is wrong"
+        row.computed += count
+        return digest
+
+    @staticmethod
+    def _prompt_logprobs(number: int, row: _Row, count: int) -> list[PromptLogprobs]:
+        if row.new.prompt_logprobs < 0:
+            return []
+        first = max(row.new.prompt_logprobs_from, row.computed - count + 1)
+        last = min(row.computed + 1, row.new.num_prompt_tokens)
+        positions = [TokenLogprobs(row.tokens[place], -1.0, 1, [], []) for place in range(first, last)]
+        return [PromptLogprobs(number, first, positions)] if positions else []
+
+
+def isolated_output(prompt: Sequence[int], namespace: int, num_tokens: int, vocab_size: int = 32) -> list[int]:
+    """What a sequence alone generates: the oracle."""
+    digest = _root(namespace)
+    for token_id in prompt:
+        digest = _extend(digest, token_id)
+    output: list[int] = []
+    for _ in range(num_tokens):
+        output.append(int.from_bytes(digest, "little") % vocab_size)
+        digest = _extend(digest, output[-1])
+    return output
