@@ -1,0 +1,100 @@
+"""Runs sequences through the forward pass over paged KV and returns the logits of every token computed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pawl_workers.batch import AttentionShape
+from pawl_workers.forward import forward
+from pawl_workers.kernels import choose_backend
+from pawl_workers.kv_cache import KvCache
+from pawl_workers.model.loading import load_weights, read_config
+from pawl_workers.model.rotary import rotary_frequencies
+from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
+from pawl_workers.prepare import BatchSettings, build_batch
+from pawl_workers.rows import RowTable
+from pawl_workers.stages.logits import logits
+from pawl_workers.stages.norm import norm
+
+__all__ = ["LogitRunner"]
+
+
+class LogitRunner:
+    """A row table, a cache and weights, without sampling. Blocks are dealt in random order."""
+
+    def __init__(self, folder: Path, kernels: str = "auto", *, max_running: int = 24, seed: int = 0) -> None:
+        config = read_config(folder)
+        self.spec = spec = config.spec
+        device, dtype = torch.device("cpu"), torch.float32
+        self.kernels = choose_backend(device, dtype, kernels)
+        with torch.inference_mode():
+            self.weights = load_weights(config, self.kernels.pack_linear, device, dtype, 1 << 40)
+        self._num_blocks = max_running * -(-spec.max_context // self.kernels.block_size)
+        with torch.inference_mode():
+            self.cache = KvCache.allocate(spec, self.kernels, self._num_blocks, device, dtype)
+        self._settings = BatchSettings(
+            kernels=self.kernels,
+            shape=AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+            frequencies=None if spec.rotary is None else rotary_frequencies(spec.rotary, spec.head_dim, device),
+            device=device,
+            dtype=dtype,
+        )
+        self._table = RowTable(
+            max_running, spec.max_context, self.kernels.block_size, self._num_blocks, spec.vocab_size
+        )
+        self._free = list(range(1, self._num_blocks + 1))
+        random.Random(seed).shuffle(self._free)
+        self._held: dict[int, list[int]] = {}
+
+    def add(self, row: int, token_ids: list[int], *, shared_blocks: tuple[int, ...] = ()) -> None:
+        """Give a row a sequence; `shared_blocks` hold its first tokens already."""
+        size = self.kernels.block_size
+        num_needed = -(-len(token_ids) // size) - len(shared_blocks)
+        own = [self._free.pop() for _ in range(num_needed)]
+        self._held[row] = own
+        sequence = NewSequence(
+            row=row,
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            num_computed=len(shared_blocks) * size,
+            block_ids=[*shared_blocks, *own],
+            sampling=SamplingSpec(),
+            samples=False,
+        )
+        plan = StepPlan(1, 0, [], [sequence], [], [], [])
+        self._table.check(plan)
+        self._table.apply(plan)
+
+    def free(self, row: int) -> None:
+        """Take a row's sequence away; its blocks are used again, with what is in them."""
+        plan = StepPlan(1, 0, [row], [], [], [], [])
+        self._table.check(plan)
+        self._table.apply(plan)
+        self._free += self._held.pop(row)
+
+    def blocks(self, row: int) -> tuple[int, ...]:
+        """Return the blocks of a row."""
+        return tuple(self._table.blocks_of(row).tolist())
+
+    def step(self, grants: Mapping[int, int]) -> dict[int, Tensor]:
+        """Compute the next tokens of some rows and return their logits, [tokens, V], by row."""
+        rows, lengths = np.array(list(grants)), np.array(list(grants.values()))
+        with torch.inference_mode():
+            batch, _ = build_batch(self._table, rows, lengths, self._settings)
+            stream = forward(batch, self.weights, self.cache).stream
+            scores = logits(norm(stream, self.weights.final_norm), self.weights.head)
+        self._table.num_computed[rows] += lengths
+        return dict(zip(grants, torch.split(scores, lengths.tolist()), strict=True))
+
+    def alone(self, token_ids: list[int], chunks: list[int] | None = None) -> Tensor:
+        """Compute one sequence by itself, in chunks, and return all its logits, [tokens, V]."""
+        self.add(0, token_ids)
+        found = [self.step({0: chunk})[0] for chunk in chunks or [len(token_ids)]]
+        self.free(0)
+        return torch.cat(found)

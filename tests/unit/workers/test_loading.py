@@ -1,0 +1,211 @@
+"""Checkpoints: what is read is exact, and what cannot be served is refused with its name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pawl_workers.errors import CheckpointError, OutOfMemoryError, WorkerError
+from pawl_workers.kernels.cpu import OneDnnLinear
+from pawl_workers.kernels.reference import ReferenceLinear
+from pawl_workers.model.loading import load_weights, read_config
+from pawl_workers.model.source import checkpoint_revision, resolve_checkpoint, weight_files
+from pawl_workers.model.weights import Weights
+from tests.fakes.checkpoints import make_gpt2, make_llama
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path, *, available: int = 1 << 40, dtype: torch.dtype = torch.float32) -> Weights:
+    return load_weights(read_config(folder), OneDnnLinear, CPU, dtype, available)
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("shape", [(96, 48), (1, 3), (257, 48), (1536, 576)])
+def test_packed_linears_unpack_exactly(shape: tuple[int, int]) -> None:
+    """The packed form gives the weight back bit for bit, odd values included."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    weight.view(-1)[:3] = torch.tensor([-0.0, 1e-42, 3.4e38])
+    packed = OneDnnLinear(weight.clone(), None)
+    assert torch.equal(packed.unpack().view(torch.int32), weight.view(torch.int32))
+    assert (packed.out_features, packed.in_features) == shape
+
+
+def test_merged_weights_are_the_checkpoint_s(tmp_path: Path) -> None:
+    """Query, key and value lie in one matrix, gate above up in another; the head is apart or the embedding."""
+    tensors = load_file(make_llama(tmp_path / "llama") / "model.safetensors")
+    weights = load(tmp_path / "llama")
+    layer, name = weights.layers[1], "model.layers.1."
+    merged = torch.cat([tensors[f"{name}self_attn.{part}_proj.weight"] for part in "qkv"])
+    assert torch.equal(layer.attention.qkv.unpack(), merged)
+    merged = torch.cat([tensors[f"{name}mlp.{part}_proj.weight"] for part in ("gate", "up")])
+    assert torch.equal(layer.mlp.up.unpack(), merged)
+    assert torch.equal(weights.head.unpack(), tensors["lm_head.weight"])
+    assert weights.num_parameters == sum(tensor.numel() for tensor in tensors.values())
+    tensors = load_file(make_gpt2(tmp_path / "gpt2") / "model.safetensors")
+    weights = load(tmp_path / "gpt2")
+    fc = tensors["transformer.h.0.mlp.c_fc.weight"]
+    assert torch.equal(weights.layers[0].mlp.up.unpack(), fc.t())
+    assert torch.equal(weights.head.unpack(), weights.embedding.tokens)
+
+
+def test_shards_types_and_old_names_give_the_same_weights(tmp_path: Path) -> None:
+    """Sharded equals whole; bf16 is widened exactly; GPT-2 names without their prefix are found."""
+    whole = load(make_llama(tmp_path / "whole", dtype=torch.bfloat16))
+    folder = make_llama(tmp_path / "sharded", dtype=torch.bfloat16, max_shard_size="30KB")
+    assert len(weight_files(folder)) > 3
+    sharded = load(folder)
+    assert torch.equal(whole.layers[1].mlp.up.unpack(), sharded.layers[1].mlp.up.unpack())
+    stored = load_file(tmp_path / "whole" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(whole.layers[0].mlp.down.unpack(), stored.float())
+    old = make_gpt2(tmp_path / "old")
+    change_tensors(old, lambda tensors: _rename(tensors, "transformer.", ""))
+    change_tensors(old, lambda tensors: tensors.update({"h.0.attn.bias": torch.ones(1, 1, 4, 4)}))
+    assert torch.equal(load(old).embedding.tokens, load(make_gpt2(tmp_path / "new")).embedding.tokens)
+
+
+def _rename(tensors: dict[str, Tensor], old: str, new: str) -> None:
+    for name in list(tensors):
+        tensors[name.replace(old, new, 1)] = tensors.pop(name)
+
+
+def test_progress_counts_bytes(tmp_path: Path) -> None:
+    """It rises to the whole."""
+    seen: list[tuple[int, int]] = []
+    config = read_config(make_llama(tmp_path))
+    load_weights(config, ReferenceLinear, CPU, torch.float32, 1 << 40, lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
+
+
+def test_missing_left_over_and_misshapen_tensors_are_refused(tmp_path: Path) -> None:
+    """Each with the tensor's name."""
+    folder = make_llama(tmp_path)
+    change_tensors(folder, lambda tensors: tensors.update({"model.extra": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=r"1 tensors are not known: model\.extra"):
+        load(folder)
+    change_tensors(folder, lambda tensors: [tensors.pop(name) for name in ("model.extra", "model.norm.weight")])  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing: model\.norm\.weight"):
+        load(folder)
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(47)}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \(47,\), config\.json wants \(48,\)"):
+        load(folder)
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48).to(torch.int8)}))
+    with pytest.raises(CheckpointError, match="stored as I8"):
+        load(folder)
+
+
+def test_memory_is_checked_before_reading(tmp_path: Path) -> None:
+    """The message has both numbers."""
+    with pytest.raises(OutOfMemoryError, match=r"need 0\.00 GB as torch\.float32, 0\.00 GB is available"):
+        load(make_llama(tmp_path), available=1000)
+
+
+def test_pickles_and_broken_files_are_refused(tmp_path: Path) -> None:
+    """A `.bin` checkpoint, no weights at all, an index that points away, and a file that is none."""
+    folder = make_llama(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"not a safetensors file|incomplete|InvalidHeader|MetadataIncomplete"):
+        load(folder)
+    weights.write_bytes(b"\x00" * 3)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load(folder)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only pickled weights"):
+        load(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        load(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"the index names \.\./other"):
+        load(folder)
+
+
+def test_configurations_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
+    """By the name of what is not supported."""
+    folder = make_llama(tmp_path / "a")
+    for changes, message in (
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*known: LlamaForCausalLM, GPT2LMHeadModel"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"hidden_act": "xielu"}, "hidden_act 'xielu'"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers must be a positive integer"),
+        ({"num_key_value_heads": 3}, "4 attention heads are no multiple of 3"),
+    ):
+        before = (folder / "config.json").read_text()
+        change_config(folder, **changes)
+        with pytest.raises(CheckpointError, match=message):
+            read_config(folder)
+        (folder / "config.json").write_text(before)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        read_config(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        read_config(folder)
+
+
+def test_old_and_new_spellings_of_rope_agree(tmp_path: Path) -> None:
+    """`rope_theta` and `rope_scaling` of transformers 4 mean what `rope_parameters` of 5 mean."""
+    folder = make_llama(tmp_path, rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0})
+    new = read_config(folder).spec
+    change_config(folder, rope_parameters=None, rope_theta=500000.0, rope_scaling={"type": "linear", "factor": 2})
+    assert read_config(folder).spec == new
+
+
+def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders, the packaged model, and clear refusals of everything else."""
+    folder = make_llama(tmp_path / "model")
+    assert resolve_checkpoint(str(folder)) == folder.resolve()
+    assert resolve_checkpoint("demo") == resolve_checkpoint(None)
+    assert resolve_checkpoint("demo").name == "demo_model"
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        resolve_checkpoint(str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="is a file"):
+        resolve_checkpoint(str(folder / "config.json"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    with pytest.raises(CheckpointError, match="could not fetch nobody/nothing at main"):
+        resolve_checkpoint("nobody/nothing", "main")
+
+
+def test_revisions_follow_the_content(tmp_path: Path) -> None:
+    """Equal folders have equal revisions, others do not; a hub snapshot's is its commit."""
+    one, same, other = (make_llama(tmp_path / name, seed=seed) for name, seed in (("1", 0), ("2", 0), ("3", 1)))
+    assert checkpoint_revision(one) == checkpoint_revision(same) != checkpoint_revision(other)
+    before = checkpoint_revision(one)
+    change_config(one, rms_norm_eps=1e-3)
+    assert checkpoint_revision(one) != before
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert checkpoint_revision(make_llama(tmp_path / "snapshots" / commit)) == commit
+
+
+def test_finding_a_checkpoint_needs_no_torch() -> None:
+    """The front end uses it, and must not import torch."""
+    code = "import sys, pawl_workers.model.source, pawl_workers.plan; sys.exit('torch' in sys.modules)"
+    paths = [str(Path(__file__).parents[3] / name) for name in ("workers",)]
+    result = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(paths)}, check=False)
+    assert result.returncode == 0
+
+
+def test_errors_have_one_root() -> None:
+    """Callers catch `WorkerError`."""
+    assert issubclass(CheckpointError, WorkerError)
+    assert issubclass(OutOfMemoryError, WorkerError)

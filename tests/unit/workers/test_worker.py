@@ -1,0 +1,271 @@
+"""The worker over plans: results, contract errors, failures of one row, prompt scores, reset and self test."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from pawl_workers.errors import OutOfMemoryError, PlanError, SelfTestError, WorkerError
+from pawl_workers.memory import plan_memory
+from pawl_workers.model.loading import read_config
+from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, decode_plan, decode_result, encode
+from pawl_workers.worker import Worker, WorkerOptions
+from tests.fakes.checkpoints import load_reference
+from tests.fakes.worker_driver import WorkerDriver
+
+GREEDY = SamplingSpec(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def worker(llama_folder: Path) -> Worker:
+    """A small worker: 4 rows, contexts of 128, 12 blocks of 32."""
+    return Worker.load(WorkerOptions(str(llama_folder), max_running=4, max_context=128, num_blocks=12))
+
+
+@pytest.fixture
+def fresh(worker: Worker) -> Worker:
+    """The same, in epoch 0 with nothing in it."""
+    worker.reset(0)
+    return worker
+
+
+def sequence(row: int = 0, **changes: object) -> NewSequence:
+    new = NewSequence(row, [1, 2, 3, 4], 4, 0, [1], GREEDY)
+    return msgspec.structs.replace(new, **changes)
+
+
+def plan(**changes: object) -> StepPlan:
+    made = StepPlan(1, 0, [], [sequence()], [], [0], [4])
+    return msgspec.structs.replace(made, **changes)
+
+
+def test_facts(worker: Worker, llama_folder: Path) -> None:
+    """They are those of the checkpoint and the options."""
+    facts = worker.facts
+    assert facts.architectures == ("LlamaForCausalLM",)
+    assert (facts.vocab_size, facts.max_context, facts.eos_token_ids) == (257, 128, (256,))
+    assert (facts.block_size, facts.num_blocks, facts.kernels, facts.data_type) == (32, 12, "cpu", "float32")
+    assert facts.num_parameters == sum(p.numel() for p in load_reference(llama_folder).parameters())
+    assert facts.kv_bytes == 13 * 32 * 2 * 2 * 2 * 16 * 4
+    assert facts.revision.startswith("sha256:")
+
+
+def test_plans_and_results_survive_the_wire(fresh: Worker) -> None:
+    """A step through encoded frames."""
+    result = fresh.execute(decode_plan(encode(plan())))
+    assert decode_result(encode(result)) == result
+    assert (result.step, result.epoch, result.rows, len(result.token_ids)) == (1, 0, [0], 1)
+    assert (result.logprobs, result.prompt_logprobs, result.failures) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (plan(step=2), "step 2 of epoch 0 was sent; the worker is after step 0 of epoch 0"),
+        (plan(epoch=1), "of epoch 1 was sent"),
+        (plan(rows=[1]), "row 1 is to be computed but holds no sequence"),
+        (plan(rows=[4]), r"row 4 is not in \[0, 4\)"),
+        (plan(rows=[0, 0], num_tokens=[1, 1]), "distinct"),
+        (plan(rows=[0], num_tokens=[]), "1 rows and 0 grants"),
+        (plan(num_tokens=[0]), "granted 0 tokens"),
+        (plan(num_tokens=[5]), "granted 5 tokens; 0 of its 4 are computed"),
+        (plan(freed_rows=[2]), "row 2 is freed but holds no sequence"),
+        (plan(append_blocks=[(2, [3])]), "row 2 is given more blocks"),
+        (plan(append_blocks=[(0, [3])]), "row 0 is given more blocks"),
+        (plan(new=[sequence(), sequence()]), "twice"),
+        (plan(new=[sequence(block_ids=[])]), "has 0 blocks of 32 tokens for 4 tokens"),
+        (plan(new=[sequence(block_ids=[0])]), r"blocks 0 to 0, not in \[1, 12\]"),
+        (plan(new=[sequence(block_ids=[13])]), r"not in \[1, 12\]"),
+        (plan(new=[sequence(block_ids=[1, 2, 3, 4, 5])]), "more than 4 blocks"),
+        (plan(new=[sequence(token_ids=[257] * 4)]), "outside the vocabulary of 257"),
+        (plan(new=[sequence(token_ids=[-1] * 4)]), "outside the vocabulary"),
+        (plan(new=[sequence(token_ids=[])]), "has 0 tokens"),
+        (plan(new=[sequence(token_ids=[1] * 129, num_prompt_tokens=9)]), "has 129 tokens"),
+        (plan(new=[sequence(num_computed=4)]), "4 computed"),
+        (plan(new=[sequence(num_prompt_tokens=5)]), "5 of the prompt"),
+        (plan(new=[sequence(sampling=SamplingSpec(logit_bias={999: 1.0}))]), "outside the vocabulary"),
+    ],
+)
+def test_plans_that_break_the_contract_change_nothing(fresh: Worker, broken: StepPlan, message: str) -> None:
+    """Each is refused with its numbers, and the right plan is still accepted afterwards."""
+    with pytest.raises(PlanError, match=message):
+        fresh.execute(broken)
+    assert fresh.execute(plan()).rows == [0]
+
+
+def test_rows_are_freed_reused_and_empty_steps_are_allowed(fresh: Worker) -> None:
+    """Freeing, adding to the same row, and appending blocks as a sequence grows past a block."""
+    first = fresh.execute(plan()).token_ids
+    again = fresh.execute(plan(step=2, freed_rows=[0], new=[sequence(block_ids=[7])])).token_ids
+    assert first == again
+    empty = fresh.execute(plan(step=3, freed_rows=[0], new=[], rows=[], num_tokens=[]))
+    assert (empty.rows, empty.failures) == ([], [])
+    driver = WorkerDriver(fresh)
+    driver.reset()
+    long = driver.start([5] * 20)
+    driver.generate([long], 60)
+    assert len(long.blocks) == 3
+
+
+def test_prompt_scores_and_logprobs_equal_transformers(fresh: Worker, llama_folder: Path) -> None:
+    """All prompt positions, over chunks, and the sampled tokens' own."""
+    driver = WorkerDriver(fresh)
+    driver.reset()
+    prompt = [3, 200, 17, 4, 9, 250, 33] * 12
+    generation = driver.start(prompt, SamplingSpec(temperature=0.0, logprobs=2), prompt_logprobs=3)
+    driver.generate([generation], 3, chunk=19)
+    with torch.no_grad():
+        logits = load_reference(llama_folder)(torch.tensor([generation.token_ids])).logits[0]
+    wanted = logits.log_softmax(-1)
+    scored = [entry for part in generation.prompt for entry in part.positions]
+    assert [part.first_position for part in generation.prompt] == [1, 20, 39, 58, 77]
+    assert [entry.token_id for entry in scored] == prompt[1:]
+    sampled = [entry for entry in generation.logprobs if entry is not None]
+    assert len(sampled) == 3
+    for position, entry in enumerate([*scored, *sampled]):
+        row = wanted[position]
+        assert entry.logprob == pytest.approx(row[entry.token_id].item(), abs=1e-4)
+        assert entry.rank == 1 + int((row > row[entry.token_id]).sum())
+        best = row.topk(len(entry.alternative_ids))
+        assert entry.alternative_ids == best.indices.tolist()
+        assert entry.alternative_logprobs == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_scores_without_sampling(fresh: Worker) -> None:
+    """A row that samples nothing gives its prompt's log-probabilities and no token."""
+    new = sequence(prompt_logprobs=0, prompt_logprobs_from=2, samples=False)
+    result = fresh.execute(plan(new=[new]))
+    assert (result.rows, result.token_ids) == ([], [])
+    scored = result.prompt_logprobs[0]
+    assert (scored.row, scored.first_position, [p.token_id for p in scored.positions]) == (0, 2, [3, 4])
+
+
+def test_one_bad_row_fails_alone(llama_folder: Path) -> None:
+    """NaN in one sequence's cache fails that row; the others, and whoever gets its blocks, are untouched."""
+    worker = Worker.load(WorkerOptions(str(llama_folder), max_running=4, max_context=128, num_blocks=8))
+    driver = WorkerDriver(worker)
+    alone = driver.start([1, 2, 3])
+    driver.generate([alone], 40)
+    driver.finish(alone)
+    bad, good = driver.start([9] * 10), driver.start([1, 2, 3])
+    driver.generate([bad, good], 3)
+    with torch.inference_mode():
+        worker._cache[0].values[bad.blocks[0], :, 4] = torch.nan
+    driver.generate([bad, good], 6)
+    assert bad.failure == "the hidden state is not finite"
+    assert len(bad.output) == 3
+    late = driver.step([(bad, 1), (good, 1)])  # a plan made before the failure was known
+    assert [failure.row for failure in late.failures] == [bad.row]
+    driver.finish(bad)
+    driver.generate([good], 40)
+    assert good.output == alone.output
+    for layer in range(2):
+        assert worker._cache[layer].keys.isfinite().all()
+        assert worker._cache[layer].values.isfinite().all()
+    heir = driver.start([1, 2, 3])
+    driver.generate([heir], 40)
+    assert heir.output == alone.output
+
+
+def test_a_row_with_nothing_to_choose_fails(fresh: Worker) -> None:
+    """Suppressing the whole vocabulary is that row's failure."""
+    spec = SamplingSpec(temperature=1.0, min_output_tokens=1, suppressed_ids=tuple(range(257)))
+    result = fresh.execute(
+        plan(new=[sequence(sampling=spec), sequence(1, block_ids=[2])], rows=[0, 1], num_tokens=[4, 4])
+    )
+    assert result.rows == [1]
+    assert [(f.row, f.message) for f in result.failures] == [(0, "bias and suppression leave no token to choose")]
+
+
+def test_reset_forgets(fresh: Worker) -> None:
+    """Rows are gone, the count begins again, and the old epoch is refused."""
+    fresh.execute(plan())
+    fresh.reset(7)
+    with pytest.raises(PlanError, match="epoch 0"):
+        fresh.execute(plan(step=2, new=[]))
+    assert fresh.execute(plan(epoch=7)).rows == [0]
+
+
+def test_self_test_passes_and_notices(llama_folder: Path) -> None:
+    """It passes on a sound worker, and fails when a layer computes something else than it holds."""
+    worker = Worker.load(WorkerOptions(str(llama_folder), max_running=1, num_blocks=4))
+    passed = worker.self_test()
+    assert (passed.num_tokens, passed.max_difference < 1e-3) == (8, True)
+    assert worker.execute(plan()).rows == [0]
+
+    class Wrong:
+        """Off by a little from what it unpacks to."""
+
+        def __init__(self, linear: object) -> None:
+            self.linear = linear
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.linear, name)
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            linear: Callable[[torch.Tensor], torch.Tensor] = self.linear  # type: ignore[assignment]
+            return linear(x) * 1.05
+
+    worker._weights = dataclasses.replace(worker._weights, head=Wrong(worker._weights.head))  # type: ignore[arg-type]
+    with pytest.raises(SelfTestError, match="differ from the reference by up to"):
+        worker.self_test()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_on_the_reference_kernels(llama_folder: Path, dtype: str) -> None:
+    """Slow on a CPU, but it works and passes its self test."""
+    worker = Worker.load(WorkerOptions(str(llama_folder), dtype=dtype, max_running=1, num_blocks=4))
+    assert (worker.facts.kernels, worker.facts.data_type) == ("reference", dtype)
+    worker.self_test()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "tpu0"}, "device 'tpu0'"),
+        ({"device": "meta"}, "device 'meta' is not supported"),
+        ({"dtype": "int4"}, "dtype 'int4'"),
+        ({"kernels": "magic"}, "no kernels 'magic'"),
+        ({"kernels": "cpu", "dtype": "bfloat16"}, "the cpu kernels compute in float32"),
+        ({"num_blocks": 1 << 40}, "do not fit"),
+        ({"kv_bytes": 100}, "do not fit"),
+    ],
+)
+def test_options_that_cannot_be_met(llama_folder: Path, changes: dict[str, object], message: str) -> None:
+    """Each is refused with what is wrong."""
+    options = dataclasses.replace(WorkerOptions(str(llama_folder)), **changes)  # type: ignore[arg-type]
+    with pytest.raises(WorkerError, match=message):
+        Worker.load(options)
+
+
+def test_memory_is_divided(llama_folder: Path) -> None:
+    """A share of what remains goes to KV, no more than can be used, and nothing is counted twice."""
+    spec = read_config(llama_folder).spec
+    block_bytes = 32 * spec.kv_bytes_per_token(4)
+
+    def divide(available: int, most_blocks: int, kv_bytes: int | None = None) -> tuple[int, int]:
+        made = plan_memory(
+            spec,
+            available=available,
+            weights=1000,
+            activations=500,
+            block_size=32,
+            element_bytes=4,
+            most_blocks=most_blocks,
+            num_blocks=None,
+            kv_bytes=kv_bytes,
+            memory_fraction=0.5,
+        )
+        assert made.weight_bytes + made.activation_bytes + made.kv_bytes + made.reserve_bytes == available
+        return made.num_blocks, made.kv_bytes
+
+    assert divide(1500 + 20 * block_bytes, 1000) == (9, 10 * block_bytes)
+    assert divide(1500 + 20 * block_bytes, 4) == (4, 5 * block_bytes)
+    assert divide(1500 + 20 * block_bytes, 4, 15 * block_bytes) == (14, 15 * block_bytes)
+    with pytest.raises(OutOfMemoryError, match="the null block do not fit"):
+        divide(1500 + block_bytes, 1000)

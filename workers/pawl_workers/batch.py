@@ -1,0 +1,105 @@
+"""Batch: one step as tensors, built once a step and read by every stage and layer.
+
+Rows of tokens lie sequence after sequence, without padding. Knows no rows of the worker's table and no kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pawl_workers.sampling.state import RowSampler
+
+__all__ = [
+    "AttentionLayout",
+    "AttentionShape",
+    "Batch",
+    "IntArray",
+    "PromptRows",
+    "SamplingBatch",
+    "SequenceArrays",
+]
+
+IntArray = NDArray[np.int64]
+
+
+class AttentionLayout:
+    """What a kernel backend works out once a step for all layers; each backend has its own subclass."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Heads of every layer: H query heads share K key-value heads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceArrays:
+    """The sequences of one step, as arrays over S sequences and T tokens.
+
+    Attributes:
+        starts: first token row of each sequence, [S].
+        lengths: tokens computed in this step, [S]; each at least 1.
+        contexts: tokens of the sequence after this step, [S].
+        positions: position of each token in its sequence, [T].
+        sequence_of_token: [T], non-decreasing.
+        block_tables: block of each `block_size` tokens, [S, most blocks]; 0, the null block, past the end.
+    """
+
+    starts: IntArray
+    lengths: IntArray
+    contexts: IntArray
+    positions: IntArray
+    sequence_of_token: IntArray
+    block_tables: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """The rows that sample: what each wants, the position of its new token, and its output tokens so far."""
+
+    rows: list[RowSampler]
+    positions: list[int]
+    num_output_tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Prompt positions of one row to be scored: token `target_ids[i]` stands after token row `first + i`."""
+
+    row: int
+    first: int
+    first_position: int  # of target_ids[0]
+    target_ids: IntArray
+    num_alternatives: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step.
+
+    Attributes:
+        token_ids: [T] int64.
+        positions: [T] int64.
+        rotary: cosines and signed sines, each [T, 1, head_dim]; None for learned positions.
+        attention: the backend's layout.
+        last: token rows whose logits are sampled from, [S'] int64, in the order of `sampling.rows`.
+        sampling: how.
+        prompts: prompt positions to be scored.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor] | None
+    attention: AttentionLayout
+    last: Tensor
+    sampling: SamplingBatch
+    prompts: list[PromptRows]

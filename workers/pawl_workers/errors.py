@@ -1,0 +1,28 @@
+"""The errors a worker raises: one root, `WorkerError`, and one class per thing that can be wrong.
+
+Knows no wire codes; the engine maps these to the public error tree.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "OutOfMemoryError", "PlanError", "SelfTestError", "WorkerError"]
+
+
+class WorkerError(Exception):
+    """A worker cannot do what it was asked; the message holds the numbers and the remedy."""
+
+
+class CheckpointError(WorkerError):
+    """A checkpoint is missing, incomplete, or of a kind that is not supported."""
+
+
+class OutOfMemoryError(WorkerError):
+    """The weights or the KV cache do not fit into the memory that is available."""
+
+
+class PlanError(WorkerError):
+    """A step plan breaks the contract of `pawl_workers.plan`; the worker's state is unchanged."""
+
+
+class SelfTestError(WorkerError):
+    """The loaded model and the reference kernels disagree."""

@@ -1,0 +1,46 @@
+"""START READING HERE: the forward pass, the chain of dot products from token ids to the next token.
+
+One function for every model family; what differs lies in the weights' flags. It knows no plans and no rows:
+`batch` says which tokens lie where, `cache` holds what earlier steps computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pawl_workers.batch import Batch
+from pawl_workers.kv_cache import KvCache
+from pawl_workers.model.weights import Weights
+from pawl_workers.plan import PromptLogprobs
+from pawl_workers.stages.attention import attend
+from pawl_workers.stages.embed import embed
+from pawl_workers.stages.logits import logits
+from pawl_workers.stages.mlp import mlp
+from pawl_workers.stages.norm import norm
+from pawl_workers.stages.residual import add
+from pawl_workers.stages.sample import Sampled, sample
+from pawl_workers.stages.score import score
+
+__all__ = ["StepOutput", "forward"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step found: sampled tokens, scored prompts, and the stream after the last layer, [T, D]."""
+
+    sampled: Sampled
+    prompts: list[PromptLogprobs]
+    stream: Tensor
+
+
+def forward(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput:
+    """Run one step. Writes the new tokens' keys and values into `cache`; changes nothing else."""
+    x = embed(batch, weights.embedding)  # [T, D]  token -> vector
+    for layer, w in enumerate(weights.layers):
+        x = add(x, attend(norm(x, w.attention_norm), w.attention, cache[layer], batch))  # queries meet keys
+        x = add(x, mlp(norm(x, w.mlp_norm), w.mlp))  # features ignite
+    scores = logits(norm(x[batch.last], weights.final_norm), weights.head)  # [S, V]  every direction is scored
+    prompts = score(x, weights.final_norm, weights.head, batch.prompts)  # only where log-probabilities are wanted
+    return StepOutput(sample(scores, batch.sampling), prompts, x)  # [S]  one token is chosen

@@ -1,0 +1,99 @@
+"""Memory: how much there is, and how it is divided into weights, activations, KV blocks and a reserve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from pawl_workers.errors import OutOfMemoryError
+from pawl_workers.model.spec import ModelSpec
+
+__all__ = ["MemoryPlan", "activation_bytes", "available_bytes", "plan_memory"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+_ATTENTION_WORKSPACE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where memory goes, in bytes. The reserve is what is left to the rest of the machine."""
+
+    weight_bytes: int
+    activation_bytes: int
+    kv_bytes: int
+    reserve_bytes: int
+    num_blocks: int  # without the null block
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that this process could still take on a device, with the container's limit regarded."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except OSError:  # no control group, or version 1
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def activation_bytes(spec: ModelSpec, max_batch_tokens: int, max_running: int, element_bytes: int) -> int:
+    """Estimate the most that the tensors of one step take, from the widest moments of the forward pass."""
+    up = spec.intermediate_size * (3 if spec.gated_mlp else 2)
+    attention = 3 * spec.qkv_size
+    per_token = 3 * spec.hidden_size + max(up, attention)
+    logits = max(max_running, 64) * spec.vocab_size * 4 * 3
+    return max_batch_tokens * per_token * element_bytes + logits + _ATTENTION_WORKSPACE_BYTES
+
+
+def plan_memory(
+    spec: ModelSpec,
+    *,
+    available: int,
+    weights: int,
+    activations: int,
+    block_size: int,
+    element_bytes: int,
+    most_blocks: int,
+    num_blocks: int | None,
+    kv_bytes: int | None,
+    memory_fraction: float,
+) -> MemoryPlan:
+    """Decide how many KV blocks there are.
+
+    Args:
+        spec: of the model.
+        available: bytes before the weights were loaded.
+        weights: bytes of the weights.
+        activations: bytes of a step.
+        block_size: tokens of a block.
+        element_bytes: bytes of a KV entry.
+        most_blocks: more than this could not be used; bounds the automatic choice.
+        num_blocks: the number wanted, if it was given.
+        kv_bytes: the bytes wanted for KV, if they were given.
+        memory_fraction: else the share of what remains for KV.
+
+    Raises:
+        OutOfMemoryError: not even one block fits, or what was asked for does not.
+    """
+    block_bytes = spec.kv_bytes_per_token(element_bytes) * block_size
+    remaining = available - weights - activations
+    if num_blocks is None:
+        budget = kv_bytes if kv_bytes is not None else int(remaining * memory_fraction)
+        num_blocks = budget // block_bytes - 1  # one for the null block
+        if kv_bytes is None:
+            num_blocks = min(num_blocks, most_blocks)
+    used = (num_blocks + 1) * block_bytes
+    if num_blocks < 1 or used > remaining:
+        raise OutOfMemoryError(
+            f"{available / 1e9:.2f} GB is available; the weights take {weights / 1e9:.2f} GB, a step "
+            f"{activations / 1e9:.2f} GB, which leaves {max(remaining, 0) / 1e9:.2f} GB for KV blocks of "
+            f"{block_bytes / 1e6:.2f} MB; {max(num_blocks, 1)} and the null block do not fit. "
+            "Lower num_blocks or kv_bytes, raise memory_fraction, or lower max_batch_tokens"
+        )
+    return MemoryPlan(weights, activations, used, remaining - used, num_blocks)

@@ -1,0 +1,67 @@
+"""GPT-2: layer norm, learned positions, biases everywhere, [in, out] weights, tied head. A name map and flags."""
+
+from __future__ import annotations
+
+from pawl_workers.errors import CheckpointError
+from pawl_workers.model.spec import ConfigReader, ModelSpec, NormKind, TensorTarget
+
+__all__ = ["ARCHITECTURE", "IGNORED", "PREFIX", "names", "spec"]
+
+ARCHITECTURE = "GPT2LMHeadModel"
+PREFIX = "transformer."  # the first checkpoints on the hub were saved without it
+IGNORED = (".attn.bias", ".attn.masked_bias")  # causal masks
+
+
+def spec(config: ConfigReader) -> ModelSpec:
+    """Read the sizes and flags of a GPT-2 configuration."""
+    hidden_size, num_heads = config.integer("n_embd"), config.integer("n_head")
+    if config.flag("scale_attn_by_inverse_layer_idx", False) or not config.flag("scale_attn_weights", True):
+        raise CheckpointError(
+            "config.json: scale_attn_by_inverse_layer_idx=true and scale_attn_weights=false are not supported"
+        )
+    return ModelSpec(
+        architecture=ARCHITECTURE,
+        num_layers=config.integer("n_layer"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        intermediate_size=config.integer("n_inner", 4 * hidden_size),
+        vocab_size=config.integer("vocab_size"),
+        max_context=config.integer("n_positions", 1024),
+        norm=NormKind.LAYER,
+        norm_epsilon=config.number("layer_norm_epsilon", 1e-5),
+        activation=config.activation("activation_function", "gelu_new"),
+        gated_mlp=False,
+        rotary=None,
+        qkv_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+        tied_head=config.flag("tie_word_embeddings", True),
+    )
+
+
+def names(model: ModelSpec) -> dict[str, TensorTarget]:
+    """Map the checkpoint's tensor names to slots."""
+    found = {
+        "transformer.wte.weight": TensorTarget("embedding"),
+        "transformer.wpe.weight": TensorTarget("positions"),
+        "transformer.ln_f.weight": TensorTarget("final_norm.weight"),
+        "transformer.ln_f.bias": TensorTarget("final_norm.bias"),
+    }
+    if not model.tied_head:
+        found["lm_head.weight"] = TensorTarget("head.weight")
+    for i in range(model.num_layers):
+        source, layer = f"transformer.h.{i}.", f"layers.{i}."
+        for name, slot in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
+            found[f"{source}{name}.weight"] = TensorTarget(f"{layer}{slot}.weight")
+            found[f"{source}{name}.bias"] = TensorTarget(f"{layer}{slot}.bias")
+        for name, slot in (
+            ("attn.c_attn", "qkv"),
+            ("attn.c_proj", "attention_output"),
+            ("mlp.c_fc", "up"),
+            ("mlp.c_proj", "down"),
+        ):
+            found[f"{source}{name}.weight"] = TensorTarget(f"{layer}{slot}.weight", transposed=True)
+            found[f"{source}{name}.bias"] = TensorTarget(f"{layer}{slot}.bias")
+    return found

@@ -1,0 +1,93 @@
+"""Builds the batch of a step from the row table: whole arrays, no loop over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pawl_workers.batch import AttentionShape, Batch, IntArray, PromptRows, SamplingBatch, SequenceArrays
+from pawl_workers.kernels import Kernels
+from pawl_workers.model.rotary import rotary_angles
+from pawl_workers.rows import RowTable
+
+__all__ = ["BatchSettings", "build_batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSettings:
+    """What stays the same from step to step."""
+
+    kernels: Kernels
+    shape: AttentionShape
+    frequencies: Tensor | None  # of the rotary embedding
+    device: torch.device
+    dtype: torch.dtype
+
+
+def build_batch(
+    table: RowTable, rows: IntArray, num_tokens: IntArray, settings: BatchSettings
+) -> tuple[Batch, IntArray]:
+    """Build the batch in which `rows[i]` computes its next `num_tokens[i]` tokens.
+
+    Returns:
+        The batch, and the rows that sample: those whose last known token is in the step.
+    """
+    sequence, positions = table.positions(rows, num_tokens)
+    token_ids = table.token_ids[rows[sequence], positions].astype(np.int64)
+    starts = np.cumsum(num_tokens) - num_tokens
+    contexts = table.num_computed[rows] + num_tokens
+    most_blocks = -(-int(contexts.max()) // settings.kernels.block_size)
+    arrays = SequenceArrays(
+        starts=starts,
+        lengths=num_tokens,
+        contexts=contexts,
+        positions=positions,
+        sequence_of_token=sequence,
+        block_tables=table.block_tables[rows, :most_blocks],
+    )
+    device = settings.device
+    device_positions = torch.from_numpy(positions).to(device)
+    rotary = None
+    if settings.frequencies is not None:
+        rotary = rotary_angles(settings.frequencies, device_positions, settings.dtype)
+    sampling = (contexts == table.num_tokens[rows]) & table.samples[rows]
+    sampling_rows = rows[sampling]
+    batch = Batch(
+        token_ids=torch.from_numpy(token_ids).to(device),
+        positions=device_positions,
+        rotary=rotary,
+        attention=settings.kernels.lay_out(arrays, settings.shape),
+        last=torch.from_numpy((starts + num_tokens - 1)[sampling]).to(device),
+        sampling=_sampling(table, sampling_rows),
+        prompts=_prompts(table, rows, num_tokens, starts),
+    )
+    return batch, sampling_rows
+
+
+def _sampling(table: RowTable, rows: IntArray) -> SamplingBatch:
+    samplers = [table.samplers[row] for row in rows.tolist()]
+    positions = table.num_tokens[rows]
+    return SamplingBatch(samplers, positions.tolist(), (positions - table.num_prompt[rows]).tolist())
+
+
+def _prompts(table: RowTable, rows: IntArray, num_tokens: IntArray, starts: IntArray) -> list[PromptRows]:
+    prompts = []
+    for i in np.flatnonzero(table.prompt_alternatives[rows] >= 0).tolist():
+        row, computed = int(rows[i]), int(table.num_computed[rows[i]])
+        # The token at position p is scored by the row of position p - 1.
+        first_position = max(computed + 1, int(table.prompt_from[row]), 1)
+        end = min(computed + int(num_tokens[i]) + 1, int(table.num_prompt[row]))
+        if first_position < end:
+            prompts.append(
+                PromptRows(
+                    row=row,
+                    first=int(starts[i]) + first_position - 1 - computed,
+                    first_position=first_position,
+                    target_ids=table.token_ids[row, first_position:end].astype(np.int64),
+                    num_alternatives=int(table.prompt_alternatives[row]),
+                )
+            )
+    return prompts

@@ -1,0 +1,166 @@
+"""The row table: what the worker knows of the sequences it serves. Plans change it; the forward pass reads it.
+
+A plan is checked as a whole before anything changes. Arrays are indexed by row and made once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pawl_workers.batch import IntArray
+from pawl_workers.errors import PlanError
+from pawl_workers.plan import NewSequence, StepPlan
+from pawl_workers.sampling.state import RowSampler
+
+__all__ = ["RowTable"]
+
+
+class RowTable:
+    """Tokens, blocks and sampling state of up to `max_running` sequences.
+
+    Attributes:
+        token_ids: [rows, max_context + 1] int32.
+        block_tables: [rows, most blocks] int64, 0 past the end.
+        num_tokens, num_computed, num_prompt, num_blocks: [rows].
+        prompt_alternatives: -1 when no prompt log-probabilities are wanted, [rows].
+        prompt_from: first prompt position wanted, [rows].
+        samples, known, failed: [rows] bool; a failed row is computed no more until it is freed.
+        samplers: of the known rows.
+    """
+
+    def __init__(self, max_running: int, max_context: int, block_size: int, num_blocks: int, vocab_size: int) -> None:
+        self._max_running, self._max_context = max_running, max_context
+        self._block_size, self._last_block, self._vocab_size = block_size, num_blocks, vocab_size
+        most_blocks = -(-max_context // block_size)
+        self.token_ids = np.zeros((max_running, max_context + 1), dtype=np.int32)
+        self.block_tables = np.zeros((max_running, most_blocks), dtype=np.int64)
+        self.num_tokens, self.num_computed, self.num_prompt, self.num_blocks = (
+            np.zeros(max_running, dtype=np.int64) for _ in range(4)
+        )
+        self.prompt_alternatives, self.prompt_from = (np.full(max_running, value, dtype=np.int64) for value in (-1, 1))
+        self.samples, self.known, self.failed = (np.zeros(max_running, dtype=np.bool_) for _ in range(3))
+        self.samplers: dict[int, RowSampler] = {}
+
+    def check(self, plan: StepPlan) -> None:
+        """Check a plan against the table.
+
+        Raises:
+            PlanError: it breaks the contract; the message names the row and the numbers.
+        """
+        freed = set(plan.freed_rows)
+        for row in freed:
+            self._check_row(row)
+            if not self.known[row]:
+                raise PlanError(f"row {row} is freed but holds no sequence")
+        added = {sequence.row: sequence for sequence in plan.new}
+        if len(freed) < len(plan.freed_rows) or len(added) < len(plan.new):
+            raise PlanError("a row is freed or added twice in one plan")
+        for row, sequence in added.items():
+            self._check_row(row)
+            if self.known[row] and row not in freed:
+                raise PlanError(f"row {row} is given a new sequence but still holds one")
+            self._check_sequence(sequence)
+        appended: dict[int, int] = {}
+        for row, block_ids in plan.append_blocks:
+            self._check_row(row)
+            if row in added or row in freed or not self.known[row]:
+                raise PlanError(f"row {row} is given more blocks but holds no earlier sequence")
+            self._check_blocks(row, block_ids)
+            appended[row] = appended.get(row, 0) + len(block_ids)
+            if self.num_blocks[row] + appended[row] > self.block_tables.shape[1]:
+                raise PlanError(f"row {row} is given more than {self.block_tables.shape[1]} blocks")
+        self._check_grants(plan, freed, added, appended)
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < self._max_running:
+            raise PlanError(f"row {row} is not in [0, {self._max_running})")
+
+    def _check_blocks(self, row: int, block_ids: list[int]) -> None:
+        if block_ids and not 1 <= min(block_ids) <= max(block_ids) <= self._last_block:
+            raise PlanError(
+                f"row {row} is given blocks {min(block_ids)} to {max(block_ids)}, not in [1, {self._last_block}]"
+            )
+
+    def _check_sequence(self, sequence: NewSequence) -> None:
+        row, ids = sequence.row, sequence.token_ids
+        if not 1 <= len(ids) <= self._max_context:
+            raise PlanError(f"row {row} has {len(ids)} tokens, not in [1, {self._max_context}]")
+        for token_ids in (ids, sequence.sampling.suppressed_ids, sequence.sampling.logit_bias.keys()):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+                raise PlanError(f"row {row} names a token outside the vocabulary of {self._vocab_size}")
+        if not 1 <= sequence.num_prompt_tokens <= len(ids) or not 0 <= sequence.num_computed < len(ids):
+            raise PlanError(
+                f"row {row} has {len(ids)} tokens, {sequence.num_prompt_tokens} of the prompt and "
+                f"{sequence.num_computed} computed; the last token is never computed beforehand"
+            )
+        self._check_blocks(row, sequence.block_ids)
+        if len(sequence.block_ids) > self.block_tables.shape[1]:
+            raise PlanError(f"row {row} is given more than {self.block_tables.shape[1]} blocks")
+
+    def _check_grants(
+        self, plan: StepPlan, freed: set[int], added: dict[int, NewSequence], appended: dict[int, int]
+    ) -> None:
+        if len(plan.rows) != len(plan.num_tokens) or len(set(plan.rows)) < len(plan.rows):
+            raise PlanError(f"{len(plan.rows)} rows and {len(plan.num_tokens)} grants; rows must be distinct")
+        for row, grant in zip(plan.rows, plan.num_tokens, strict=True):
+            self._check_row(row)
+            sequence = added.get(row)
+            if sequence is not None:
+                computed, known, blocks = sequence.num_computed, len(sequence.token_ids), len(sequence.block_ids)
+            elif self.known[row] and row not in freed:
+                if self.failed[row]:
+                    continue  # a plan made before its failure was known; it is reported again
+                computed, known = int(self.num_computed[row]), int(self.num_tokens[row])
+                blocks = int(self.num_blocks[row]) + appended.get(row, 0)
+            else:
+                raise PlanError(f"row {row} is to be computed but holds no sequence")
+            if grant < 1 or computed + grant > min(known, self._max_context):
+                raise PlanError(
+                    f"row {row} is granted {grant} tokens; {computed} of its {known} are computed and "
+                    f"{self._max_context} is the longest context"
+                )
+            if blocks * self._block_size < computed + grant:
+                raise PlanError(
+                    f"row {row} has {blocks} blocks of {self._block_size} tokens for {computed + grant} tokens"
+                )
+
+    def apply(self, plan: StepPlan) -> None:
+        """Free, add, then append blocks. The plan has been checked."""
+        for row in plan.freed_rows:
+            self.known[row] = False
+            del self.samplers[row]
+        for sequence in plan.new:
+            self._add(sequence)
+        for row, block_ids in plan.append_blocks:
+            begin = int(self.num_blocks[row])
+            self.block_tables[row, begin : begin + len(block_ids)] = block_ids
+            self.num_blocks[row] += len(block_ids)
+
+    def _add(self, sequence: NewSequence) -> None:
+        row, ids, num_prompt = sequence.row, sequence.token_ids, sequence.num_prompt_tokens
+        self.token_ids[row, : len(ids)] = ids
+        self.block_tables[row] = 0
+        self.block_tables[row, : len(sequence.block_ids)] = sequence.block_ids
+        self.num_tokens[row], self.num_prompt[row] = len(ids), num_prompt
+        self.num_computed[row], self.num_blocks[row] = sequence.num_computed, len(sequence.block_ids)
+        self.prompt_alternatives[row] = sequence.prompt_logprobs
+        self.prompt_from[row] = sequence.prompt_logprobs_from
+        self.samples[row], self.known[row], self.failed[row] = sequence.samples, True, False
+        self.samplers[row] = RowSampler(sequence.sampling, ids[:num_prompt], ids[num_prompt:])
+
+    def append_token(self, row: int, token_id: int) -> None:
+        """Append a sampled token to its row."""
+        self.token_ids[row, self.num_tokens[row]] = token_id
+        self.num_tokens[row] += 1
+        self.samplers[row].observe(token_id)
+
+    def blocks_of(self, row: int) -> NDArray[np.int64]:
+        """Return the block ids of a row."""
+        return self.block_tables[row, : self.num_blocks[row]]
+
+    def positions(self, rows: IntArray, num_tokens: IntArray) -> tuple[IntArray, IntArray]:
+        """List, token after token, which of `rows` it belongs to (as an index) and its position."""
+        sequence = np.repeat(np.arange(len(rows)), num_tokens)
+        starts = np.cumsum(num_tokens) - num_tokens
+        return sequence, np.arange(len(sequence)) - starts[sequence] + self.num_computed[rows][sequence]

@@ -1,0 +1,176 @@
+"""The self test of a loaded worker: generates over paged KV in chunks, then checks against the reference kernels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pawl_workers.batch import Batch, PromptRows, SamplingBatch, SequenceArrays
+from pawl_workers.errors import SelfTestError
+from pawl_workers.forward import forward
+from pawl_workers.kernels.reference import ReferenceKernels
+from pawl_workers.kv_cache import KvCache
+from pawl_workers.model.rotary import rotary_angles
+from pawl_workers.model.weights import PackedLinear, Weights
+from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult, TokenLogprobs
+from pawl_workers.prepare import BatchSettings
+
+__all__ = ["SelfTest", "run_self_test"]
+
+_PROMPT_TOKENS = 24
+_NEW_TOKENS = 8
+_CHUNK = 7  # crosses block and tile boundaries at odd places
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """What a passed self test found."""
+
+    num_tokens: int
+    max_difference: float  # of log-probabilities, in nats
+    tolerance: float
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _UnpackedLinear:
+    """A packed layer computed by `F.linear`, unpacked at each call: needs memory for one layer at a time."""
+
+    packed: PackedLinear
+
+    @property
+    def in_features(self) -> int:
+        return self.packed.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.packed.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.packed.unpack(), self.packed.bias)
+
+    def unpack(self) -> Tensor:
+        return self.packed.unpack()
+
+
+def run_self_test(
+    execute: Callable[[StepPlan], StepResult],
+    epoch: int,
+    weights: Weights,
+    settings: BatchSettings,
+    max_context: int,
+    num_blocks: int,
+    bos_token_id: int | None,
+) -> SelfTest:
+    """Generate greedily through `execute`, whose rows must be empty, and compare with the reference.
+
+    Raises:
+        SelfTestError: a log-probability differs from the reference by more than the tolerance.
+    """
+    started = time.perf_counter()
+    longest = min(max_context, num_blocks * settings.kernels.block_size)
+    num_new = min(_NEW_TOKENS, longest - 1)
+    if num_new < 1:
+        raise SelfTestError(f"a context of {longest} tokens is too short for a self test")
+    num_prompt = min(_PROMPT_TOKENS, longest - num_new)
+    prompt = [(7 + 31 * i) % weights.spec.vocab_size for i in range(num_prompt)]
+    if bos_token_id is not None:
+        prompt[0] = bos_token_id
+    found = _generate(execute, epoch, prompt, num_new, settings.kernels.block_size)
+    token_ids = prompt + [entry.token_id for entry in found]
+    with torch.inference_mode():
+        wanted = _reference(weights, settings, token_ids, num_prompt)
+    differences = [abs(a.logprob - b.logprob) for a, b in zip(found, wanted, strict=True)]
+    # A greedy token must also be the reference's best, but for rounding.
+    differences += [entry.alternative_logprobs[0] - entry.logprob for entry in wanted]
+    worst, tolerance = max(differences), _TOLERANCES[settings.dtype]
+    if not worst <= tolerance:  # also when it is not a number
+        raise SelfTestError(
+            f"log-probabilities of the {settings.kernels.name} kernels differ from the reference by up to "
+            f'{worst:.3g}, tolerance {tolerance:.3g}; start with kernels = "reference" and report this'
+        )
+    return SelfTest(len(found), worst, tolerance, time.perf_counter() - started)
+
+
+def _generate(
+    execute: Callable[[StepPlan], StepResult], epoch: int, prompt: list[int], num_new: int, block_size: int
+) -> list[TokenLogprobs]:
+    # The last generated token is never fed, so its place needs no block.
+    num_needed = -(-(len(prompt) + num_new - 1) // block_size)
+    sequence = NewSequence(
+        row=0,
+        token_ids=prompt,
+        num_prompt_tokens=len(prompt),
+        num_computed=0,
+        block_ids=list(range(num_needed, 0, -1)),
+        sampling=SamplingSpec(temperature=0.0, logprobs=0),
+    )
+    found: list[TokenLogprobs] = []
+    computed = step = 0
+    while len(found) < num_new:
+        step += 1
+        grant = min(_CHUNK, len(prompt) + len(found) - computed)
+        new = [sequence] if step == 1 else []
+        result = execute(StepPlan(step, epoch, [], new, [], [0], [grant]))
+        if result.failures:
+            raise SelfTestError(f"the self test failed: {result.failures[0].message}")
+        found += [entry for entry in result.logprobs if entry is not None]
+        computed += grant
+    return found
+
+
+def _reference(weights: Weights, settings: BatchSettings, token_ids: list[int], num_prompt: int) -> list[TokenLogprobs]:
+    """Log-probabilities of `token_ids[num_prompt:]`, all computed in one step by the reference kernels."""
+    device, num_tokens = settings.device, len(token_ids) - 1
+    kernels = ReferenceKernels(device)
+    num_blocks = -(-num_tokens // kernels.block_size)
+    cache = KvCache.allocate(weights.spec, kernels, num_blocks, device, settings.dtype)
+    positions = np.arange(num_tokens)
+    arrays = SequenceArrays(
+        starts=np.zeros(1, dtype=np.int64),
+        lengths=np.array([num_tokens]),
+        contexts=np.array([num_tokens]),
+        positions=positions,
+        sequence_of_token=np.zeros(num_tokens, dtype=np.int64),
+        block_tables=np.arange(1, num_blocks + 1)[None, :],
+    )
+    tensor_positions = torch.from_numpy(positions).to(device)
+    frequencies = settings.frequencies
+    targets = np.array(token_ids[num_prompt:])
+    batch = Batch(
+        token_ids=torch.tensor(token_ids[:-1], device=device),
+        positions=tensor_positions,
+        rotary=None if frequencies is None else rotary_angles(frequencies, tensor_positions, settings.dtype),
+        attention=kernels.lay_out(arrays, settings.shape),
+        last=torch.zeros(0, dtype=torch.int64, device=device),
+        sampling=SamplingBatch([], [], []),
+        prompts=[PromptRows(0, num_prompt - 1, num_prompt, targets, 1)],
+    )
+    return forward(batch, _unpacked(weights), cache).prompts[0].positions
+
+
+def _unpacked(weights: Weights) -> Weights:
+    layers = []
+    for layer in weights.layers:
+        attention, mlp = layer.attention, layer.mlp
+        layers.append(
+            replace(
+                layer,
+                attention=replace(
+                    attention, qkv=_UnpackedLinear(attention.qkv), output=_UnpackedLinear(attention.output)
+                ),
+                mlp=replace(mlp, up=_UnpackedLinear(mlp.up), down=_UnpackedLinear(mlp.down)),
+            )
+        )
+    return replace(weights, layers=tuple(layers), head=_UnpackedLinear(weights.head))

@@ -1,0 +1,49 @@
+"""Queries meet keys: each new token gathers from the tokens before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pawl_workers.batch import Batch
+from pawl_workers.kv_cache import LayerCache
+from pawl_workers.model.weights import AttentionWeights
+
+__all__ = ["attend"]
+
+
+def attend(x: Tensor, w: AttentionWeights, cache: LayerCache, batch: Batch) -> Tensor:
+    """Attend each new token to every earlier token of its own sequence and to itself.
+
+    Writes the new keys and values into `cache` before reading it; changes nothing else.
+
+    Args:
+        x: normalised stream, [T, D].
+        w: projections of this layer.
+        cache: this layer's blocks.
+        batch: of this step.
+
+    Returns:
+        [T, D].
+
+    Source: Vaswani et al., 2017, section 3.2; Ainslie et al., 2023 (grouped queries); Kwon et al., 2023,
+    section 4.1 (paged KV).
+    """
+    num_tokens, num_heads, num_kv_heads = x.shape[0], w.num_heads, w.num_kv_heads
+    heads = w.qkv(x).view(num_tokens, num_heads + 2 * num_kv_heads, w.head_dim)
+    turned, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
+    if batch.rotary is not None:
+        turned = _rotate(turned, *batch.rotary)
+    q, k = turned[:, :num_heads], turned[:, num_heads:]
+    cache.write(k, v, batch)
+    return w.output(cache.attend(q, batch).reshape(num_tokens, num_heads * w.head_dim))
+
+
+def _rotate(x: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
+    """Turn each pair (i, i + head_dim / 2) of x, [T, heads, head_dim], by its position's angle.
+
+    `signed_sines` is negative in its first half. Source: Su et al., RoFormer, 2021, section 3.4.
+    """
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cosines, swapped, signed_sines)
