@@ -1,0 +1,274 @@
+"""One engine, assembled: worker, scheduler, step loop, link, metrics, watchdog.
+
+Owns the order of start and stop. Imports no torch by itself, and knows neither Ray nor who started it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pawl.errors import InvalidRequest, Unavailable
+from pawl_server.engine.executor import EngineWorker, InProcessExecutor, WorkerFacts
+from pawl_server.engine.link.protocol import PROTOCOL_VERSION
+from pawl_server.engine.link.server import EngineService, LinkServer, host_port
+from pawl_server.engine.load import LoadWorker, load_torch_worker
+from pawl_server.engine.loop import EngineLoop
+from pawl_server.engine.meter import Meter
+from pawl_server.engine.spec import EngineAddresses, EngineProgress, EngineSpec, parse_ports
+from pawl_server.engine.warm_up import warm_up
+from pawl_server.engine.watchdog import Watchdog
+from pawl_server.internal.v1 import engine_pb2
+from pawl_server.kv.block_hash import CacheRoot
+from pawl_server.metrics import EngineMetrics, MetricsServer, serve_metrics
+from pawl_server.scheduler.admission import SchedulerLimits
+from pawl_server.scheduler.state import SchedulerState
+
+__all__ = ["Engine", "Progress"]
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[EngineProgress], None]
+
+_GIB = 1 << 30
+
+
+class Engine:
+    """One replica. `start`, then `run` until `stop`; used once.
+
+    Args:
+        spec: what to serve and where.
+        progress: told of each part of the start, also from the worker's thread.
+        load_worker: loads the worker, called on the worker's thread.
+    """
+
+    def __init__(self, spec: EngineSpec, progress: Progress, load_worker: LoadWorker = load_torch_worker) -> None:
+        self.spec = spec
+        self._progress = progress
+        self._load_worker = load_worker
+        self._executor = InProcessExecutor()
+        self._loop: EngineLoop | None = None
+        self._link: LinkServer | None = None
+        self._metrics_server: MetricsServer | None = None
+        self._watchdog: Watchdog | None = None
+
+    @property
+    def loop(self) -> EngineLoop:
+        """The step loop of a started engine."""
+        if self._loop is None:
+            raise RuntimeError("the engine is not started")
+        return self._loop
+
+    async def start(self) -> EngineAddresses:
+        """Load, warm up, test, listen. On an error everything is stopped again.
+
+        Raises:
+            PawlError: a setting is wrong, or no port is free.
+            WorkerError: the model cannot be loaded or fails its self-test.
+        """
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def run(self) -> None:
+        """Serve until `stop`.
+
+        Raises:
+            ServerError: the worker is beyond repair; the process should end with an error.
+        """
+        await self.loop.run()
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Stop after the running step, but at most `grace_s` later; front ends see their streams break."""
+        if self._loop is not None:
+            self._loop.stop()
+            try:
+                async with asyncio.timeout(grace_s):
+                    await self._loop.stopped.wait()
+            except TimeoutError:
+                log.warning("the running step did not end in %.1f s", grace_s)
+        if self._link is not None:
+            await self._link.stop()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.stop)
+        if self._watchdog is not None:
+            self._watchdog.close()
+        await self._executor.close()
+        self._link = self._metrics_server = self._watchdog = None
+
+    async def _start(self) -> EngineAddresses:
+        spec = self.spec
+        ports = parse_ports(spec.ports, "engine_ports")
+        metrics_ports = parse_ports(spec.metrics_ports, "engine_metrics_ports")
+        worker = await self._load()
+        facts = worker.facts
+        limits = _limits(spec, facts)
+        self._report_memory(facts, limits)
+        await self._warm_up(limits)
+        await self._self_test(worker)
+        root = CacheRoot(facts.revision or spec.model.model, facts.data_type, facts.block_size)
+        metrics = EngineMetrics(_served_name(spec), spec.replica)
+        metrics.config(
+            dtype=facts.data_type,
+            kernels=facts.kernels,
+            block_size=facts.block_size,
+            num_blocks=facts.num_blocks,
+        )
+        self._watchdog = Watchdog(spec.engine.step_timeout_s)
+        meter = Meter(metrics)
+        self._loop = EngineLoop(
+            SchedulerState(limits, root),
+            limits,
+            self._executor,
+            self._watchdog,
+            meter,
+            check_every=spec.engine.check_every,
+        )
+        service = EngineService(self._loop, _welcome(spec, facts, limits), spec.heartbeat_timeout_s)
+        self._link = LinkServer(service, spec.internal_token)
+        port = await self._link.start(spec.host, ports)
+        self._metrics_server = _serve_metrics(spec.metrics_host or spec.host, metrics_ports, meter)
+        host = spec.advertise_host or spec.host
+        return EngineAddresses(
+            address=host_port(host, port),
+            metrics_address=host_port(spec.advertise_host or spec.metrics_host or spec.host, self._metrics_server.port),
+            process_id=os.getpid(),
+        )
+
+    async def _load(self) -> EngineWorker:
+        started = time.monotonic()
+
+        def on_progress(phase: str, done: int, total: int) -> None:
+            if phase == "weights" and done < total:
+                self._say("weights", started, "", done, total)
+
+        worker = await self._executor.load(lambda: self._load_worker(self.spec, on_progress))
+        facts = worker.facts
+        text = f"{facts.num_parameters / 1e6:.1f} M parameters, {facts.data_type} on {facts.device}"
+        counts = {"weight_bytes": facts.weight_bytes, "num_parameters": facts.num_parameters}
+        self._say("weights", started, text, facts.weight_bytes, facts.weight_bytes, counts)
+        return worker
+
+    def _report_memory(self, facts: WorkerFacts, limits: SchedulerLimits) -> None:
+        cache_tokens = limits.pool_tokens
+        text = (
+            f"weights {facts.weight_bytes / _GIB:.2f} | activations {facts.activation_bytes / _GIB:.2f}"
+            f" | KV {facts.kv_bytes / _GIB:.2f} GiB; KV cache {limits.num_blocks} blocks x {limits.block_size}"
+            f" = {cache_tokens} tokens: {cache_tokens // limits.max_context} requests of {limits.max_context}"
+        )
+        counts = {
+            "weight_bytes": facts.weight_bytes,
+            "activation_bytes": facts.activation_bytes,
+            "kv_bytes": facts.kv_bytes,
+            "num_blocks": limits.num_blocks,
+            "block_size": limits.block_size,
+            "cache_tokens": cache_tokens,
+            "max_context": limits.max_context,
+            "max_concurrency": cache_tokens // limits.max_context,
+        }
+        self._say("memory", time.monotonic(), text, 1, 1, counts)
+
+    async def _warm_up(self, limits: SchedulerLimits) -> None:
+        started = time.monotonic()
+        steps = 0
+
+        def on_step(done: int, num_tokens: int) -> None:
+            nonlocal steps
+            steps = done
+            self._say("warm-up", started, f"step {done}: {num_tokens} tokens", done, 0)
+
+        largest, widest = await warm_up(self._executor, limits, on_step)
+        text = f"prefill {largest} tokens, decode batch {widest}"
+        counts = {"num_tokens": largest, "num_sequences": widest}
+        self._say("warm-up", started, text, steps, steps, counts)
+
+    async def _self_test(self, worker: EngineWorker) -> None:
+        started = time.monotonic()
+        report = await self._executor.call(worker.self_test)
+        await self._executor.reset(1)
+        text = f"{report.num_tokens} tokens, log-probabilities within {report.max_difference:.1e} of the reference"
+        self._say("self-test", started, text, report.num_tokens, report.num_tokens)
+
+    def _say(
+        self,
+        step: str,
+        started: float,
+        text: str,
+        done: int,
+        total: int,
+        counts: dict[str, int] | None = None,
+    ) -> None:
+        seconds = time.monotonic() - started
+        self._progress(
+            EngineProgress(step=step, done=done, total=total, text=text, seconds=seconds, facts=counts or {})
+        )
+
+
+def _served_name(spec: EngineSpec) -> str:
+    return spec.served_name or spec.model.served_name or Path(spec.model.model).name
+
+
+def _limits(spec: EngineSpec, facts: WorkerFacts) -> SchedulerLimits:
+    """Settings and what the worker found, as the scheduler's limits.
+
+    Raises:
+        InvalidRequest: the settings contradict each other.
+    """
+    engine = spec.engine
+    try:
+        return SchedulerLimits(
+            num_blocks=facts.num_blocks,
+            block_size=facts.block_size,
+            max_running=engine.max_running,
+            max_batch_tokens=engine.max_batch_tokens,
+            max_context=facts.max_context,
+            max_partial_prefills=engine.max_partial_prefills,
+            max_prefill_chunk=engine.max_prefill_chunk,
+            max_waiting=engine.max_waiting,
+            prefix_cache=engine.prefix_cache,
+            watermark=engine.watermark,
+            max_bypass=engine.max_bypass,
+        )
+    except ValueError as error:
+        raise InvalidRequest(str(error), reason="BAD_SETTING") from error
+
+
+def _welcome(spec: EngineSpec, facts: WorkerFacts, limits: SchedulerLimits) -> engine_pb2.Welcome:
+    return engine_pb2.Welcome(
+        protocol_version=PROTOCOL_VERSION,
+        engine_id=secrets.token_hex(8),
+        replica=spec.replica,
+        model=engine_pb2.ModelFacts(
+            id=_served_name(spec),
+            source=spec.model.model,
+            architectures=facts.architectures,
+            max_context_tokens=limits.max_context,
+            vocab_size=facts.vocab_size,
+            data_type=facts.data_type,
+            eos_token_ids=facts.eos_token_ids,
+            revision=facts.revision,
+        ),
+        block_size=limits.block_size,
+        num_blocks=limits.num_blocks,
+        max_running=limits.max_running,
+        max_batch_tokens=limits.max_batch_tokens,
+    )
+
+
+def _serve_metrics(host: str, ports: range, meter: Meter) -> MetricsServer:
+    for port in ports:
+        try:
+            return serve_metrics(host, port, meter.exposition)
+        except OSError:
+            continue
+    raise Unavailable(
+        f"no free port for the engine's metrics on {host} in {ports.start}-{ports.stop - 1}: set engine_metrics_ports",
+        reason="PORT_IN_USE",
+    )

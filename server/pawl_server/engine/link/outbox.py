@@ -1,0 +1,93 @@
+"""What one connection has yet to be sent: filled by the step loop, emptied by the connection's writer.
+
+Never blocks and never grows by frames: what a stalled connection was not sent is merged, so it is bounded by
+the tokens of the live sequences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from pawl_server.engine.link.protocol import MAX_FRAME_TOKENS
+from pawl_server.internal.v1 import engine_pb2
+
+__all__ = ["Outbox"]
+
+
+class Outbox:
+    """Pending frames of one connection.
+
+    Attributes:
+        connection: number of the connection, unique in this engine.
+        handles: the connection's live sequences.
+    """
+
+    def __init__(self, connection: int) -> None:
+        self.connection = connection
+        self.handles: set[int] = set()
+        self._ready = asyncio.Event()
+        self._step = 0
+        self._handles: list[int] = []
+        self._indices: list[int] = []
+        self._token_ids: list[int] = []
+        self._logprobs: dict[int, engine_pb2.PositionLogprobs] = {}  # by place in the arrays
+        self._prompt_logprobs: list[engine_pb2.PromptLogprobs] = []
+        self._ends: list[engine_pb2.End] = []
+        self._load: engine_pb2.EngineLoad | None = None
+
+    def add_token(self, handle: int, index: int, token_id: int, logprobs: engine_pb2.PositionLogprobs | None) -> None:
+        """Queue one token. Call `step_done` after the last one of a step."""
+        if logprobs is not None:
+            self._logprobs[len(self._handles)] = logprobs
+        self._handles.append(handle)
+        self._indices.append(index)
+        self._token_ids.append(token_id)
+
+    def add_prompt_logprobs(self, frame: engine_pb2.PromptLogprobs) -> None:
+        """Queue a stretch of prompt log-probabilities. Sent before the tokens."""
+        self._prompt_logprobs.append(frame)
+
+    def add_end(self, end: engine_pb2.End) -> None:
+        """Queue the end of a sequence. Sent after the tokens."""
+        self.handles.discard(end.handle)
+        self._ends.append(end)
+        self._ready.set()
+
+    def set_load(self, load: engine_pb2.EngineLoad) -> None:
+        """Queue the engine's state; a newer one replaces it."""
+        self._load = load
+        self._ready.set()
+
+    def step_done(self, step: int) -> None:
+        """Let the writer have what the step gave."""
+        self._step = step
+        self._ready.set()
+
+    async def take(self) -> list[engine_pb2.ConnectResponse]:
+        """Wait until something is pending and take all of it, in the order in which it must be sent."""
+        await self._ready.wait()
+        self._ready.clear()
+        frames = [engine_pb2.ConnectResponse(prompt_logprobs=frame) for frame in self._prompt_logprobs]
+        frames += [engine_pb2.ConnectResponse(tokens=tokens) for tokens in self._take_tokens()]
+        frames += [engine_pb2.ConnectResponse(end=end) for end in self._ends]
+        if self._load is not None:
+            frames.append(engine_pb2.ConnectResponse(load=self._load))
+        self._prompt_logprobs, self._ends, self._load = [], [], None
+        return frames
+
+    def _take_tokens(self) -> list[engine_pb2.Tokens]:
+        frames: list[engine_pb2.Tokens] = []
+        none = engine_pb2.PositionLogprobs()
+        for start in range(0, len(self._handles), MAX_FRAME_TOKENS):
+            places = range(start, min(start + MAX_FRAME_TOKENS, len(self._handles)))
+            frames.append(
+                engine_pb2.Tokens(
+                    step=self._step,
+                    handles=self._handles[places.start : places.stop],
+                    indices=self._indices[places.start : places.stop],
+                    token_ids=self._token_ids[places.start : places.stop],
+                    logprobs=[self._logprobs.get(place, none) for place in places] if self._logprobs else (),
+                )
+            )
+        self._handles, self._indices, self._token_ids, self._logprobs = [], [], [], {}
+        return frames

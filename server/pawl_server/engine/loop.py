@@ -1,0 +1,311 @@
+"""The ratchet: one tick plans a step, has it computed, commits it and hands the tokens on.
+
+Owns the order of these and what happens when a step crashes. Knows no model, no socket and no policy: the
+scheduler decides, the executor computes, the outboxes are emptied by others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from pawl.errors import ServerError
+from pawl_server.engine.executor import Executor
+from pawl_server.engine.link.delivery import Delivery
+from pawl_server.engine.link.frames import SequenceKey
+from pawl_server.engine.link.outbox import Outbox
+from pawl_server.engine.link.protocol import HEARTBEAT_PERIOD_S
+from pawl_server.engine.meter import Meter, StepRecord
+from pawl_server.engine.suspects import CRASH_WINDOW_S, MAX_CRASHES, Suspects, probation_limits
+from pawl_server.engine.watchdog import Watchdog
+from pawl_server.internal.v1 import engine_pb2
+from pawl_server.kv.block_pool import PoolError
+from pawl_server.scheduler.admission import Refusal, SchedulerLimits
+from pawl_server.scheduler.committer import Committed, commit, launch, void
+from pawl_server.scheduler.invariants import InvariantError, check_invariants
+from pawl_server.scheduler.planner import Plan, plan_step
+from pawl_server.scheduler.sequence import SequenceRequest
+from pawl_server.scheduler.state import Counts, SchedulerState, SequenceView
+from pawl_workers.plan import StepResult
+
+__all__ = ["EngineLoop"]
+
+log = logging.getLogger(__name__)
+
+_STALLED_AFTER_S = 10.0  # work but no step for so long: not progressing
+_NOTHING_FITS_S = 0.05  # pause when sequences wait and none of them can be planned
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    key: SequenceKey
+    reason: str
+
+
+class EngineLoop:
+    """The step loop of one replica.
+
+    Args:
+        state: the scheduler's state; nobody else writes it.
+        limits: what a step may hold.
+        executor: computes steps.
+        watchdog: watches over each of them.
+        meter: is told of each of them.
+        clock: monotonic seconds.
+        check_every: check the scheduler's invariants every n steps; 0 = never.
+    """
+
+    def __init__(
+        self,
+        state: SchedulerState,
+        limits: SchedulerLimits,
+        executor: Executor,
+        watchdog: Watchdog,
+        meter: Meter,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        check_every: int = 0,
+    ) -> None:
+        self.state = state
+        self.limits = limits
+        self.executor = executor
+        self.watchdog = watchdog
+        self.meter = meter
+        self.clock = clock
+        self.num_steps = 0  # committed, over all epochs
+        self._check_every = check_every
+        self._inbox: list[SequenceRequest | _Abort] = []
+        self._delivery = Delivery()
+        self._suspects = Suspects()
+        self.stopped = asyncio.Event()  # set unless `run` is running
+        self.stopped.set()
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._idle = False
+        self._settled_at = clock()  # end of the last tick: what follows is idle time
+        self._progress_at = clock()
+        self._process = psutil.Process()
+
+    async def run(self) -> None:
+        """Turn until `stop`.
+
+        Raises:
+            ServerError: the worker is beyond repair; the replica must be rebuilt.
+        """
+        reporter = asyncio.create_task(self._report(), name="engine report")
+        self.stopped.clear()
+        try:
+            while not self._stopping:
+                await self.tick()
+        finally:
+            reporter.cancel()
+            self.meter.flush()
+            self.stopped.set()
+
+    def stop(self) -> None:
+        """Stop after the step that runs."""
+        self._stopping = True
+        self._wake.set()
+
+    async def tick(self) -> None:
+        """One click of the ratchet; waits for work when there is none."""
+        self._drain()
+        planned_at = self.clock()
+        plan = plan_step(self.state, self._step_limits(), now=planned_at)
+        if plan is None:
+            await self._wait_for_work()
+            return
+        launch(self.state, plan)
+        launched_at = self.clock()
+        try:
+            with self.watchdog.watch(plan.step):
+                result = await self.executor.run(plan.wire())
+        except Exception as error:
+            await self._recover(plan, error)
+            return
+        answered_at = self.clock()
+        committed = commit(self.state, plan, result, now=answered_at)
+        self._delivery.emit(committed, self.num_steps + 1)
+        self._settle(plan, result, committed, (planned_at, launched_at, answered_at))
+
+    def attach(self, outbox: Outbox) -> None:
+        """A connection opened; its tokens go into `outbox`."""
+        self._delivery.attach(outbox)
+        outbox.set_load(self._load(self.state.counts()))
+
+    def detach(self, outbox: Outbox) -> None:
+        """A connection is gone: its sequences end at the next tick."""
+        for key in self._delivery.detach(outbox):
+            self.abort(key, "disconnected")
+
+    def submit(self, request: SequenceRequest) -> None:
+        """Take a sequence at the next tick. Its handle is a SequenceKey."""
+        self._inbox.append(request)
+        self._wake.set()
+
+    def abort(self, key: SequenceKey, reason: str) -> None:
+        """End a sequence at the next tick; without effect when it ended already."""
+        self._inbox.append(_Abort(key, reason))
+        self._wake.set()
+
+    def describe(self) -> Sequence[SequenceView]:
+        """The live sequences, oldest first."""
+        return self.state.describe(self.clock())
+
+    def flush_prefix_cache(self) -> int:
+        """Empty the prefix cache of the blocks nobody uses; returns how many that were."""
+        return self.state.flush_prefix_cache()
+
+    def _drain(self) -> None:
+        """Arrivals and aborts, in the order in which they came."""
+        inbox, self._inbox = self._inbox, []
+        now = self.clock()
+        for event in inbox:
+            if isinstance(event, _Abort):
+                ended = self.state.abort(event.key, event.reason, now)
+                if ended is not None:
+                    self._suspects.gone([event.key])
+                    self._delivery.ended(ended)
+            else:
+                refusal = self._submit(event, now)
+                if refusal is not None:
+                    self._delivery.refused(event.handle, refusal)
+
+    def _submit(self, request: SequenceRequest, now: float) -> Refusal | None:
+        """Hand a request to the scheduler. One that trips over a defect there is refused and hurts nobody else."""
+        try:
+            return self.state.submit(request, now)
+        except Exception:
+            log.exception("request %s: the scheduler failed to take it", request.request_id)
+            return Refusal("internal", "SCHEDULER_FAILED", "", "the engine failed to take the request", {})
+
+    def _step_limits(self) -> SchedulerLimits:
+        return probation_limits(self.state, self.limits) if self._suspects.on_probation else self.limits
+
+    async def _wait_for_work(self) -> None:
+        """Sleep until something arrives. On becoming idle the front ends are told at once."""
+        if self.state.has_work():
+            timeout_s: float | None = _NOTHING_FITS_S
+        else:
+            timeout_s = None
+            if not self._idle:
+                self._idle = True
+                self._publish()
+        if not self._inbox and not self._stopping:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._wake.wait()
+
+    async def _recover(self, plan: Plan, error: Exception) -> None:
+        """A step crashed: void it, queue its sequences again and find out who it was.
+
+        Raises:
+            ServerError: the worker crashes again and again, or cannot be reset.
+        """
+        members = [grant.sequence.request for grant in plan.grants]
+        members += [admission.sequence.request for admission in plan.admissions]
+        log.error("step %d crashed with %d sequences", plan.step, len(members), exc_info=error)
+        now = self.clock()
+        void(self.state, plan)
+        cause = f"{type(error).__name__}: {error}"
+        if self._suspects.crash_storm(now):
+            raise ServerError(
+                f"{MAX_CRASHES} steps crashed within {CRASH_WINDOW_S:g} s, the last with {cause}",
+                reason="WORKER_FAILED",
+            ) from error
+        self.meter.worker_lost(len(self.state.running))
+        try:
+            with self.watchdog.watch(plan.step):
+                await self.executor.reset(self.state.epoch + 1)
+        except Exception as again:
+            raise ServerError(f"the worker cannot be reset after {cause}: {again}", reason="WORKER_FAILED") from again
+        self.state.reset_worker(self.state.epoch + 1, now)
+        convicted = self._suspects.crashed(request.handle for request in members)
+        for request in members:
+            if request.handle in convicted and (ended := self.state.abort(request.handle, "worker_failed", now)):
+                log.error("request %s crashed the worker in two steps and fails", request.request_id)
+                self._delivery.failed(ended, f"the worker crashes on this request: {cause}")
+        self._suspects.gone(convicted)
+        settled_at = self.clock()
+        self.meter.idle(settled_at - self._settled_at)  # nothing came of it
+        self._settled_at = settled_at
+
+    def _settle(self, plan: Plan, result: StepResult, committed: Committed, times: tuple[float, float, float]) -> None:
+        """Keep the books of a committed step. `times`: planned, launched, answered."""
+        planned_at, launched_at, answered_at = times
+        self.num_steps += 1
+        self._idle = False
+        self._progress_at = answered_at
+        if self._suspects.on_probation:
+            self._suspects.proved(committed.handles)
+            self._suspects.gone(ended.handle for ended in committed.ended)
+        if self._check_every and self.num_steps % self._check_every == 0:
+            try:
+                check_invariants(self.state)
+            except (InvariantError, PoolError):
+                log.exception("after step %d the scheduler contradicts itself", self.num_steps)
+        now = self.clock()
+        worker_s = result.prepare_s + result.forward_s + result.sample_s
+        self.meter.step(
+            StepRecord(
+                kind=plan.kind,
+                num_sequences=len(plan.grants) + len(plan.admissions),
+                num_tokens=plan.num_tokens,
+                idle_s=planned_at - self._settled_at,
+                schedule_s=launched_at - planned_at,
+                prepare_s=result.prepare_s,
+                forward_s=result.forward_s,
+                sample_s=result.sample_s,
+                postprocess_s=now - launched_at - worker_s,
+                num_output=len(committed.token_ids),
+                num_prompt_computed=committed.num_prompt_computed,
+                num_prompt_cached=committed.num_prompt_cached,
+                num_recomputed=committed.num_recomputed,
+                num_preempted=committed.num_preempted,
+            )
+        )
+        self._settled_at = now
+
+    async def _report(self) -> None:
+        """Once a second: load to the front ends, totals to Prometheus."""
+        while True:
+            self._publish()
+            await asyncio.sleep(HEARTBEAT_PERIOD_S)
+
+    def _publish(self) -> None:
+        if self._idle:
+            now = self.clock()
+            self.meter.idle(now - self._settled_at)
+            self._settled_at = now
+        counts = self.state.counts()
+        self.meter.gauges(
+            running=counts.running,
+            waiting=counts.waiting_by_reason,
+            free=counts.free_blocks,
+            cached=counts.cached_blocks,
+            used=counts.used_blocks,
+        )
+        self.meter.flush()
+        self._delivery.load(self._load(counts))
+
+    def _load(self, counts: Counts) -> engine_pb2.EngineLoad:
+        """The state of the engine, for front ends."""
+        return engine_pb2.EngineLoad(
+            step=self.num_steps,
+            running=counts.running,
+            waiting=counts.waiting + sum(isinstance(event, SequenceRequest) for event in self._inbox),
+            waiting_tokens=counts.waiting_tokens,
+            free_blocks=counts.free_blocks,
+            cached_blocks=counts.cached_blocks,
+            num_blocks=self.limits.num_blocks,
+            output_tokens=self.meter.output_tokens,
+            memory_bytes=self._process.memory_info().rss,
+            progressing=self._idle or self.clock() - self._progress_at < _STALLED_AFTER_S,
+        )

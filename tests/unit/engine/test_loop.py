@@ -1,0 +1,144 @@
+"""The ratchet without sockets: events in, frames in the outbox out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from pawl_server.engine.executor import InProcessExecutor
+from pawl_server.engine.link.frames import to_request
+from pawl_server.engine.link.outbox import Outbox
+from pawl_server.engine.loop import EngineLoop
+from pawl_server.engine.meter import Meter
+from pawl_server.engine.watchdog import Watchdog
+from pawl_server.internal.v1 import engine_pb2
+from pawl_server.kv.block_hash import CacheRoot
+from pawl_server.metrics import EngineMetrics
+from pawl_server.scheduler.admission import Refusal, SchedulerLimits
+from pawl_server.scheduler.sequence import SequenceRequest
+from pawl_server.scheduler.state import SchedulerState
+from tests.fakes.engine_harness import expected_output, submit_frame
+from tests.fakes.engine_worker import VOCAB_SIZE, FakeEngineWorker
+
+LIMITS = SchedulerLimits(num_blocks=64, block_size=4, max_running=4, max_batch_tokens=16, max_context=64)
+
+
+class Tripping(SchedulerState):
+    """A scheduler with a defect: it trips over one request id."""
+
+    def submit(self, request: SequenceRequest, now: float) -> Refusal | None:
+        if request.request_id == "request-13":
+            raise ZeroDivisionError
+        return super().submit(request, now)
+
+
+@contextlib.asynccontextmanager
+async def _loop() -> AsyncIterator[EngineLoop]:
+    executor, watchdog = InProcessExecutor(), Watchdog(60.0)
+    await executor.load(FakeEngineWorker)
+    state = Tripping(LIMITS, CacheRoot("m", "float32", 4))
+    meter = Meter(EngineMetrics("m", 0))
+    try:
+        yield EngineLoop(state, LIMITS, executor, watchdog, meter, check_every=1)
+    finally:
+        watchdog.close()
+        await executor.close()
+
+
+def _request(handle: int, prompt: list[int], num_output: int, *, seed: int = 0) -> SequenceRequest:
+    return to_request(submit_frame(prompt, num_output, seed=seed), (1, handle), VOCAB_SIZE)
+
+
+async def _take(outbox: Outbox) -> tuple[list[tuple[int, int]], list[engine_pb2.End]]:
+    frames = await outbox.take()
+    tokens = [pair for frame in frames for pair in zip(frame.tokens.handles, frame.tokens.token_ids, strict=True)]
+    return tokens, [frame.end for frame in frames if frame.HasField("end")]
+
+
+async def test_one_tick_is_one_step() -> None:
+    async with _loop() as loop:
+        outbox = Outbox(1)
+        loop.attach(outbox)
+        loop.submit(_request(1, [5, 6], 2))
+        whole = expected_output([5, 6], 2)
+        await loop.tick()
+        assert await _take(outbox) == ([(1, whole[0])], [])
+        await loop.tick()
+        tokens, (end,) = await _take(outbox)
+        assert tokens == [(1, whole[1])]
+        assert end.reason == engine_pb2.END_REASON_MAX_TOKENS
+        assert loop.num_steps == 2
+
+
+async def test_an_abort_takes_effect_at_the_next_tick_and_frees_the_blocks() -> None:
+    async with _loop() as loop:
+        outbox = Outbox(1)
+        loop.attach(outbox)
+        loop.submit(_request(1, [5, 6], 20))
+        loop.submit(_request(2, [7], 20))
+        await loop.tick()
+        await outbox.take()
+        loop.abort((1, 1), "cancelled")
+        loop.abort((1, 1), "cancelled")
+        await loop.tick()
+        tokens, (end,) = await _take(outbox)
+        assert [handle for handle, _ in tokens] == [2]
+        assert (end.handle, end.reason, end.output_tokens) == (1, engine_pb2.END_REASON_ABORTED, 1)
+        assert len(loop.describe()) == 1
+
+
+async def test_a_connection_that_is_gone_leaves_nothing() -> None:
+    async with _loop() as loop:
+        gone, stays = Outbox(1), Outbox(2)
+        loop.attach(gone)
+        loop.attach(stays)
+        for handle in range(1, 4):
+            gone.handles.add(handle)
+            loop.submit(_request(handle, [handle], 20))
+        loop.submit(to_request(submit_frame([9], 3), (2, 1), VOCAB_SIZE))
+        await loop.tick()
+        loop.detach(gone)
+        for _ in range(2):
+            await loop.tick()
+        tokens, ends = await _take(stays)
+        assert [token for _, token in tokens] == expected_output([9], 3)
+        assert len(ends) == 1
+        assert loop.state.counts().used_blocks == 0
+
+
+async def test_a_defect_of_the_scheduler_costs_one_request(caplog: pytest.LogCaptureFixture) -> None:
+    async with _loop() as loop:
+        outbox = Outbox(1)
+        loop.attach(outbox)
+        loop.submit(_request(1, [5], 3, seed=13))
+        loop.submit(_request(2, [5], 1))
+        await loop.tick()
+        tokens, ends = await _take(outbox)
+        assert tokens == [(2, expected_output([5], 1)[0])]
+        assert [(end.handle, end.reason) for end in ends] == [
+            (1, engine_pb2.END_REASON_REFUSED),
+            (2, engine_pb2.END_REASON_MAX_TOKENS),
+        ]
+        assert (ends[0].error.code, ends[0].error.reason) == ("internal", "SCHEDULER_FAILED")
+    assert "request-13" in caplog.text
+
+
+async def test_it_sleeps_without_work_and_wakes_for_it() -> None:
+    async with _loop() as loop:
+        outbox = Outbox(1)
+        loop.attach(outbox)
+        running = asyncio.create_task(loop.run())
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert loop.num_steps == 0
+        await outbox.take()
+        loop.submit(_request(1, [5], 1))
+        tokens, _ = await asyncio.wait_for(_take(outbox), 20)
+        assert tokens == [(1, expected_output([5], 1)[0])]
+        assert not loop.stopped.is_set()
+        loop.stop()
+        await asyncio.wait_for(running, 20)
+        assert loop.stopped.is_set()
