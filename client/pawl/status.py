@@ -44,8 +44,7 @@ def _details(error: PawlError) -> list[message.Message]:
         details.append(
             error_details_pb2.BadRequest(
                 field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.message)
-                    for v in shown
+                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.message) for v in shown
                 ]
             )
         )

@@ -21,8 +21,7 @@ _ROWS = (
 def as_table(summary: Summary) -> str:
     """Throughput on top, then one line of percentiles (in milliseconds) per measure."""
     lines = [
-        f"requests        {summary.num_requests}  ({summary.num_errors} failed)"
-        f"  in {summary.duration_s:.2f} s",
+        f"requests        {summary.num_requests}  ({summary.num_errors} failed)  in {summary.duration_s:.2f} s",
         f"throughput      {summary.requests_per_s:.2f} requests/s"
         f"  {summary.output_tokens_per_s:.1f} output tokens/s"
         f"  {summary.prompt_tokens_per_s:.1f} prompt tokens/s"
