@@ -22,9 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import grpc
+
+if TYPE_CHECKING:
+    from pawl._types import Completion
 
 __all__ = [
     "ERROR_CLASSES",
@@ -162,7 +165,7 @@ class StreamBroken(Unavailable):
     code = "stream_broken"
     default_reason = "STREAM_BROKEN"
     retryable = False
-    partial: object | None = None
+    partial: Completion | None = None
 
 
 class DeadlineExceeded(PawlError):

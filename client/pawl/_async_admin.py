@@ -1,0 +1,161 @@
+"""The async admin client: what an operator asks of a server, on its own listener.
+
+Owns the public surface of administration; `_admin_core` makes requests and reads answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import grpc
+import grpc.aio
+
+from pawl import _admin_core
+from pawl._admin_types import Load, RequestState, ServerInfo
+from pawl._async_transport import AsyncServerStream, AsyncTransport
+from pawl._failures import from_grpc
+from pawl._options import DEFAULT_ADMIN_TARGET, TLS, settings_from
+from pawl._retry import Clock, Retry
+from pawl.v1 import admin_pb2
+
+__all__ = ["AsyncAdminClient", "AsyncLoadWatch"]
+
+
+class AsyncLoadWatch:
+    """Load reports as they come: the first at once, then on change. Leaving the `async with` block ends it."""
+
+    def __init__(
+        self,
+        rpc: AsyncServerStream[admin_pb2.WatchLoadResponse],
+        convert: Callable[[admin_pb2.WatchLoadResponse], Load],
+        target: str,
+    ) -> None:
+        self._rpc = rpc
+        self._convert = convert
+        self._target = target
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __aiter__(self) -> AsyncIterator[Load]:
+        return self
+
+    async def __anext__(self) -> Load:
+        """The next report; ends when the watch is closed or the server ends it.
+
+        Raises:
+            PawlError: the call failed.
+        """
+        if self._closed:
+            raise StopAsyncIteration
+        try:
+            message = await self._rpc.read()
+        except grpc.RpcError as failure:
+            if self._closed:
+                raise StopAsyncIteration from None
+            raise from_grpc(failure, target=self._target, method="WatchLoad", timeout=None) from failure
+        except asyncio.CancelledError:
+            if self._closed:  # `close()` of another task; this task was not cancelled
+                raise StopAsyncIteration from None
+            raise
+        if message is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return self._convert(cast("admin_pb2.WatchLoadResponse", message))
+
+    async def close(self) -> None:
+        """End the watch. May be called twice."""
+        self._closed = True
+        self._rpc.cancel()
+
+
+class AsyncAdminClient:
+    """The admin listener of a pawl server. Use it in `async with` or `await close()` it.
+
+    Args:
+        target: host:port. Default: `PAWL_ADMIN_TARGET`, else localhost:50052.
+        api_key: sent with every call. Default: `PAWL_API_KEY`.
+        timeout: seconds for a call; `drain` and `watch_load` have their own. Default: `PAWL_TIMEOUT`, else 600.
+        retries: how often a call that met `Unavailable` or `Overloaded` is tried again, or a `Retry`. Default: 2.
+        tls: True for the system's certificate authorities, a PEM file of others, or a `TLS`.
+        clock: where time comes from (for tests).
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = None,
+        retries: int | Retry | None = None,
+        tls: bool | str | Path | TLS | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._settings = settings_from(
+            target,
+            target_variable="PAWL_ADMIN_TARGET",
+            default_target=DEFAULT_ADMIN_TARGET,
+            api_key=api_key,
+            timeout=timeout,
+            retries=retries,
+            tls=tls,
+        )
+        self._transport = AsyncTransport(self._settings, clock or Clock())
+
+    async def server_info(self) -> ServerInfo:
+        """Static facts: version, capacity, settings."""
+        return await self._transport.unary(_admin_core.server_info(self._settings))
+
+    async def requests(self) -> list[RequestState]:
+        """What runs, what waits and why; oldest first, every page."""
+        states: list[RequestState] = []
+        page_token = ""
+        while True:
+            page, page_token = await self._transport.unary(_admin_core.list_requests(self._settings, page_token))
+            states += page
+            if not page_token:
+                return states
+
+    def watch_load(self, *, min_interval: float = 1.0) -> AsyncLoadWatch:
+        """The load whenever it changes, at most every `min_interval` seconds (0.1 to 60)."""
+        call = _admin_core.watch_load(self._settings, min_interval)
+        return AsyncLoadWatch(self._transport.open_stream(call, None), call.convert, self._transport.target)
+
+    async def drain(self, *, grace: float | None = None) -> int:
+        """Stop taking requests, let running ones finish, and cancel what is left after the grace period.
+
+        Args:
+            grace: seconds that running requests may take. Default: the server's setting.
+
+        Returns:
+            Number of requests that were cancelled. Answers when nothing runs any more.
+        """
+        return await self._transport.unary(_admin_core.drain(self._settings, grace))
+
+    async def flush_prefix_cache(self) -> int:
+        """Empty the prefix cache of every replica; the number of KV blocks that are free now."""
+        return await self._transport.unary(_admin_core.flush_prefix_cache(self._settings))
+
+    async def close(self) -> None:
+        """Close the connection; what still runs is cancelled."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._settings.target!r}, timeout={self._settings.timeout:g})"
