@@ -145,7 +145,7 @@ class Outcome:
 
     @property
     def ratios(self) -> list[float]:
-        """pawl / peer, round by round."""
+        """Pawl / peer, round by round."""
         return [ours / theirs for ours, theirs in zip(self.pawl, self.peer, strict=True)]
 
     def line(self) -> str:

@@ -245,5 +245,5 @@ async def test_an_engine_that_stands_still_is_lost_and_serves_again_when_it_wake
             await ended(after)
             assert after.token_ids == expected_output([3], 2)
             async with asyncio.timeout(20):
-                while await link.list_sequences():  # noqa: ASYNC110 (another process aborts what was left)
+                while await link.list_sequences():
                     await asyncio.sleep(0.01)

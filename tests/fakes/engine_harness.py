@@ -110,7 +110,7 @@ async def running_engine(
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until a condition holds, at most DEADLINE_S."""
     async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 (the condition is in code that knows no test)
+        while not condition():
             await asyncio.sleep(0.005)
 
 

@@ -1,0 +1,1 @@
+"""Replicas and their lives: started, watched, rebuilt, stopped, and published to front ends."""

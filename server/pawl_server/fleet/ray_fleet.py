@@ -1,0 +1,192 @@
+"""The fleet under Ray, as `pawl serve` and `pawl fleet` see it: a local Ray or a cluster, and one named actor in it.
+
+Owns the local Ray that it starts and the fleet actor's life. What runs inside the actor is in `ray_actor`.
+Ray places, starts and watches; no token passes here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+import socket
+
+import msgspec
+import psutil
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pawl.errors import Unavailable
+from pawl_server.config import Config
+from pawl_server.fleet.ray_actor import NAMESPACE, FleetActor, FleetPlan, encode_plan
+from pawl_server.fleet.replicas import EventBatch, decode_batch
+from pawl_server.fleet.specs import num_cores, served_name
+
+__all__ = ["RayFleet"]
+
+log = logging.getLogger(__name__)
+
+_OBJECT_STORE_BYTES = 100 << 20  # nothing of ours goes through it
+_LEFTOVER_S = 5.0
+
+
+class RayFleet:
+    """A fleet inside Ray. `start`, then `stop`.
+
+    Args:
+        config: the settings; `ray_address` empty = a Ray of our own, on this machine.
+        token: the shared token.
+        first_incarnation: see Supervisor.
+    """
+
+    def __init__(self, config: Config, token: str, first_incarnation: int = 1) -> None:
+        self._first_incarnation = first_incarnation
+        self._config = config
+        self._token = token
+        self._starts_ray = not config.fleet.ray_address
+        self._actor: ray.actor.ActorHandle | None = None
+        self.kind = "Ray" if self._starts_ray else f"Ray at {config.fleet.ray_address}"
+        self.address = ""
+
+    async def start(self) -> None:
+        """Start or join Ray, start or find the fleet actor; the replicas begin to start.
+
+        Raises:
+            Unavailable: Ray cannot be started or joined, or the fleet's port is in use.
+        """
+        try:
+            # In a thread: it takes seconds, and there it leaves our signal handlers alone.
+            await asyncio.to_thread(self._connect)
+        except (ConnectionError, RuntimeError, OSError, TimeoutError) as error:
+            where = "start a local Ray" if self._starts_ray else f"join Ray at {self._config.fleet.ray_address}"
+            raise Unavailable(
+                f"cannot {where}: {error}; `--fleet local` works without Ray", reason="RAY_FAILED"
+            ) from error
+        actor: ray.actor.ActorHandle = await asyncio.to_thread(self._find_or_create)
+        self._actor = actor
+        try:
+            self.address, _ = await actor.describe.remote()
+        except RayTaskError as error:
+            raise Unavailable(str(error.cause), reason="FLEET_FAILED") from error
+
+    async def events(self, number: int) -> EventBatch:
+        """Events from `number` on; may be none after a while.
+
+        Raises:
+            Unavailable: the fleet actor is gone for good.
+        """
+        if self._actor is None:
+            raise Unavailable("the fleet is not started", reason="FLEET_LOST")
+        try:
+            return decode_batch(await self._actor.events.remote(number))
+        except ActorUnavailableError:
+            log.warning("the fleet actor is away; Ray starts it again")
+            await asyncio.sleep(0.5)
+            return EventBatch(next_number=number, events=[])
+        except RayActorError as error:
+            raise Unavailable(f"the fleet actor died: {error}", reason="FLEET_LOST") from error
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop the replicas, the actor, and Ray if it is ours. Nothing is left on return."""
+        if self._actor is not None:
+            try:
+                async with asyncio.timeout(grace_s + 10.0):
+                    await self._actor.stop.remote(grace_s)
+            except (TimeoutError, RayActorError, RayTaskError) as error:
+                log.warning("the fleet did not stop in order: %s", error)
+            await asyncio.to_thread(ray.kill, self._actor, no_restart=True)
+            self._actor = None
+        await asyncio.to_thread(self._disconnect)
+
+    def _connect(self) -> None:
+        if not self._starts_ray:
+            ray.init(
+                self._config.fleet.ray_address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        fleet = self._config.fleet
+        ray.init(
+            "local",
+            # Counts of reservations, not of threads: two replicas fit on one core if they are asked for.
+            num_cpus=max(num_cores(), math.ceil(fleet.replicas * fleet.cpus_per_replica)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            namespace=NAMESPACE,
+        )
+
+    def _find_or_create(self) -> ray.actor.ActorHandle:
+        """The running fleet of the same settings, else a new one; one of other settings is replaced."""
+        name = f"pawl-fleet-{served_name(self._config)}"
+        digest = _digest(self._config, self._token)
+        try:
+            found = ray.get_actor(name)
+        except ValueError:
+            return self._create(name, digest)
+        try:
+            address, its_digest = ray.get(found.describe.remote(), timeout=10)
+            if its_digest == digest:
+                log.info("found the fleet %s at %s, running with the same settings", name, address)
+                return found
+        except (RayActorError, RayTaskError, GetTimeoutError) as error:
+            log.warning("the fleet %s does not answer: %s", name, error)
+        log.warning("replacing the fleet %s, which runs with other settings", name)
+        ray.kill(found, no_restart=True)
+        return self._create(name, digest)
+
+    def _create(self, name: str, digest: str) -> ray.actor.ActorHandle:
+        fleet = self._config.fleet
+        cores = num_cores() // fleet.replicas if self._starts_ray else int(fleet.cpus_per_replica)
+        plan = FleetPlan(
+            config=self._config,
+            token=self._token,
+            name=name,
+            digest=digest,
+            # Chosen here once, so that the actor listens on the same port after Ray restarted it.
+            port=fleet.fleet_port or _free_port(fleet.fleet_host),
+            cores_per_replica=max(1, cores),
+            gpus_per_replica=self._gpus_per_replica(),
+            first_incarnation=self._first_incarnation,
+        )
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return FleetActor.options(
+            name=name,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=16,
+            scheduling_strategy=here,
+        ).remote(encode_plan(plan))
+
+    def _gpus_per_replica(self) -> float:
+        asked = self._config.fleet.gpus_per_replica
+        if asked >= 0:
+            return asked
+        device = self._config.model.device
+        found = float(ray.cluster_resources().get("GPU", 0.0))
+        return 1.0 if device == "cuda" or (device == "auto" and found >= 1) else 0.0
+
+    def _disconnect(self) -> None:
+        started = psutil.Process().children(recursive=True) if self._starts_ray and ray.is_initialized() else []
+        ray.shutdown()
+        _, left = psutil.wait_procs(started, timeout=_LEFTOVER_S)
+        for process in left:
+            log.warning("killing %d (%s), left over by Ray", process.pid, process.name())
+            process.kill()
+        psutil.wait_procs(left, timeout=_LEFTOVER_S)
+
+
+def _digest(config: Config, token: str) -> str:
+    """Same settings and token, same digest."""
+    return hashlib.sha256(msgspec.json.encode([config, token])).hexdigest()
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as listener:
+        return int(listener.getsockname()[1])

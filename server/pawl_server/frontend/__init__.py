@@ -1,0 +1,1 @@
+"""The process that clients talk to: validates, admits, routes, turns tokens into text. Imports nothing."""

@@ -1,0 +1,297 @@
+"""Generation and score messages in, checked requests out: every rule of the public contract, all at once.
+
+Pure functions from proto to the frozen types of `requests`; owns ranges and defaults, and knows neither the
+network nor the tokenizer (what depends on the number of prompt tokens is checked by `lengths`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from pawl.v1 import inference_pb2, types_pb2
+from pawl_server.config import LimitSettings
+from pawl_server.frontend.requests import (
+    ChatMessage,
+    Chunking,
+    ConversationInput,
+    GenerationRequest,
+    Handling,
+    OutputChoice,
+    PromptInput,
+    SamplingChoice,
+    SamplingDefaults,
+    ScoreInput,
+    StopRules,
+)
+from pawl_server.frontend.violations import Violations, visible_ascii
+
+__all__ = ["MIN_PRIORITY", "Rules", "chat", "conversation", "generation", "prompt", "score"]
+
+MIN_PRIORITY = -10
+_MAX_ID_LENGTH = 128
+_MAX_SALT_BYTES = 256
+_MAX_USER_BYTES = 128
+_MAX_NAME_BYTES = 64
+_ROLES = {
+    types_pb2.ROLE_SYSTEM: "system",
+    types_pb2.ROLE_USER: "user",
+    types_pb2.ROLE_ASSISTANT: "assistant",
+    types_pb2.ROLE_TOOL: "tool",
+}
+# Names that the renderer or the template language itself gives a meaning.
+RESERVED_KWARGS = frozenset(
+    (
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+        "raise_exception",
+        "strftime_now",
+        "range",
+        "loop",
+        "namespace",
+        "dict",
+        "cycler",
+        "joiner",
+        "lipsum",
+        "self",
+        "caller",
+        "varargs",
+        "kwargs",
+        "true",
+        "false",
+        "none",
+        "True",
+        "False",
+        "None",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a message is checked against: limits, the model's sizes and defaults, the caller's rights."""
+
+    limits: LimitSettings
+    vocab_size: int
+    defaults: SamplingDefaults
+    max_priority: int = 10
+
+
+def generation(
+    message: inference_pb2.GenerateRequest, rules: Rules, stream: inference_pb2.StreamOptions | None = None
+) -> GenerationRequest:
+    """Check a completion; `stream` is given for StreamGenerate, whose fields lie under `request.`.
+
+    Raises:
+        InvalidRequest: with every violation.
+    """
+    path = "" if stream is None else "request."
+    found = Violations(path)
+    source = prompt(found, "prompt", message.prompt, message.HasField("prompt"), rules)
+    return _finish(found, source, message, rules, stream, path)
+
+
+def chat(
+    message: inference_pb2.ChatRequest, rules: Rules, stream: inference_pb2.StreamOptions | None = None
+) -> GenerationRequest:
+    """Check a chat turn, as `generation`.
+
+    Raises:
+        InvalidRequest: with every violation.
+    """
+    path = "" if stream is None else "request."
+    found = Violations(path)
+    source = conversation(found, message.conversation, rules.limits)
+    return _finish(found, source, message, rules, stream, path)
+
+
+def _finish(
+    found: Violations,
+    source: PromptInput | ConversationInput,
+    message: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
+    rules: Rules,
+    stream: inference_pb2.StreamOptions | None,
+    path: str,
+) -> GenerationRequest:
+    sampling = _sampling(found, message.sampling, rules)
+    stop = _stop(found, message.stop, rules)
+    output = _output(found, message.output, message.stop, rules.limits)
+    handling = _handling(found, message.options, rules.max_priority)
+    outer = Violations()
+    chunking = Chunking() if stream is None else _chunking(outer, stream)
+    found.absorb(outer)
+    found.raise_if_any()
+    return GenerationRequest(source, sampling, stop, output, handling, chunking, path)
+
+
+def score(message: inference_pb2.ScoreRequest, rules: Rules) -> ScoreInput:
+    """Check a Score call.
+
+    Raises:
+        InvalidRequest: with every violation.
+    """
+    found = Violations()
+    limits = rules.limits
+    context = prompt(found, "context", message.context, message.HasField("context"), rules)
+    continuations: list[PromptInput] = []
+    number = len(message.continuations)
+    if found.count("continuations", number, limits.max_continuations, "limits.max_continuations", low=1):
+        for index, item in enumerate(message.continuations):
+            field = f"continuations[{index}]"
+            if item.HasField("add_special_tokens") and item.add_special_tokens:
+                found.add(f"{field}.add_special_tokens", "no special token is added to a continuation: leave it unset")
+            checked = prompt(found, field, item, True, rules, may_add_special=False)
+            continuations.append(checked)
+    alternatives = message.alternatives if message.HasField("alternatives") else 0
+    found.number("alternatives", alternatives, 0, limits.max_logprobs)
+    handling = _handling(found, message.options, rules.max_priority)
+    found.raise_if_any()
+    return ScoreInput(context, tuple(continuations), alternatives, handling)
+
+
+def prompt(
+    found: Violations, field: str, message: types_pb2.Prompt, given: bool, rules: Rules, *, may_add_special: bool = True
+) -> PromptInput:
+    """Check a prompt. A text may be empty here: whether it has tokens is known after tokenizing."""
+    kind = message.WhichOneof("kind")
+    if not given or kind is None:
+        found.add(field, "required: set `text` or `token_ids`")
+    if kind != "token_ids":
+        if kind == "text":
+            found.text(f"{field}.text", message.text, rules.limits.max_prompt_bytes, "limits.max_prompt_bytes")
+        add_special = message.add_special_tokens if message.HasField("add_special_tokens") else True
+        return PromptInput(message.text, None, add_special and may_add_special)
+    ids = tuple(message.token_ids.ids)
+    if message.HasField("add_special_tokens") and may_add_special:
+        found.add(f"{field}.add_special_tokens", "must be unset for `token_ids`, which are used as they are")
+    if found.check(bool(ids), f"{field}.token_ids.ids", "at least one token id is needed"):
+        found.token_ids(f"{field}.token_ids.ids", ids, rules.vocab_size)
+    return PromptInput(None, ids, False)
+
+
+def conversation(found: Violations, message: types_pb2.Conversation, limits: LimitSettings) -> ConversationInput:
+    """Check a conversation; the template itself may refuse it later."""
+    turns: list[ChatMessage] = []
+    if found.count("conversation.messages", len(message.messages), limits.max_messages, "limits.max_messages", low=1):
+        for index, turn in enumerate(message.messages):
+            field = f"conversation.messages[{index}]"
+            role = _ROLES.get(turn.role, "")
+            found.check(bool(role), f"{field}.role", f"{turn.role} is not a role: set SYSTEM, USER, ASSISTANT or TOOL")
+            found.text(f"{field}.name", turn.name, _MAX_NAME_BYTES)
+            turns.append(ChatMessage(role, turn.content, turn.name))
+    kwargs = dict(message.template_kwargs)
+    name_field = "conversation.template_kwargs"
+    if found.count(name_field, len(kwargs), limits.max_template_kwargs, "limits.max_template_kwargs"):
+        for name in kwargs:
+            shown = f"{name_field}[{name[:40]!r}]"
+            if found.check(name.isidentifier() and len(name) <= _MAX_NAME_BYTES, shown, "not a variable name"):
+                found.check(name not in RESERVED_KWARGS, shown, "the renderer itself uses this name")
+    size = sum(len(t.content.encode()) for t in turns) + sum(len(value.encode()) for value in kwargs.values())
+    allowed = limits.max_prompt_bytes
+    text = f"{size} bytes in all, at most {allowed} are allowed (server setting limits.max_prompt_bytes)"
+    found.check(size <= allowed, "conversation.messages", text)
+    final = message.continue_final_message
+    asked = message.HasField("add_generation_prompt") and message.add_generation_prompt
+    if final and asked:
+        found.add("conversation.add_generation_prompt", "must be unset or false with `continue_final_message`")
+    if final and turns and not turns[-1].content.strip():
+        found.add(f"conversation.messages[{len(turns) - 1}].content", "there is no text to continue")
+    opening = not final and (message.add_generation_prompt if message.HasField("add_generation_prompt") else True)
+    return ConversationInput(tuple(turns), opening, final, kwargs)
+
+
+def _sampling(found: Violations, message: types_pb2.SamplingParams, rules: Rules) -> SamplingChoice:
+    defaults = rules.defaults
+
+    def number(name: str, default: float, low: float, high: float, *, open_low: bool = False) -> float:
+        if not message.HasField(name):  # type: ignore[arg-type]  # names of the table below, all optional scalars
+            return default
+        value = float(getattr(message, name))
+        found.number(f"sampling.{name}", value, low, high, open_low=open_low)
+        return value
+
+    bias = dict(message.logit_bias)
+    if found.count("sampling.logit_bias", len(bias), rules.limits.max_logit_bias, "limits.max_logit_bias"):
+        for token_id, value in bias.items():
+            field = f"sampling.logit_bias[{token_id}]"
+            if found.check(0 <= token_id < rules.vocab_size, field, f"token id is not in [0, {rules.vocab_size - 1}]"):
+                found.number(field, value, -100, 100)
+    seed = message.seed if message.HasField("seed") else secrets.randbits(63)
+    found.check(seed >= 0, "sampling.seed", f"{seed} is not in [0, 2^63)")
+    return SamplingChoice(
+        temperature=number("temperature", defaults.temperature, 0, 100),
+        top_p=number("top_p", defaults.top_p, 0, 1, open_low=True),
+        top_k=int(number("top_k", defaults.top_k, 1, rules.vocab_size)),
+        min_p=number("min_p", defaults.min_p, 0, 1),
+        repetition_penalty=number("repetition_penalty", defaults.repetition_penalty, 0, 10, open_low=True),
+        presence_penalty=number("presence_penalty", 0.0, -2, 2),
+        frequency_penalty=number("frequency_penalty", 0.0, -2, 2),
+        logit_bias=bias,
+        seed=seed,
+    )
+
+
+def _stop(found: Violations, message: types_pb2.StopParams, rules: Rules) -> StopRules:
+    limits = rules.limits
+    most = message.max_output_tokens if message.HasField("max_output_tokens") else None
+    least = message.min_output_tokens if message.HasField("min_output_tokens") else 0
+    if most is not None and found.check(most >= 1, "stop.max_output_tokens", f"{most} is not at least 1"):
+        allowed = limits.max_output_tokens or most
+        text = f"{most} tokens, at most {allowed} are allowed (server setting limits.max_output_tokens)"
+        found.check(most <= allowed, "stop.max_output_tokens", text)
+    if found.check(least >= 0, "stop.min_output_tokens", f"{least} is negative") and most is not None and most >= 1:
+        text = f"{least} is more than stop.max_output_tokens = {most}"
+        found.check(least <= most, "stop.min_output_tokens", text)
+    strings = tuple(message.stop_strings)
+    if found.count("stop.stop_strings", len(strings), limits.max_stop_strings, "limits.max_stop_strings"):
+        for index, text in enumerate(strings):
+            field = f"stop.stop_strings[{index}]"
+            if found.check(bool(text), field, "must not be empty"):
+                found.text(field, text, limits.max_stop_string_bytes, "limits.max_stop_string_bytes")
+    ids = tuple(message.stop_token_ids)
+    if found.count("stop.stop_token_ids", len(ids), limits.max_stop_token_ids, "limits.max_stop_token_ids"):
+        found.token_ids("stop.stop_token_ids", ids, rules.vocab_size)
+    longest = limits.max_duration_s
+    if message.HasField("max_duration"):
+        longest = found.duration("stop.max_duration", message.max_duration, 0, limits.max_duration_s, open_low=True)
+    return StopRules(most, least, strings, ids, message.include_stop, message.ignore_eos, longest)
+
+
+def _output(
+    found: Violations, message: types_pb2.OutputOptions, stop: types_pb2.StopParams, limits: LimitSettings
+) -> OutputChoice:
+    logprobs = message.logprobs if message.HasField("logprobs") else None
+    prompt_logprobs = message.prompt_logprobs if message.HasField("prompt_logprobs") else None
+    found.number("output.logprobs", logprobs or 0, 0, limits.max_logprobs)
+    found.number("output.prompt_logprobs", prompt_logprobs or 0, 0, limits.max_logprobs)
+    if message.omit_text and stop.stop_strings:
+        found.add("output.omit_text", "stop.stop_strings are looked for in the text: drop one of the two")
+    skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
+    return OutputChoice(logprobs, prompt_logprobs, message.token_ids, message.omit_text, skip, message.timings)
+
+
+def _handling(found: Violations, message: types_pb2.RequestOptions, max_priority: int) -> Handling:
+    if message.request_id:
+        size = len(message.request_id)
+        good = size <= _MAX_ID_LENGTH and visible_ascii(message.request_id)
+        found.check(good, "options.request_id", f"must be 1 to {_MAX_ID_LENGTH} visible ASCII characters")
+    found.number("options.priority", message.priority, MIN_PRIORITY, max_priority)
+    found.text("options.cache_salt", message.cache_salt, _MAX_SALT_BYTES)
+    found.text("options.user", message.user, _MAX_USER_BYTES)
+    return Handling(message.request_id, message.priority, message.bypass_prefix_cache, message.cache_salt, message.user)
+
+
+def _chunking(found: Violations, message: inference_pb2.StreamOptions) -> Chunking:
+    least = message.min_chunk_tokens if message.HasField("min_chunk_tokens") else 1
+    found.number("stream.min_chunk_tokens", least, 1, 1024)
+    interval = 0.0
+    if message.HasField("min_chunk_interval"):
+        interval = found.duration("stream.min_chunk_interval", message.min_chunk_interval, 0, 10)
+    return Chunking(least, interval)
