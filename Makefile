@@ -35,7 +35,7 @@ test: setup ## unit, property, parity, e2e, chaos and interop tests
 unit property parity e2e chaos interop: setup
 	$(PYTEST) tests/$@ -m "not gpu and not slow"
 
-check: setup lint types imports proto-lint ## ruff, mypy, import-linter, buf, manifests
+check: setup lint types imports proto-lint deploy-check ## ruff, mypy, import-linter, buf, manifests
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Manifests, rules, dashboard and images; only `tools` is code."""
