@@ -60,6 +60,8 @@ class Summary:
     num_errors: int
     errors: dict[str, int]
     duration_s: float
+    prompt_tokens: int
+    output_tokens: int
     requests_per_s: float
     output_tokens_per_s: float
     prompt_tokens_per_s: float
@@ -83,14 +85,17 @@ def summarize(records: Iterable[Record], duration_s: float) -> Summary:
         if record.error:
             errors[record.error] = errors.get(record.error, 0) + 1
     prompt_tokens = sum(record.prompt_tokens for record in done)
+    output_tokens = sum(record.output_tokens for record in everything)
     span = max(duration_s, 1e-9)
     return Summary(
         num_requests=len(everything),
         num_errors=sum(errors.values()),
         errors=errors,
         duration_s=duration_s,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
         requests_per_s=len(done) / span,
-        output_tokens_per_s=sum(record.output_tokens for record in everything) / span,
+        output_tokens_per_s=output_tokens / span,
         prompt_tokens_per_s=prompt_tokens / span,
         cached_share=sum(record.cached_tokens for record in done) / max(1, prompt_tokens),
         time_to_first_token_s=_spread([r.first_token - r.due for r in done if r.first_token is not None]),

@@ -7,15 +7,17 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from pawl.v1 import admin_pb2_grpc, inference_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
 from pawl_server.config import Config, Value
 from pawl_server.frontend.main import FrontendAddresses, run_frontend
 from tests.fakes.fake_engine import TOKEN, FakeEngine, FakeFleet, fakes
 
-__all__ = ["RunningFrontEnd", "front_end", "settings_for"]
+__all__ = ["RunningFrontEnd", "front_end", "health_stub", "settings_for"]
 
 
 @dataclass
@@ -24,6 +26,7 @@ class RunningFrontEnd:
 
     addresses: FrontendAddresses
     channel: grpc.aio.Channel
+    admin_channel: grpc.aio.Channel
     inference: inference_pb2_grpc.InferenceServiceAsyncStub
     tokenizer: tokenizer_pb2_grpc.TokenizerServiceAsyncStub
     models: model_pb2_grpc.ModelServiceAsyncStub
@@ -37,6 +40,11 @@ class RunningFrontEnd:
     def engine(self) -> FakeEngine:
         """The first engine."""
         return self.engines[0]
+
+
+def health_stub(channel: grpc.aio.Channel) -> Any:
+    """grpc.health.v1, whose stub has no type for its calls."""
+    return health_pb2_grpc.HealthStub(channel)
 
 
 def settings_for(**settings: Value) -> Config:
@@ -56,7 +64,8 @@ async def front_end(
         work = run_frontend(settings_for(**settings), fleet.address, TOKEN, ready.set_result, stop)
         task = asyncio.create_task(work)
         try:
-            await asyncio.wait({task, ready}, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {task, ready}
+            await asyncio.wait(either, timeout=20, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 task.result()
             addresses = ready.result()
@@ -67,6 +76,7 @@ async def front_end(
                 yield RunningFrontEnd(
                     addresses,
                     channel,
+                    admin_channel,
                     inference_pb2_grpc.InferenceServiceStub(channel),
                     tokenizer_pb2_grpc.TokenizerServiceStub(channel),
                     model_pb2_grpc.ModelServiceStub(channel),

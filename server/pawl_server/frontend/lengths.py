@@ -59,5 +59,5 @@ def output_limit(path: str, stop: StopRules, num_prompt: int, max_context: int, 
     if stop.max_output_tokens is not None:
         return stop.max_output_tokens
     if limits.max_output_tokens and limits.max_output_tokens < room:
-        return max(limits.max_output_tokens, stop.min_output_tokens)
+        return limits.max_output_tokens
     return -1

@@ -51,6 +51,8 @@ RESERVED_KWARGS = frozenset(
         "eos_token",
         "unk_token",
         "pad_token",
+        "sep_token",
+        "cls_token",
         "raise_exception",
         "strftime_now",
         "range",
@@ -150,7 +152,7 @@ def score(message: inference_pb2.ScoreRequest, rules: Rules) -> ScoreInput:
             checked = prompt(found, field, item, True, rules, may_add_special=False)
             continuations.append(checked)
     alternatives = message.alternatives if message.HasField("alternatives") else 0
-    found.number("alternatives", alternatives, 0, limits.max_logprobs)
+    found.number("alternatives", alternatives, 0, limits.max_logprobs, "limits.max_logprobs")
     handling = _handling(found, message.options, rules.max_priority)
     found.raise_if_any()
     return ScoreInput(context, tuple(continuations), alternatives, handling)
@@ -242,13 +244,17 @@ def _stop(found: Violations, message: types_pb2.StopParams, rules: Rules) -> Sto
     limits = rules.limits
     most = message.max_output_tokens if message.HasField("max_output_tokens") else None
     least = message.min_output_tokens if message.HasField("min_output_tokens") else 0
-    if most is not None and found.check(most >= 1, "stop.max_output_tokens", f"{most} is not at least 1"):
-        allowed = limits.max_output_tokens or most
+    allowed = limits.max_output_tokens
+    if most is not None and found.check(most >= 1, "stop.max_output_tokens", f"{most} is not at least 1") and allowed:
         text = f"{most} tokens, at most {allowed} are allowed (server setting limits.max_output_tokens)"
         found.check(most <= allowed, "stop.max_output_tokens", text)
-    if found.check(least >= 0, "stop.min_output_tokens", f"{least} is negative") and most is not None and most >= 1:
-        text = f"{least} is more than stop.max_output_tokens = {most}"
-        found.check(least <= most, "stop.min_output_tokens", text)
+    if found.check(least >= 0, "stop.min_output_tokens", f"{least} is negative"):
+        if most is not None and most >= 1:
+            text = f"{least} is more than stop.max_output_tokens = {most}"
+            found.check(least <= most, "stop.min_output_tokens", text)
+        elif allowed:  # else it would raise the server's own limit
+            text = f"{least} tokens, at most {allowed} are allowed (server setting limits.max_output_tokens)"
+            found.check(least <= allowed, "stop.min_output_tokens", text)
     strings = tuple(message.stop_strings)
     if found.count("stop.stop_strings", len(strings), limits.max_stop_strings, "limits.max_stop_strings"):
         for index, text in enumerate(strings):
@@ -260,7 +266,9 @@ def _stop(found: Violations, message: types_pb2.StopParams, rules: Rules) -> Sto
         found.token_ids("stop.stop_token_ids", ids, rules.vocab_size)
     longest = limits.max_duration_s
     if message.HasField("max_duration"):
-        longest = found.duration("stop.max_duration", message.max_duration, 0, limits.max_duration_s, open_low=True)
+        longest = found.duration(
+            "stop.max_duration", message.max_duration, 0, limits.max_duration_s, "limits.max_duration_s", open_low=True
+        )
     return StopRules(most, least, strings, ids, message.include_stop, message.ignore_eos, longest)
 
 
@@ -269,8 +277,8 @@ def _output(
 ) -> OutputChoice:
     logprobs = message.logprobs if message.HasField("logprobs") else None
     prompt_logprobs = message.prompt_logprobs if message.HasField("prompt_logprobs") else None
-    found.number("output.logprobs", logprobs or 0, 0, limits.max_logprobs)
-    found.number("output.prompt_logprobs", prompt_logprobs or 0, 0, limits.max_logprobs)
+    for name, number in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
+        found.number(f"output.{name}", number or 0, 0, limits.max_logprobs, "limits.max_logprobs")
     if message.omit_text and stop.stop_strings:
         found.add("output.omit_text", "stop.stop_strings are looked for in the text: drop one of the two")
     skip = message.skip_special_tokens if message.HasField("skip_special_tokens") else True

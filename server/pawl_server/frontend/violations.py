@@ -39,11 +39,13 @@ class Violations:
             self.add(field, message)
         return good
 
-    def number(self, field: str, value: float, low: float, high: float, *, open_low: bool = False) -> bool:
-        """A number inside [low, high], or (low, high] with `open_low`. NaN is in no range."""
+    def number(
+        self, field: str, value: float, low: float, high: float, limit: str = "", *, open_low: bool = False
+    ) -> bool:
+        """A number in [low, high], or (low, high] with `open_low`; NaN is in none. `limit` names the setting."""
         good = low < value <= high if open_low else low <= value <= high
         bracket = "(" if open_low else "["
-        return self.check(good, field, f"{value:g} is not in {bracket}{low:g}, {high:g}]")
+        return self.check(good, field, f"{value:g} is not in {bracket}{low:g}, {high:g}]{_from(limit)}")
 
     def text(self, field: str, value: str, max_bytes: int, limit: str = "") -> bool:
         """A text of at most `max_bytes` bytes in UTF-8; `limit` names the setting."""
@@ -66,9 +68,16 @@ class Violations:
         return False
 
     def duration(
-        self, field: str, value: duration_pb2.Duration, low: float, high: float, *, open_low: bool = False
+        self,
+        field: str,
+        value: duration_pb2.Duration,
+        low: float,
+        high: float,
+        limit: str = "",
+        *,
+        open_low: bool = False,
     ) -> float:
-        """A Duration as seconds, inside [low, high] or (low, high]; `low` if it is not."""
+        """A Duration as seconds, inside [low, high] or (low, high]; `low` if it is not. `limit` names the setting."""
         valid = abs(value.seconds) <= _MAX_DURATION_SECONDS and abs(value.nanos) < 1_000_000_000
         valid = valid and not (value.seconds > 0 > value.nanos or value.seconds < 0 < value.nanos)
         if not self.check(valid, field, f"{value.seconds} s and {value.nanos} ns is not a valid Duration"):
@@ -76,7 +85,7 @@ class Violations:
         seconds = value.seconds + value.nanos / 1e9
         good = (low < seconds if open_low else low <= seconds) and seconds <= high
         bracket = "(" if open_low else "["
-        shown = f"{seconds:g} s is not in {bracket}{low:g} s, {high:g} s]"
+        shown = f"{seconds:g} s is not in {bracket}{low:g} s, {high:g} s]{_from(limit)}"
         return seconds if self.check(good and math.isfinite(seconds), field, shown) else low
 
     def absorb(self, other: Violations) -> None:
