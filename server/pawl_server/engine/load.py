@@ -37,7 +37,7 @@ def load_torch_worker(spec: EngineSpec, on_progress: LoadProgress) -> EngineWork
     options = WorkerOptions(
         model=spec.model.model,
         revision=spec.model.revision or None,
-        device=spec.model.device,
+        device="cuda" if cuda else "cpu",
         dtype=spec.model.dtype,
         kernels=spec.model.kernels,
         num_threads=num_threads,
