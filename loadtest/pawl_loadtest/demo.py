@@ -12,20 +12,26 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import Self
 
 from pawl import AsyncClient, Completion, user
 from pawl_server.metrics import parse_exposition
 
 __all__ = ["main"]
 
-_STORY = (
-    "Anna went to the garden. Tom went to the kitchen. Anna has a red ball. Tom has a blue book. ",
-    "Mia went to the garden. Ben has a green cup. Ben went to the office. Mia has a yellow hat. ",
+_STORIES = (
+    "Anna went to the garden. The ball is with Tom. The ball is red. Mia has three apples.",
+    "The hat is in the tower. Ben is in the kitchen. Vera has the map. The hat is green.",
 )
-_QUESTIONS = ("Where is Anna?", "Where is Tom?", "Who has the red ball?", "What colour is the ball?")
+_QUESTIONS = (
+    ("Where did Anna go?", "Who has the ball?", "What colour is the ball?", "How many apples does Mia have?"),
+    ("Where is the hat?", "Where is Ben?", "What does Vera have?", "What colour is the hat?"),
+)
+_OPENING = "Once upon a time there were three friends,"
 _NUM_STREAMS = 16
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 60.0
@@ -37,13 +43,13 @@ def _say(text: str = "") -> None:
 
 
 async def _stream(client: AsyncClient, number: int) -> Completion:
-    """One streamed answer: a question about a story, or a story to go on with."""
-    if number % 2:
-        question = _STORY[number % 4 // 2] + _QUESTIONS[number // 2 % len(_QUESTIONS)]
-        async with client.stream_chat([user(question)], max_tokens=32, temperature=0.0) as stream:
+    """A question about a story, as a chat; every fourth stream goes on with a story of its own instead."""
+    if number % 4 == 3:
+        async with client.stream(_OPENING, max_tokens=48, temperature=0.7, seed=number) as stream:
             return await stream.final()
-    opening = "Once upon a time " if number % 4 == 0 else _STORY[0]
-    async with client.stream(opening, max_tokens=48, temperature=0.7, seed=number) as stream:
+    story = number % 2
+    question = f"{_STORIES[story]}\n{_QUESTIONS[story][number // 4]}"
+    async with client.stream_chat([user(question)], max_tokens=32, temperature=0.0) as stream:
         return await stream.final()
 
 
@@ -61,17 +67,44 @@ async def _stream_all(target: str) -> list[Completion]:
     return list(answers)
 
 
-def _show_metrics(url: str, seconds: float) -> None:
-    with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 (our own loopback address)
-        totals = parse_exposition(answer.read().decode())
-    busy = totals["pawl_step_duration_seconds_sum"]
-    output = totals["pawl_output_tokens_total"]
-    _say(f"\nfrom {url}")
-    _say(f"  output tokens            {output:.0f}")
-    _say(f"  tokens per second        {output / max(busy, 1e-9):.1f} while steps ran ({busy:.2f} of {seconds:.2f} s)")
-    blocks, used = totals["pawl_kv_block_capacity"], totals["pawl_kv_cache_usage_ratio"]
-    _say(f"  KV cache                 {blocks:.0f} blocks, {100 * used:.1f} % in use now")
-    _say(f"  requests completed       {totals['pawl_requests_total']:.0f}")
+class _Scraper:
+    """Reads /metrics while the streams run, so that the fullest moment of the KV cache is seen too."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scraper", daemon=True)
+        self.most_used = 0.0
+        self.last: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._scrape()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.05):
+            self._scrape()
+
+    def _scrape(self) -> None:
+        with urllib.request.urlopen(self._url, timeout=10) as answer:  # noqa: S310 (our own loopback address)
+            self.last = parse_exposition(answer.read().decode())
+        self.most_used = max(self.most_used, self.last["pawl_kv_cache_usage_ratio"])
+
+    def show(self) -> None:
+        """Print tokens per second and cache usage."""
+        busy, output = self.last["pawl_step_duration_seconds_sum"], self.last["pawl_output_tokens_total"]
+        blocks = self.last["pawl_kv_block_capacity"]
+        _say(f"\nfrom {self._url}")
+        _say(f"  output tokens            {output:.0f}")
+        _say(f"  tokens per second        {output / max(busy, 1e-9):.1f} (over {busy:.2f} s of steps)")
+        _say(f"  KV cache                 {blocks:.0f} blocks, at most {100 * self.most_used:.2f} % in use")
+        _say(f"  prefill tokens           {self.last['pawl_prompt_tokens_total']:.0f}, cached ones included")
+        _say(f"  requests completed       {self.last['pawl_requests_total']:.0f}")
 
 
 def _wait_ready(server: subprocess.Popen[bytes], ready_file: Path) -> dict[str, str]:
@@ -98,9 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
         server = subprocess.Popen(command, env=os.environ.copy())
         try:
             addresses = _wait_ready(server, ready_file)
-            started = time.monotonic()
-            answers = asyncio.run(_stream_all(addresses["grpc"]))
-            _show_metrics(addresses["metrics"], time.monotonic() - started)
+            with _Scraper(addresses["metrics"]) as scraper:
+                answers = asyncio.run(_stream_all(addresses["grpc"]))
+            scraper.show()
             complete = len(answers) == _NUM_STREAMS and all(a.finish_reason and a.text for a in answers)
         finally:
             server.send_signal(signal.SIGTERM)
