@@ -10,7 +10,7 @@ INTERNAL_PROTOS := $(shell find protos/pawl_server -name '*.proto')
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(PY) -m pytest
 
-.PHONY: help setup demo serve test unit property parity e2e chaos interop check lint types imports proto-lint deploy-check fmt protos sizes bench loadtest train clean
+.PHONY: help setup demo serve test unit property parity e2e chaos interop check lint types imports proto-lint deploy-check fmt protos sizes bench train clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
