@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import pawl
 from pawl import AdminClient, Client, Stop
-from tests.fakes.servers import RunningServer
+from tests.fakes.servers import RunningServer, environment
 from tests.fakes.waiting import wait_until
 
+_HEALTH: Any = health_pb2_grpc.HealthStub  # has no types for its calls
 LONG = Stop(max_tokens=1500, ignore_eos=True)
 
 
@@ -49,10 +55,15 @@ def survives_the_loss_of_an_engine(server: RunningServer, *, replicas: int = 1) 
         assert client.generate("The hat is red.", max_tokens=4).usage.output_tokens >= 1
 
 
+def _readiness(channel: grpc.Channel) -> int:
+    return int(_HEALTH(channel).Check(health_pb2.HealthCheckRequest(service="readiness"), timeout=10).status)
+
+
 def drains_on_sigterm(server: RunningServer) -> None:
-    """A running stream finishes, new requests are refused, the exit code is 0 and nothing is left."""
+    """A running stream finishes, health and new requests are refused, the exit code is 0 and nothing is left."""
     tokens = 600
-    with Client(server.target, retries=0) as client:
+    with Client(server.target, retries=0) as client, grpc.insecure_channel(server.target) as channel:
+        assert _readiness(channel) == health_pb2.HealthCheckResponse.SERVING
         with client.stream("The hat is red.", stop=Stop(max_tokens=tokens, ignore_eos=True)) as stream:
             assert next(stream.text_stream)
             server.signal(signal.SIGTERM)
@@ -66,6 +77,7 @@ def drains_on_sigterm(server: RunningServer) -> None:
                 return bool(refusals)
 
             wait_until(refused, 30.0)
+            assert _readiness(channel) == health_pb2.HealthCheckResponse.NOT_SERVING
             completion = stream.final()
         assert completion.usage.output_tokens == tokens
     assert server.wait() == 0, server.errors
@@ -74,11 +86,6 @@ def drains_on_sigterm(server: RunningServer) -> None:
 
 def frees_what_a_dead_client_held(server: RunningServer, script: str) -> None:
     """SIGKILL of a client in mid-stream: its request is gone from the engine."""
-    import subprocess
-    import sys
-
-    from tests.fakes.servers import environment
-
     with AdminClient(server.admin) as admin:
         client = subprocess.Popen(
             [sys.executable, "-c", script, server.target], stdout=subprocess.PIPE, env=environment()

@@ -46,3 +46,12 @@ def test_a_model_that_is_not_there_fails_loudly() -> None:
         raise AssertionError("it started")
     assert failed.value.exit_code == 1
     assert "no-such-model" in failed.value.errors
+
+
+def test_a_killed_parent_leaves_no_process() -> None:
+    """SIGKILL of `pawl serve`, as of the kernel out of memory: its engine and front end end by themselves."""
+    with pawl_serve() as server:
+        assert len(server.processes()) == 3
+        server.process.kill()
+        server.wait()
+        assert server.leftovers() == []

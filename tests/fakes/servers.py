@@ -21,11 +21,21 @@ import psutil
 
 from tests.fakes.waiting import wait_until
 
-__all__ = ["RunningServer", "StartFailedError", "pawl", "pawl_fleet", "pawl_frontend", "pawl_serve", "start_pawl"]
+__all__ = [
+    "RunningServer",
+    "StartFailedError",
+    "launch_pawl",
+    "pawl",
+    "pawl_fleet",
+    "pawl_frontend",
+    "pawl_serve",
+    "start_pawl",
+]
 
 ROOT = Path(__file__).parents[2]
 START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 60.0
+READY_FILE = "ready.json"
 
 # The smallest server that is a real one.
 SMALL = (
@@ -170,6 +180,20 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return kept | defaults | dict(extra or {})
 
 
+def launch_pawl(*arguments: str, folder: Path, variables: Mapping[str, str] | None = None) -> RunningServer:
+    """Start `pawl ...` and wait for nothing; `addresses` are empty."""
+    with (folder / "stdout").open("wb") as output, (folder / "stderr").open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pawl_server.cli", *arguments, f"--ready-file={folder / READY_FILE}"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            cwd=ROOT,
+            env=environment(variables),
+        )
+    return RunningServer(process, {}, folder)
+
+
 def start_pawl(*arguments: str, folder: Path, variables: Mapping[str, str] | None = None) -> RunningServer:
     """Start `pawl ...` and wait until it is ready.
 
@@ -177,17 +201,8 @@ def start_pawl(*arguments: str, folder: Path, variables: Mapping[str, str] | Non
         StartFailedError: it ended instead.
         TimeoutError: it did neither.
     """
-    ready = folder / "ready.json"
-    with (folder / "stdout").open("wb") as output, (folder / "stderr").open("wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pawl_server.cli", *arguments, f"--ready-file={ready}"],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=errors,
-            cwd=ROOT,
-            env=environment(variables),
-        )
-    server = RunningServer(process, {}, folder)
+    server = launch_pawl(*arguments, folder=folder, variables=variables)
+    ready, process = folder / READY_FILE, server.process
     try:
         wait_until(lambda: ready.exists() or process.poll() is not None, START_DEADLINE_S)
     except TimeoutError as error:

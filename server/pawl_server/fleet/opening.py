@@ -76,20 +76,29 @@ def make_fleet(config: Config, token: str, *, outlived: bool = False) -> Fleet:
             reason="BAD_SETTING",
         )
     if not config.fleet.ray_address:
-        prepare_local_ray(os.environ)
+        # An engine on every interface is reached from elsewhere, under the address that Ray takes for the node's.
+        reached = config.fleet.engine_host in ("0.0.0.0", "::")  # noqa: S104 (compared, not bound)
+        prepare_local_ray(os.environ, loopback=not reached)
     from pawl_server.fleet.ray_fleet import RayFleet  # noqa: PLC0415 (Ray is heavy, and optional)
 
     return RayFleet(config, token, first_incarnation)
 
 
-def prepare_local_ray(environment: MutableMapping[str, str]) -> None:
+def prepare_local_ray(environment: MutableMapping[str, str], *, loopback: bool = True) -> None:
     """Set what a Ray of our own reads at its start; what the user has set stays.
+
+    Args:
+        environment: the variables.
+        loopback: whether Ray listens on 127.0.0.1 alone.
 
     A Ray peer can run any code, so the cluster demands a token even on loopback, where every local user could
     connect. It is drawn here unless the user has one.
     """
     for name, value in _NODE_HEALTH.items():
         environment.setdefault(name, value)
+    if loopback:
+        # So told, Ray takes 127.0.0.1 for the node's address and listens there alone; else on every interface.
+        environment.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if environment.setdefault("RAY_AUTH_MODE", "token") != "token":

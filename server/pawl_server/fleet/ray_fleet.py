@@ -10,7 +10,9 @@ import asyncio
 import hashlib
 import logging
 import math
+import signal
 import socket
+import threading
 
 import msgspec
 import psutil
@@ -47,6 +49,7 @@ class RayFleet:
         self._token = token
         self._starts_ray = not config.fleet.ray_address
         self._actor: ray.actor.ActorHandle | None = None
+        self._opening: asyncio.Task[None] | None = None
         self.kind = "Ray" if self._starts_ray else f"Ray at {config.fleet.ray_address}"
         self.address = ""
 
@@ -57,17 +60,16 @@ class RayFleet:
             Unavailable: Ray cannot be started or joined, or the fleet's port is in use.
         """
         try:
-            # In a thread: it takes seconds, and there it leaves our signal handlers alone.
-            await asyncio.to_thread(self._connect)
+            # Shielded: its threads cannot be stopped half-way, so `stop` waits for them.
+            self._opening = asyncio.create_task(self._open(), name="pawl-ray-open")
+            await asyncio.shield(self._opening)
         except (ConnectionError, RuntimeError, OSError, TimeoutError) as error:
             where = "start a local Ray" if self._starts_ray else f"join Ray at {self._config.fleet.ray_address}"
             raise Unavailable(
                 f"cannot {where}: {error}; `--fleet local` works without Ray", reason="RAY_FAILED"
             ) from error
-        actor: ray.actor.ActorHandle = await asyncio.to_thread(self._find_or_create)
-        self._actor = actor
         try:
-            self.address, _ = await actor.describe.remote()
+            self.address, _ = await self._fleet_actor().describe.remote()
         except RayTaskError as error:
             raise Unavailable(str(error.cause), reason="FLEET_FAILED") from error
 
@@ -77,10 +79,9 @@ class RayFleet:
         Raises:
             Unavailable: the fleet actor is gone for good.
         """
-        if self._actor is None:
-            raise Unavailable("the fleet is not started", reason="FLEET_LOST")
+        actor = self._fleet_actor()
         try:
-            return decode_batch(await self._actor.events.remote(number))
+            return decode_batch(await actor.events.remote(number))
         except ActorUnavailableError:
             log.warning("the fleet actor is away; Ray starts it again")
             await asyncio.sleep(0.5)
@@ -90,6 +91,10 @@ class RayFleet:
 
     async def stop(self, grace_s: float) -> None:
         """Stop the replicas, the actor, and Ray if it is ours. Nothing is left on return."""
+        _reclaim_signals()
+        if self._opening is not None:
+            await asyncio.wait({self._opening})
+            self._opening.exception()  # seen: whoever called `start` may be gone
         if self._actor is not None:
             try:
                 async with asyncio.timeout(grace_s + 10.0):
@@ -99,6 +104,16 @@ class RayFleet:
             await asyncio.to_thread(ray.kill, self._actor, no_restart=True)
             self._actor = None
         await asyncio.to_thread(self._disconnect)
+
+    async def _open(self) -> None:
+        await asyncio.to_thread(self._connect)
+        _reclaim_signals()
+        self._actor = await asyncio.to_thread(self._find_or_create)
+
+    def _fleet_actor(self) -> ray.actor.ActorHandle:
+        if self._actor is None:
+            raise Unavailable("the fleet is not started", reason="FLEET_LOST")
+        return self._actor
 
     def _connect(self) -> None:
         if not self._starts_ray:
@@ -180,6 +195,22 @@ class RayFleet:
             log.warning("killing %d (%s), left over by Ray", process.pid, process.name())
             process.kill()
         psutil.wait_procs(left, timeout=_LEFTOVER_S)
+
+
+def _reclaim_signals() -> None:
+    """Undo what `ray.init` does to this process's signals.
+
+    Its handler of crashes takes SIGTERM for one: it prints a stack trace, sets an alarm that aborts the process
+    3 s later (exit by SIGABRT in the middle of a drain), and only then calls the handler from before.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # signals are the main thread's business
+    signal.alarm(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler is not None:
+            signal.signal(number, handler)
+            signal.siginterrupt(number, False)
 
 
 def _digest(config: Config, token: str) -> str:

@@ -1,0 +1,58 @@
+"""`pawl serve` as it comes: with a local Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e import serve_story
+from tests.fakes.servers import FREE_PORTS, SMALL, RunningServer, launch_pawl, pawl_serve
+from tests.fakes.waiting import wait_until
+
+pytestmark = pytest.mark.ray
+
+
+def _listens_at(server: RunningServer) -> set[str]:
+    """Addresses on which any process of the server listens."""
+    found = set()
+    for process in server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add(str(connection.laddr.ip))
+    return found
+
+
+def test_a_life_in_ray() -> None:
+    """Answers through Ray, rebuilds a lost replica, drains; no process and no Ray is left."""
+    with pawl_serve(fleet="ray") as server:
+        serve_story.answers(server)
+        assert all(ipaddress.ip_address(host.removeprefix("::ffff:")).is_loopback for host in _listens_at(server))
+        serve_story.survives_the_loss_of_an_engine(server)
+        serve_story.drains_on_sigterm(server)
+        # Ray's handler of crashes, which would print a stack trace and abort a drain, is out of the way.
+        assert "*** SIGTERM" not in server.errors
+
+
+def test_a_stop_while_ray_starts_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM before READY: exit code 0, no Ray left half-way."""
+    server = launch_pawl("serve", "--fleet=ray", *FREE_PORTS, *SMALL, folder=tmp_path)
+    try:
+        wait_until(lambda: any(process.name() == "gcs_server" for process in server.processes()))
+        server.signal(signal.SIGTERM)
+
+        def ended() -> bool:
+            server.processes()  # what it still starts is recorded, too
+            return server.process.poll() is not None
+
+        wait_until(ended)
+        assert server.wait() == 0, server.errors
+        assert "READY" not in server.output
+        assert server.leftovers() == []
+    finally:
+        server.kill()
