@@ -1,9 +1,4 @@
-"""The synthetic corpus of the demo model: little stories and questions about them.
-
-A story is a list of facts (who is where or went where, who has what, which colour a thing has,
-how many fruits somebody has), told in a random order between sentences that say nothing of use.
-An answer says the fact in the words of the story, so that what a model this small has to learn is
-one thing, and exactly: to find the right sentence among others that differ in one word.
+"""The synthetic corpus of the demo model: documents that tell a story and ask about it.
 
 The words are few and every one is a single token, and names, places and things are drawn
 afresh for each story. A model can therefore not learn an answer by heart: it has to find it in
@@ -14,144 +9,37 @@ Held-out stories differ from the training stories in two ways: their random seed
 another range, and a hash of their facts falls into a part of the hash space (one tenth) that
 training never uses.
 
-This module is plain Python: it imports neither torch nor transformers.
+This module and those it stands on are plain Python: they import neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-BEGIN = "<|begin|>"
-END = "<|end|>"
-PAD = "<|pad|>"
-SYSTEM = "<|system|>"
-USER = "<|user|>"
-ASSISTANT = "<|assistant|>"
-SPECIAL_TOKENS = (PAD, BEGIN, END, SYSTEM, USER, ASSISTANT)
-"""Every special token, in the order of its id (0, 1, 2, ...)."""
-
-NAMES = (
-    "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Lily Mark Mia Nina Oliver "
-    "Paul Rosa Sam Sara Tom Vera Will Zoe Alice Bruno Daisy Eric Fiona George Hanna Ivan Julia "
-    "Karl Lucy Max Nora Oscar Peter"
-).split()
-PLACES = (
-    "garden kitchen park school barn forest market library house shop castle cave tower field "
-    "village cellar hall museum bakery station church yard attic harbour"
-).split()
-OBJECTS = (
-    "ball book box cup hat key kite lamp map pen ring rope drum doll coat bell coin clock chair "
-    "basket bottle brush spoon umbrella letter mirror pillow blanket whistle bucket"
-).split()
-COLOURS = "red blue green yellow black white brown pink grey purple".split()
-FRUITS = {
-    "apples": "apple",
-    "pears": "pear",
-    "plums": "plum",
-    "nuts": "nut",
-    "eggs": "egg",
-    "cakes": "cake",
-    "shells": "shell",
-    "stones": "stone",
-}
-"""Things that are counted, plural to singular."""
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
+from pawl_workers.demo_model.stories import KINDS, story
+from pawl_workers.demo_model.words import (
+    BEGIN,
+    COLOURS,
+    END,
+    FILLER_ADJECTIVES,
+    FILLER_ENDINGS,
+    FILLER_FIXED,
+    FILLER_SUBJECTS,
+    FRUITS,
+    NAMES,
+    NUMBERS,
+    OBJECTS,
+    PLACES,
+    SMALL_TALK,
+    SPECIAL_TOKENS,
+    STORY_REQUESTS,
+    SYSTEM_PROMPTS,
+)
 
 _REPEATED = (*NAMES, *PLACES, *OBJECTS, *COLOURS, *NUMBERS, *FRUITS, *FRUITS.values())
-
-KINDS = ("where_person", "where_object", "who_has", "what_holds", "colour", "how_many")
-"""Every kind of question."""
-
-_FILLER_SUBJECTS = (
-    "sun wind bird cat dog river tree cloud sky flower moon rain grass road hill baker farmer king horse mouse"
-).split()
-_FILLER_ADJECTIVES = "old little big quiet soft warm cold kind bright slow".split()
-_FILLER_ENDINGS = (
-    "was very quiet",
-    "was still there",
-    "made no sound",
-    "looked nice",
-    "was as calm as ever",
-    "had a good day",
-    "was far away",
-    "did not change",
-    "was happy",
-    "slept all day",
-    "seemed to smile",
-    "was not in a hurry",
-)
-_FILLER_FIXED = (
-    "It was a fine day.",
-    "It was a long day.",
-    "Nobody was in a hurry.",
-    "Everybody was happy.",
-    "All was well.",
-    "The day went on.",
-    "Time went by.",
-    "There was music far away.",
-    "It was warm and bright.",
-    "It was cold but nice.",
-)
-_SMALL_TALK = (
-    (
-        ("Hello", "Hello!", "Hi", "Hi!", "Good day!", "Hello there!"),
-        "Hello! Tell me a little story and ask me about it.",
-    ),
-    (
-        ("Who are you?", "What are you?", "What can you do?", "What is this?"),
-        "I am a little model. Tell me a story and ask me who is where.",
-    ),
-    (("Thank you.", "Thank you!", "Thanks!", "Thanks"), "You are welcome!"),
-    (("Goodbye.", "Goodbye!", "Bye!", "Bye"), "Goodbye!"),
-)
-_STORY_REQUESTS = (
-    "Tell me a story.",
-    "Tell me a little story.",
-    "Tell me a story!",
-    "Tell me a story, please.",
-)
-_SYSTEM_PROMPTS = (
-    "You are a kind little model.",
-    "Read the story and answer.",
-    "Answer the question.",
-    "You are a helpful assistant.",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One question about a story.
-
-    Attributes:
-        kind: One of ``KINDS``.
-        text: The question itself, such as ``Where is Anna?``.
-        answer: The one right answer, such as ``Anna is in the garden.``.
-        depth: Where in the story the deciding sentence stands: 0 at its start, 1 at its end.
-    """
-
-    kind: str
-    text: str
-    answer: str
-    depth: float
-
-
-@dataclass(frozen=True, slots=True)
-class Story:
-    """A story and every question that its facts can answer.
-
-    Attributes:
-        text: The story, sentences joined by single spaces.
-        questions: The questions, in random order.
-        held_out: Whether the hash of the facts falls into the part kept from training.
-    """
-
-    text: str
-    questions: tuple[Question, ...]
-    held_out: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,16 +61,6 @@ class HeldOutQuestion:
     kind: str
     depth: float
     num_prompt_tokens: int
-
-
-@dataclass(slots=True)
-class _Fact:
-    """One thing that is true at the end of a story, and how the story tells it."""
-
-    kind: str
-    sentences: list[str]
-    questions: list[tuple[str, str, str]]
-    """(kind, question, answer)."""
 
 
 _TOKEN = re.compile(r"<\|\w+\|>|\w+|[^\w\s]|\n")
@@ -210,132 +88,12 @@ def vocabulary() -> list[str]:
         words.update(_TOKEN.findall(document(random.Random(seed), 12, 6)))
     for group in (NAMES, PLACES, OBJECTS, COLOURS, FRUITS, FRUITS.values(), NUMBERS):
         words.update(group)
-    texts = [text for prompts, reply in _SMALL_TALK for text in (*prompts, reply)]
-    texts += [*_STORY_REQUESTS, *_SYSTEM_PROMPTS, *_FILLER_FIXED, *_FILLER_ENDINGS]
-    texts += [*_FILLER_SUBJECTS, *_FILLER_ADJECTIVES]
+    texts = [text for prompts, reply in SMALL_TALK for text in (*prompts, reply)]
+    texts += [*STORY_REQUESTS, *SYSTEM_PROMPTS, *FILLER_FIXED, *FILLER_ENDINGS]
+    texts += [*FILLER_SUBJECTS, *FILLER_ADJECTIVES]
     for text in texts:
         words.update(_TOKEN.findall(text))
     return sorted(word for word in words if word not in SPECIAL_TOKENS and word != "\n")
-
-
-def story(rng: random.Random, num_facts: int, num_filler: int) -> Story:
-    """Makes a story with about ``num_facts`` facts among ``num_filler`` idle sentences.
-
-    Args:
-        rng: The source of every choice.
-        num_facts: How many facts to tell (people, things and fruits never repeat, so the words
-            of the grammar cap it at about 90).
-        num_filler: How many sentences that carry no fact.
-
-    Returns:
-        The story, with its questions in random order.
-    """
-    facts, people = _facts(rng, num_facts)
-    # Each fact draws its moments and tells its sentences in that order, so that the sentences
-    # of different facts mingle but a change never comes before what it changes.
-    timeline: list[tuple[float, str, int]] = []
-    for index, fact in enumerate(facts):
-        moments = sorted(rng.random() for _ in fact.sentences)
-        timeline += [(moment, sentence, index) for moment, sentence in zip(moments, fact.sentences, strict=True)]
-    timeline += [(rng.random(), _filler(rng), -1) for _ in range(num_filler)]
-    timeline.sort()
-    depths = {index: place / len(timeline) for place, (_, _, index) in enumerate(timeline)}
-    sentences = [sentence for _, sentence, _ in timeline]
-    text = " ".join(_opening(rng, people) + sentences)
-    questions = [
-        Question(kind, question, answer, depths[index])
-        for index, fact in enumerate(facts)
-        for kind, question, answer in fact.questions
-    ]
-    rng.shuffle(questions)
-    digest = hashlib.sha256(
-        "|".join(sorted(sentence for fact in facts for sentence in fact.sentences)).encode()
-    ).digest()
-    return Story(text, tuple(questions), digest[0] % 10 == 0)
-
-
-def _facts(rng: random.Random, num_facts: int) -> tuple[list[_Fact], list[str]]:
-    """Draws the facts of one story and the people in it."""
-    # A person has one fact and a thing one place, so a name in a question leads to one sentence.
-    names = rng.sample(NAMES, min(len(NAMES), num_facts))
-    free = list(names)
-    objects = rng.sample(OBJECTS, len(OBJECTS))
-    facts: list[_Fact] = []
-    for _ in range(num_facts):
-        kind = rng.choice(("place", "hold", "lie", "count"))
-        if kind == "place" and free:
-            facts.append(_place_fact(rng, free.pop()))
-        elif kind == "hold" and free and objects:
-            facts.append(_hold_fact(rng, free.pop(), objects.pop()))
-        elif kind == "count" and free:
-            facts.append(_count_fact(rng, free.pop()))
-        elif objects:
-            facts.append(_lie_fact(rng, objects.pop()))
-    return facts, [name for name in names if name not in free]
-
-
-def _place_fact(rng: random.Random, person: str) -> _Fact:
-    place = rng.choice(PLACES)
-    if rng.random() < 0.5:
-        told = f"{person} went to the {place}."
-        return _Fact("place", [told], [("where_person", f"Where did {person} go?", told)])
-    told = f"{person} is in the {place}."
-    return _Fact("place", [told], [("where_person", f"Where is {person}?", told)])
-
-
-def _coloured(rng: random.Random, thing: str) -> tuple[str, tuple[str, str, str]]:
-    """Gives a thing a colour: how to tell it, and what to ask."""
-    told = f"The {thing} is {rng.choice(COLOURS)}."
-    return told, ("colour", f"What colour is the {thing}?", told)
-
-
-def _hold_fact(rng: random.Random, person: str, thing: str) -> _Fact:
-    if rng.random() < 0.5:
-        told = f"{person} has the {thing}."
-        question = ("what_holds", f"What does {person} have?", told)
-    else:
-        told = f"The {thing} is with {person}."
-        question = ("who_has", f"Who has the {thing}?", told)
-    if rng.random() < 0.5:
-        return _Fact("hold", [told], [question])
-    colour, asked = _coloured(rng, thing)
-    return _Fact("hold", [told, colour], [question, asked])
-
-
-def _lie_fact(rng: random.Random, thing: str) -> _Fact:
-    told = f"The {thing} is in the {rng.choice(PLACES)}."
-    question = ("where_object", f"Where is the {thing}?", told)
-    if rng.random() < 0.5:
-        return _Fact("lie", [told], [question])
-    colour, asked = _coloured(rng, thing)
-    return _Fact("lie", [told, colour], [question, asked])
-
-
-def _count_fact(rng: random.Random, person: str) -> _Fact:
-    fruits = rng.choice(tuple(FRUITS))
-    told = f"{person} has {NUMBERS[rng.randint(2, 10)]} {fruits}."
-    return _Fact("count", [told], [("how_many", f"How many {fruits} does {person} have?", told)])
-
-
-def _filler(rng: random.Random) -> str:
-    if rng.random() < 0.25:
-        return rng.choice(_FILLER_FIXED)
-    subject = rng.choice(_FILLER_SUBJECTS)
-    if rng.random() < 0.6:
-        subject = f"{rng.choice(_FILLER_ADJECTIVES)} {subject}"
-    return f"The {subject} {rng.choice(_FILLER_ENDINGS)}."
-
-
-def _opening(rng: random.Random, people: list[str]) -> list[str]:
-    choice = rng.random()
-    if choice < 0.35:
-        return []
-    if choice < 0.5 or not 2 <= len(people) <= 6:
-        return [rng.choice(("Once upon a time there was a little town.", "It was a fine day."))]
-    cast = rng.sample(people, len(people))
-    listed = f"{', '.join(cast[:-1])} and {cast[-1]}"
-    start = rng.choice(("Once upon a time there were", "One day there were"))
-    return [f"{start} {NUMBERS[len(cast)]} friends, {listed}."]
 
 
 def document(rng: random.Random, num_facts: int, num_filler: int, repeat_share: float = 0.1) -> str:
@@ -366,7 +124,7 @@ def document(rng: random.Random, num_facts: int, num_filler: int, repeat_share: 
         return f"{begin}{_with_opening(rng, made.text)} The end.{END}"
     if choice < 0.065:
         reply = f"{_with_opening(rng, made.text)} The end."
-        return begin + chat_text([("user", rng.choice(_STORY_REQUESTS)), ("assistant", reply)])
+        return begin + chat_text([("user", rng.choice(STORY_REQUESTS)), ("assistant", reply)])
     num_questions = max(1, min(len(made.questions), rng.randint(2, 4 + num_facts)))
     questions = made.questions[:num_questions]
     if choice < 0.5:
@@ -378,7 +136,7 @@ def document(rng: random.Random, num_facts: int, num_filler: int, repeat_share: 
         turns.append(("system", made.text))
     else:
         if choice < 0.68:
-            turns.append(("system", rng.choice(_SYSTEM_PROMPTS)))
+            turns.append(("system", rng.choice(SYSTEM_PROMPTS)))
         lead = made.text + rng.choice((" ", "\n"))
     for question in questions:
         turns += [("user", lead + question.text), ("assistant", question.answer)]
@@ -412,8 +170,8 @@ def _repeat_task(rng: random.Random, num_facts: int) -> str:
 def _small_talk(rng: random.Random) -> str:
     turns: list[tuple[str, str]] = []
     if rng.random() < 0.3:
-        turns.append(("system", rng.choice(_SYSTEM_PROMPTS)))
-    for prompts, reply in rng.sample(_SMALL_TALK, rng.randint(1, 2)):
+        turns.append(("system", rng.choice(SYSTEM_PROMPTS)))
+    for prompts, reply in rng.sample(SMALL_TALK, rng.randint(1, 2)):
         turns += [("user", rng.choice(prompts)), ("assistant", reply)]
     return chat_text(turns)
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 
 from pawl_workers.demo_model import DEMO_MODEL_DIR, corpus
 from pawl_workers.demo_model.corpus import HeldOutQuestion
+from pawl_workers.demo_model.stories import KINDS
 
 LENGTH_BUCKETS = ((1, 150), (150, 300), (300, 600), (600, 1200), (1200, 2030))
 """Prompt lengths that are measured apart: from, and up to but not including."""
@@ -95,7 +96,7 @@ def evaluate_questions(model_dir: Path, questions: Sequence[HeldOutQuestion], fo
     asked: list[tuple[list[int], HeldOutQuestion, str]] = []
     for index, question in enumerate(questions):
         # The kinds take turns too, so the form changes after each round of kinds.
-        form_of_this = form or ("text", "chat")[index // len(corpus.KINDS) % 2]
+        form_of_this = form or ("text", "chat")[index // len(KINDS) % 2]
         asked.append((_prompt_ids(tokenizer, question, form_of_this), question, form_of_this))
     asked.sort(key=lambda one: len(one[0]))
     report = Report()

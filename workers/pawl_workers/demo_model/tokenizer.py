@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from pawl_workers.demo_model import corpus
+from pawl_workers.demo_model.words import ASSISTANT, BEGIN, END, PAD, SPECIAL_TOKENS, SYSTEM, USER
 
 VOCABULARY_SIZE = 1024
 MAX_POSITIONS = 4096
@@ -45,7 +46,7 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,
-        special_tokens=list(corpus.SPECIAL_TOKENS),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -54,9 +55,9 @@ def build_tokenizer() -> Tokenizer:
     lines = [f" {word}" for word in words] * 3 + [word for word in words if word[0].isupper()]
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{corpus.BEGIN} $A",
-        pair=f"{corpus.BEGIN} $A $B",
-        special_tokens=[(corpus.BEGIN, corpus.SPECIAL_TOKENS.index(corpus.BEGIN))],
+        single=f"{BEGIN} $A",
+        pair=f"{BEGIN} $A $B",
+        special_tokens=[(BEGIN, SPECIAL_TOKENS.index(BEGIN))],
     )
     broken = [
         word
@@ -74,10 +75,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": corpus.BEGIN,
-        "eos_token": corpus.END,
-        "pad_token": corpus.PAD,
-        "additional_special_tokens": [corpus.SYSTEM, corpus.USER, corpus.ASSISTANT],
+        "bos_token": BEGIN,
+        "eos_token": END,
+        "pad_token": PAD,
+        "additional_special_tokens": [SYSTEM, USER, ASSISTANT],
         "model_max_length": MAX_POSITIONS,
         "padding_side": "left",
         # Text must come back byte for byte, so nothing may tidy the spaces.

@@ -11,7 +11,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,27 +24,27 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from pawl_workers.demo_model import DEMO_MODEL_DIR, corpus
 from pawl_workers.demo_model.evaluate import evaluate_all_lengths
+from pawl_workers.demo_model.start import start_at_random, start_by_looking_up
 from pawl_workers.demo_model.tokenizer import (
     MAX_POSITIONS,
     VOCABULARY_SIZE,
     build_tokenizer,
     save_tokenizer,
 )
+from pawl_workers.demo_model.words import ASSISTANT, BEGIN, END, PAD, SPECIAL_TOKENS
 
 TOKENS_PER_STEP = 2048
 MAX_DOCUMENT_TOKENS = 2048
-STORY_WEIGHT = 0.1
+STORY_WEIGHT = 0.05
 """The weight of the loss on story tokens; tokens of answers weigh 1. A story is mostly drawn by
 lot, so there is little to learn from most of its tokens."""
 LONGEST_ANSWER = 200
 """Replies above this many tokens are stories, and weigh what stories weigh."""
 
 CURRICULUM: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = (
-    (0.20, ((60, 1.0),)),
-    (0.40, ((60, 0.4), (120, 0.6))),
-    (0.60, ((80, 0.3), (160, 0.3), (320, 0.4))),
-    (0.80, ((80, 0.2), (250, 0.3), (700, 0.5))),
-    (1.00, ((80, 0.2), (250, 0.2), (700, 0.2), (1400, 0.2), (2000, 0.2))),
+    (0.10, ((60, 1.0),)),
+    (0.40, ((120, 0.3), (200, 0.3), (320, 0.4))),
+    (1.00, ((120, 0.25), (320, 0.25), (700, 0.25), (2000, 0.25))),
 )
 """Up to which share of the training, which document lengths are drawn, and how often.
 
@@ -74,11 +74,10 @@ class BatchMaker:
         self._seed = seed
         self._rounds = 0
         self._ready: dict[int, list[Batch]] = {}
-        self.repeat_share = 0.5
         self._rng = random.Random(f"batches-{seed}")
         vocabulary = tokenizer.get_vocab()
-        self._pad, self._end = vocabulary[corpus.PAD], vocabulary[corpus.END]
-        self._assistant, self._answer = vocabulary[corpus.ASSISTANT], vocabulary["Answer"]
+        self._pad, self._end = vocabulary[PAD], vocabulary[END]
+        self._assistant, self._answer = vocabulary[ASSISTANT], vocabulary["Answer"]
 
     def next_batch(self, num_tokens: int) -> Batch:
         """Returns a batch of documents of about ``num_tokens`` tokens each."""
@@ -95,7 +94,6 @@ class BatchMaker:
             16 * per_batch,
             seed=self._seed * 1_000_000 + self._rounds,
             num_tokens=num_tokens,
-            repeat_share=self.repeat_share,
         )
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         rows = sorted((np.array(one.ids[:MAX_DOCUMENT_TOKENS], dtype=np.int64) for one in encodings), key=len)
@@ -129,49 +127,32 @@ class BatchMaker:
         return weights
 
 
-def make_model(seed: int) -> LlamaForCausalLM:
-    """Makes the untrained model."""
+def make_model(seed: int, vocabulary: Mapping[str, int], *, random_start: bool = False) -> LlamaForCausalLM:
+    """Makes the untrained model; from random weights alone, if asked, to see what its start is worth."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=128,
-        intermediate_size=384,
+        intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=64,
         max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        pad_token_id=corpus.SPECIAL_TOKENS.index(corpus.PAD),
-        bos_token_id=corpus.SPECIAL_TOKENS.index(corpus.BEGIN),
-        eos_token_id=corpus.SPECIAL_TOKENS.index(corpus.END),
+        pad_token_id=SPECIAL_TOKENS.index(PAD),
+        bos_token_id=SPECIAL_TOKENS.index(BEGIN),
+        eos_token_id=SPECIAL_TOKENS.index(END),
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
-    _start_by_matching(model)
+    if random_start:
+        start_at_random(model)
+    else:
+        start_by_looking_up(model, vocabulary)
     return model
-
-
-def _start_by_matching(model: LlamaForCausalLM) -> None:
-    """Starts every query projection near its key projection, so that tokens first attend to their equals.
-
-    Looking a word up in the prompt begins with finding it again; from the usual start that took most of the
-    training to appear, from here a few hundred steps (mimetic initialisation, Trockman and Kolter 2023).
-    """
-    config = model.config
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "embed" not in name:
-                deep = "o_proj" in name or "down_proj" in name
-                scale = 1 / math.sqrt(2 * config.num_hidden_layers) if deep else 1.0
-                weight.normal_(0.0, scale * weight.shape[1] ** -0.5)
-        for layer in model.model.layers:
-            key, query = layer.self_attn.k_proj.weight, layer.self_attn.q_proj.weight
-            group = config.num_attention_heads // config.num_key_value_heads
-            per_head = key.view(config.num_key_value_heads, config.head_dim, -1).repeat_interleave(group, 0)
-            query.copy_(per_head.reshape(query.shape) + 0.02 * torch.randn_like(query))
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -196,7 +177,9 @@ def save_checkpoint(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path)
     save_tokenizer(tokenizer, folder)
 
 
-def train(folder: Path, seed: int, num_steps: int, minutes: float | None, peak: float) -> float:
+def train(
+    folder: Path, seed: int, num_steps: int, minutes: float | None, peak: float, *, random_start: bool = False
+) -> float:
     """Trains a model and saves it.
 
     Args:
@@ -206,6 +189,7 @@ def train(folder: Path, seed: int, num_steps: int, minutes: float | None, peak: 
         minutes: A limit on the wall time, or None. A run that meets it goes through its
             schedule faster, so it is no longer a function of the seed alone.
         peak: The highest learning rate.
+        random_start: Whether to start from random weights alone.
 
     Returns:
         The wall time in seconds.
@@ -213,7 +197,7 @@ def train(folder: Path, seed: int, num_steps: int, minutes: float | None, peak: 
     started = time.monotonic()
     tokenizer = build_tokenizer()
     batches = BatchMaker(tokenizer, seed)
-    model = make_model(seed)
+    model = make_model(seed, tokenizer.get_vocab(), random_start=random_start)
     model.train()
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     # Muon for the matrices, AdamW for embedding and norms (Jordan et al. 2024).
@@ -235,7 +219,6 @@ def train(folder: Path, seed: int, num_steps: int, minutes: float | None, peak: 
                 break
         mix = next(mix for until, mix in CURRICULUM if progress < until)
         (length,) = rng.choices([one for one, _ in mix], [share for _, share in mix])
-        batches.repeat_share = 0.5 if progress < 0.2 else 0.1
         batch = batches.next_batch(length)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -276,10 +259,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEMO_MODEL_DIR)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=None, help="limit on the wall time")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--peak", type=float, default=6e-3, help="highest learning rate")
+    parser.add_argument("--random-start", action="store_true", help="start from random weights alone, to compare")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
@@ -289,6 +273,7 @@ def main() -> None:
         arguments.steps,
         arguments.minutes,
         arguments.peak,
+        random_start=arguments.random_start,
     )
     say(f"trained in {seconds / 60:.1f} minutes")
     say("accuracy on held-out questions, by the checkpoint as saved:")
