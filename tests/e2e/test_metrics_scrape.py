@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pawl import Client, Completion, Overloaded
+from pawl import Client, Completion, Overloaded, Stop
 from pawl_server.frontend.auth import hash_key, new_key
 from pawl_server.metrics import PHASES, WAIT_REASONS
 from tests.fakes.servers import RunningServer, pawl_serve
@@ -18,6 +18,7 @@ from tests.unit.deploy.promql import expressions, metric_names_in, selectors_in
 
 NUM_STREAMED, NUM_UNARY, NUM_REFUSED = 3, 2, 2
 MAX_TOKENS = 12
+STREAMED = Stop(max_tokens=300, ignore_eos=True)  # long enough not to be joined into one delta on a busy machine
 # Made by Prometheus itself, or by a recording rule (these have a colon).
 NOT_OURS = {"up"}
 
@@ -62,7 +63,7 @@ def _make_requests(server: RunningServer, key: str, limited_key: str) -> list[Co
     completions = []
     with Client(server.target, api_key=key) as client:
         for number in range(NUM_STREAMED):
-            with client.stream(f"The pawl number {number} lets", max_tokens=MAX_TOKENS, seed=number) as stream:
+            with client.stream(f"The pawl number {number} lets", stop=STREAMED, seed=number) as stream:
                 completions.append(stream.final())
         completions += [client.generate("Once upon a time", max_tokens=MAX_TOKENS) for _ in range(NUM_UNARY)]
     with Client(server.target, api_key=limited_key, retries=0) as client:

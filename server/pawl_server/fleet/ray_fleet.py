@@ -63,7 +63,7 @@ class RayFleet:
             # Shielded: its threads cannot be stopped half-way, so `stop` waits for them.
             self._opening = asyncio.create_task(self._open(), name="pawl-ray-open")
             await asyncio.shield(self._opening)
-        except (ConnectionError, RuntimeError, OSError, TimeoutError) as error:
+        except Exception as error:  # Ray raises bare ones, too: its node took too long to register
             where = "start a local Ray" if self._starts_ray else f"join Ray at {self._config.fleet.ray_address}"
             raise Unavailable(
                 f"cannot {where}: {error}; `--fleet local` works without Ray", reason="RAY_FAILED"
