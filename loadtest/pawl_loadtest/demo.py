@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Self
 
-from pawl import AsyncClient, Completion, user
+from pawl import AsyncClient, Completion, Stop, user
 from pawl_server.metrics import parse_exposition
 
 __all__ = ["main"]
@@ -33,6 +33,8 @@ _QUESTIONS = (
 )
 _OPENING = "Once upon a time there were three friends,"
 _NUM_STREAMS = 16
+_LONG = Stop(max_tokens=400, ignore_eos=True)  # gauges are renewed once a second
+_NUM_BLOCKS = 256  # small enough to see it fill
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 60.0
 
@@ -43,9 +45,9 @@ def _say(text: str = "") -> None:
 
 
 async def _stream(client: AsyncClient, number: int) -> Completion:
-    """A question about a story, as a chat; every fourth stream goes on with a story of its own instead."""
+    """A question about a story, as a chat; every fourth stream tells stories of its own instead, at some length."""
     if number % 4 == 3:
-        async with client.stream(_OPENING, max_tokens=48, temperature=0.7, seed=number) as stream:
+        async with client.stream(_OPENING, stop=_LONG, temperature=0.7, seed=number) as stream:
             return await stream.final()
     story = number % 2
     question = f"{_STORIES[story]}\n{_QUESTIONS[story][number // 4]}"
@@ -102,7 +104,7 @@ class _Scraper:
         _say(f"\nfrom {self._url}")
         _say(f"  output tokens            {output:.0f}")
         _say(f"  tokens per second        {output / max(busy, 1e-9):.1f} (over {busy:.2f} s of steps)")
-        _say(f"  KV cache                 {blocks:.0f} blocks, at most {100 * self.most_used:.2f} % in use")
+        _say(f"  KV cache                 {blocks:.0f} blocks, at most {100 * self.most_used:.1f} % in use")
         _say(f"  prefill tokens           {self.last['pawl_prompt_tokens_total']:.0f}, cached ones included")
         _say(f"  requests completed       {self.last['pawl_requests_total']:.0f}")
 
@@ -126,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         ready_file = Path(folder) / "ready.json"
         ports = ["--port", "0", "--admin-port", "0", "--metrics-port", "0"]
         command = [sys.executable, "-m", "pawl_server.cli", "serve", *ports]
-        command += ["--ready-file", str(ready_file), *flags]
+        command += ["--num-blocks", str(_NUM_BLOCKS), "--ready-file", str(ready_file), *flags]
         _say("$ pawl " + " ".join(command[3:]))
         server = subprocess.Popen(command, env=os.environ.copy())
         try:
