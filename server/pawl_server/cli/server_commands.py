@@ -106,7 +106,7 @@ def _config(parsed: argparse.Namespace) -> int:
 
 
 def _run(config: Config, process: str, work: Callable[[], Coroutine[None, None, int]]) -> int:
-    from pawl_server.serve.logs import set_up_logs  # noqa: PLC0415 (optional packages)
+    from pawl_server.logs import set_up_logs  # noqa: PLC0415 (optional packages)
 
     set_up_logs(config.log, process)
     # Line by line also into a file or a pipe: whoever waits for READY must see it.

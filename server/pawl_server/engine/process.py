@@ -21,9 +21,11 @@ from typing import BinaryIO
 import msgspec
 
 from pawl.errors import PawlError
+from pawl_server.config import LogSettings
 from pawl_server.engine.engine import Engine
 from pawl_server.engine.load import LoadWorker, load_torch_worker
 from pawl_server.engine.spec import EngineEvent, EngineFailed, EngineReady, EngineSpec, decode_spec, encode
+from pawl_server.logs import set_up_logs
 from pawl_workers.errors import WorkerError
 
 __all__ = ["describe_failure", "main"]
@@ -39,9 +41,7 @@ def main(load_worker: LoadWorker = load_torch_worker) -> None:
     code = _FAILED_EXIT_CODE
     try:
         spec = decode_spec(sys.stdin.buffer.readline())
-        logging.basicConfig(
-            level=spec.log_level.upper(), format=f"%(asctime)s %(levelname)s engine {spec.replica}: %(message)s"
-        )
+        set_up_logs(LogSettings(log_level=spec.log_level, log_format=spec.log_format), f"engine-{spec.replica}")
         code = asyncio.run(_serve(spec, events, load_worker))
     except msgspec.DecodeError as error:
         events.write(EngineFailed(code="invalid_request", reason="BAD_SPEC", message=str(error)))

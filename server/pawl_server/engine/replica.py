@@ -14,10 +14,12 @@ from concurrent.futures import Future
 
 import ray
 
+from pawl_server.config import LogSettings
 from pawl_server.engine.engine import Engine
 from pawl_server.engine.load import LoadWorker, load_torch_worker
 from pawl_server.engine.process import describe_failure
 from pawl_server.engine.spec import EngineAddresses, EngineProgress, EngineSpec, decode_spec, encode
+from pawl_server.logs import set_up_logs
 
 __all__ = ["EngineReplica", "ReplicaActor"]
 
@@ -45,7 +47,7 @@ class EngineReplica:
             RuntimeError: it could not start; the message has the root cause.
         """
         spec = decode_spec(spec_json)
-        logging.basicConfig(level=spec.log_level.upper())
+        set_up_logs(LogSettings(log_level=spec.log_level, log_format=spec.log_format), f"engine-{spec.replica}")
         if not spec.advertise_host and spec.host in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
             spec = spec.advertised_as(ray.util.get_node_ip_address())
         threading.Thread(target=self._work, args=(spec,), name="pawl-engine", daemon=True).start()

@@ -42,6 +42,7 @@ from pawl_server.fleet.replicas import EventLog, encode_batch
 from pawl_server.fleet.service import FleetServer, FleetService
 from pawl_server.fleet.specs import engine_specs, restart_policy, served_name, thread_environment
 from pawl_server.fleet.supervisor import LaunchError, OnProgress, Supervisor
+from pawl_server.logs import set_up_logs
 
 __all__ = ["NAMESPACE", "FleetActor", "FleetPlan", "RayLauncher", "RayReplica", "encode_plan"]
 
@@ -248,7 +249,7 @@ class _FleetActor:
         self._loop = asyncio.new_event_loop()
         self._supervisor: Supervisor | None = None
         self._server: FleetServer | None = None
-        logging.basicConfig(level=self._plan.config.log.log_level.upper())
+        set_up_logs(self._plan.config.log, "fleet")
         threading.Thread(target=self._work, name="pawl-fleet", daemon=True).start()
 
     def describe(self) -> tuple[str, str]:

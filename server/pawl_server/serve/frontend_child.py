@@ -16,8 +16,8 @@ import threading
 
 from pawl.errors import PawlError
 from pawl_server.frontend.main import FrontendAddresses, run_frontend
+from pawl_server.logs import set_up_logs
 from pawl_server.serve.events import ServerAddresses
-from pawl_server.serve.logs import set_up_logs
 from pawl_server.serve.orders import Answer, FrontendFailed, FrontendReady, decode_order, encode
 
 __all__ = ["main"]
