@@ -24,6 +24,7 @@ def load_torch_worker(spec: EngineSpec, on_progress: LoadProgress) -> EngineWork
     # Read once, when torch is imported; spinning threads of one replica would starve those of the next.
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # but not so soon asleep as to miss the next layer
     import torch  # noqa: PLC0415 (heavy)
 
     from pawl_workers.memory import available_bytes  # noqa: PLC0415 (imports torch)

@@ -66,12 +66,14 @@ def thread_environment(num_threads: int) -> dict[str, str]:
     """Variables that keep the thread pools of a replica to its own cores.
 
     They are read when torch is imported, so they are set from outside. Passive: a pool that spins while it
-    waits takes the cores of the next replica.
+    waits takes the cores of the next replica. Bounded spin: a decode step has some 200 parallel regions, and a thread
+    that sleeps after each costs a third of a single stream's speed (`make bench` with either setting).
     """
     return {
         "OMP_NUM_THREADS": str(num_threads),
         "MKL_NUM_THREADS": str(num_threads),
         "OPENBLAS_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "10000",
         "TOKENIZERS_PARALLELISM": "false",
     }
