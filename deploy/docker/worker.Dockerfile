@@ -10,6 +10,9 @@ COPY client ./client
 COPY server ./server
 COPY workers ./workers
 COPY loadtest ./loadtest
+# The C kernels go into the wheel: the image that runs has no compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
+    && python workers/pawl_workers/kernels/native/build.py --into-package
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.11.13-slim-bookworm

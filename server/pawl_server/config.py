@@ -48,7 +48,7 @@ class ModelSettings:
     revision: str = _setting("", "hub revision; empty = the default branch")
     device: str = _setting("auto", "auto, cpu or cuda", common=True)
     dtype: str = _setting("auto", "auto, float32, bfloat16 or float16", common=True)
-    kernels: str = _setting("auto", "auto, reference or cpu")
+    kernels: str = _setting("auto", "auto, reference, cpu or onednn")
     max_context: int = _setting(0, "most tokens of prompt and output; 0 = the model's own limit", common=True)
 
 
@@ -254,7 +254,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "kernels": ("auto", "reference", "cpu"),
+    "kernels": ("auto", "reference", "cpu", "onednn"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("text", "json"),
 }

@@ -32,15 +32,16 @@ class LogitRunner:
         config = read_config(folder)
         self.spec = spec = config.spec
         device, dtype = torch.device("cpu"), torch.float32
-        self.kernels = choose_backend(device, dtype, kernels)
+        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        self.kernels = choose_backend(device, dtype, shape, kernels)
         with torch.inference_mode():
-            self.weights = load_weights(config, self.kernels.pack_linear, device, dtype, 1 << 40)
+            self.weights = load_weights(config, self.kernels, device, dtype, 1 << 40)
         self._num_blocks = max_running * -(-spec.max_context // self.kernels.block_size)
         with torch.inference_mode():
             self.cache = KvCache.allocate(spec, self.kernels, self._num_blocks, device, dtype)
         self._settings = BatchSettings(
             kernels=self.kernels,
-            shape=AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+            shape=shape,
             frequencies=None if spec.rotary is None else rotary_frequencies(spec.rotary, spec.head_dim, device),
             device=device,
             dtype=dtype,

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "onednn", "reference"])
 def test_demo_logits_equal_transformers(kernels: str) -> None:
     """Every position of a prompt with two KV splits, in chunks."""
     runner, model = LogitRunner(FOLDER, kernels, max_running=1), load_reference(FOLDER)

@@ -28,7 +28,7 @@ def prompts() -> list[list[int]]:
     return [chooser.choices(range(256), k=length) for length in (1, 9, 64, 100)]
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "onednn", "reference"])
 @pytest.mark.parametrize("name", NAMED)
 def test_greedy_equals_transformers(checkpoint: Checkpoint, name: str, kernels: str) -> None:
     """Four prompts of different lengths in one batch, in chunks of 40."""

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pawl_workers.kernels.cpu import OneDnnLinear
+from pawl_workers.kernels.onednn import OneDnnLinear
 from tests.fakes.logit_runner import LogitRunner
 
 Checkpoint = Callable[[str], Path]
 NAMES = ["llama-gqa", "llama-one-kv-head", "gpt2"]
+BACKENDS = ["cpu", "onednn"]
 
 
 def random_tokens(seed: int, length: int) -> list[int]:
@@ -27,10 +28,11 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_alone_equals_any_batch(checkpoint: Checkpoint, name: str) -> None:
+def test_alone_equals_any_batch(checkpoint: Checkpoint, name: str, kernels: str) -> None:
     """The needle's decode steps and a chunk of its prompt, beside 0 to 16 others."""
-    runner = LogitRunner(checkpoint(name), max_running=18)
+    runner = LogitRunner(checkpoint(name), kernels, max_running=18)
     needle = random_tokens(1, 90)
     alone = runner.alone(needle, [80, *[1] * 10])
     for num_others in range(1, 17):
@@ -52,20 +54,22 @@ def test_alone_equals_any_batch(checkpoint: Checkpoint, name: str) -> None:
             runner.free(row)
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_chunks_do_not_matter(checkpoint: Checkpoint, name: str) -> None:
+def test_chunks_do_not_matter(checkpoint: Checkpoint, name: str, kernels: str) -> None:
     """Whole, one token at a time, and chunks that cross tiles, blocks and KV splits."""
-    runner = LogitRunner(checkpoint(name), max_running=2)
+    runner = LogitRunner(checkpoint(name), kernels, max_running=2)
     token_ids = random_tokens(2, 700)
     whole = runner.alone(token_ids)
     for chunks in ([1] * 130 + [570], [63, 1, 1, 63, 500, 72], [7] * 100, [511, 1, 1, 187], [512, 188]):
         assert torch.equal(runner.alone(token_ids, chunks), whole), chunks[:4]
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_cached_prefix_does_not_matter(checkpoint: Checkpoint, name: str) -> None:
+def test_cached_prefix_does_not_matter(checkpoint: Checkpoint, name: str, kernels: str) -> None:
     """A sequence over another's blocks has the logits it has alone."""
-    runner = LogitRunner(checkpoint(name), max_running=3)
+    runner = LogitRunner(checkpoint(name), kernels, max_running=3)
     prefix, own = random_tokens(4, 96), random_tokens(5, 50)
     whole = runner.alone(prefix + own)
     runner.add(1, prefix + random_tokens(6, 30))
@@ -74,10 +78,11 @@ def test_cached_prefix_does_not_matter(checkpoint: Checkpoint, name: str) -> Non
     assert torch.equal(runner.step({2: 50})[2], whole[96:])
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_number_of_threads_does_not_matter(checkpoint: Checkpoint, name: str, two_threads: None) -> None:
+def test_number_of_threads_does_not_matter(checkpoint: Checkpoint, name: str, kernels: str, two_threads: None) -> None:
     """Two threads and one give the same bits, for chunks and single tokens."""
-    runner = LogitRunner(checkpoint(name), max_running=2)
+    runner = LogitRunner(checkpoint(name), kernels, max_running=2)
     token_ids, chunks = random_tokens(8, 600), [300, 1, 1, 298]
     two = runner.alone(token_ids, chunks)
     torch.set_num_threads(1)

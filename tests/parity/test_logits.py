@@ -36,7 +36,7 @@ def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "onednn", "reference"])
 @pytest.mark.parametrize("name", NAMED)
 def test_every_position_equals_transformers(checkpoint: Checkpoint, name: str, kernels: str) -> None:
     """A prompt longer than a tile and several blocks, in random chunks."""
@@ -48,7 +48,7 @@ def test_every_position_equals_transformers(checkpoint: Checkpoint, name: str, k
         assert (found - reference_logits(model, token_ids)).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "onednn", "reference"])
 def test_long_contexts_cross_kv_splits(checkpoint: Checkpoint, kernels: str) -> None:
     """More than one KV split of 512 tokens, with a boundary inside a chunk."""
     folder = checkpoint("llama-rope-llama3")
@@ -58,7 +58,7 @@ def test_long_contexts_cross_kv_splits(checkpoint: Checkpoint, kernels: str) -> 
     assert (found - reference_logits(model, token_ids)).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", "onednn", "reference"])
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
 def test_mixed_batches_equal_transformers(checkpoint: Checkpoint, name: str, kernels: str) -> None:
     """Prefill chunks and single tokens of several sequences share steps."""

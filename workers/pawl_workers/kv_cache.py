@@ -5,13 +5,16 @@ Block 0 is the null block: padding reads it and no sequence is given it.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pawl_workers.batch import Batch
+from pawl_workers.batch import AttentionShape, Batch
 from pawl_workers.kernels import Kernels
 from pawl_workers.model.spec import ModelSpec
 
@@ -20,15 +23,15 @@ __all__ = ["KvCache", "LayerCache"]
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's keys and values, each [num_blocks + 1, K, block_size, head_dim]."""
+    """One layer's keys and values: num_blocks + 1 blocks, whose inner layout is the backend's own."""
 
     keys: Tensor
     values: Tensor
     kernels: Kernels
 
-    def write(self, k: Tensor, v: Tensor, batch: Batch) -> None:
-        """Write the step's new keys and values, each [T, K, head_dim]."""
-        self.kernels.write(self.keys, self.values, k, v, batch.attention)
+    def place(self, heads: Tensor, batch: Batch) -> Tensor:
+        """Write the new keys and values of [T, H + 2K, head_dim], turned, and return the queries, [T, H, head_dim]."""
+        return self.kernels.place(heads, batch.rotary, self.keys, self.values, batch.attention)
 
     def attend(self, q: Tensor, batch: Batch) -> Tensor:
         """Attend the step's queries, [T, H, head_dim], to what is written."""
@@ -46,12 +49,13 @@ class KvCache:
         cls, spec: ModelSpec, kernels: Kernels, num_blocks: int, device: torch.device, dtype: torch.dtype
     ) -> KvCache:
         """Allocate `num_blocks` blocks for sequences (ids 1 to num_blocks) and the null block."""
-        shape = (num_blocks + 1, spec.num_kv_heads, kernels.block_size, spec.head_dim)
+        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        keys, values = kernels.cache_shapes(num_blocks + 1, shape)
         return cls(
             tuple(
                 LayerCache(
-                    torch.zeros(shape, dtype=dtype, device=device),
-                    torch.zeros(shape, dtype=dtype, device=device),
+                    _zeros(keys, device, dtype),
+                    _zeros(values, device, dtype),
                     kernels,
                 )
                 for _ in range(spec.num_layers)
@@ -70,3 +74,16 @@ class KvCache:
         for layer in self._layers:
             for cache in (layer.keys, layer.values):
                 cache[index] = torch.nan_to_num(cache[index], nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros; on a CPU in pages of their own, which the system gives, zeroed, when they are first written to.
+
+    To write gigabytes of zeros at once would take seconds of every start.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    with contextlib.suppress(AttributeError, OSError):  # fewer faults and fewer misses, where the system can
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

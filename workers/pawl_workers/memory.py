@@ -52,13 +52,11 @@ def activation_bytes(spec: ModelSpec, max_batch_tokens: int, max_running: int, e
 
 
 def plan_memory(
-    spec: ModelSpec,
     *,
     available: int,
     weights: int,
     activations: int,
-    block_size: int,
-    element_bytes: int,
+    block_bytes: int,
     most_blocks: int,
     num_blocks: int | None,
     kv_bytes: int | None,
@@ -67,12 +65,10 @@ def plan_memory(
     """Decide how many KV blocks there are.
 
     Args:
-        spec: of the model.
         available: bytes before the weights were loaded.
         weights: bytes of the weights.
         activations: bytes of a step.
-        block_size: tokens of a block.
-        element_bytes: bytes of a KV entry.
+        block_bytes: of a block in all layers, as the kernels lay it out.
         most_blocks: more than this could not be used; bounds the automatic choice.
         num_blocks: the number wanted, if it was given.
         kv_bytes: the bytes wanted for KV, if they were given.
@@ -81,7 +77,6 @@ def plan_memory(
     Raises:
         OutOfMemoryError: not even one block fits, or what was asked for does not.
     """
-    block_bytes = spec.kv_bytes_per_token(element_bytes) * block_size
     remaining = available - weights - activations
     if num_blocks is None:
         budget = kv_bytes if kv_bytes is not None else int(remaining * memory_fraction)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from pawl_workers.batch import Batch, PromptRows, SamplingBatch, SequenceArrays
 from pawl_workers.errors import SelfTestError
 from pawl_workers.forward import forward
-from pawl_workers.kernels.reference import ReferenceKernels
+from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels, ReferenceNorm
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.model.rotary import rotary_angles
 from pawl_workers.model.weights import PackedLinear, Weights
@@ -56,6 +56,10 @@ class _UnpackedLinear:
     @property
     def bias(self) -> Tensor | None:
         return self.packed.bias
+
+    @property
+    def num_bytes(self) -> int:
+        return 0
 
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.packed.unpack(), self.packed.bias)
@@ -170,7 +174,19 @@ def _unpacked(weights: Weights) -> Weights:
                 attention=replace(
                     attention, qkv=_UnpackedLinear(attention.qkv), output=_UnpackedLinear(attention.output)
                 ),
-                mlp=replace(mlp, up=_UnpackedLinear(mlp.up), down=_UnpackedLinear(mlp.down)),
+                mlp=replace(
+                    mlp,
+                    up=_UnpackedLinear(mlp.up),
+                    activate=ReferenceActivation(mlp.activation, mlp.gated),
+                    down=_UnpackedLinear(mlp.down),
+                ),
+                attention_norm=ReferenceNorm(layer.attention_norm.weights),
+                mlp_norm=ReferenceNorm(layer.mlp_norm.weights),
             )
         )
-    return replace(weights, layers=tuple(layers), head=_UnpackedLinear(weights.head))
+    return replace(
+        weights,
+        layers=tuple(layers),
+        final_norm=ReferenceNorm(weights.final_norm.weights),
+        head=_UnpackedLinear(weights.head),
+    )

@@ -6,6 +6,7 @@ scheduler can send every sequence again.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,13 +119,14 @@ class Worker:
         device, dtype = _device(options.device), _dtype(options)
         config = read_config(resolve_checkpoint(options.model, options.revision))
         spec = config.spec
-        kernels = choose_backend(device, dtype, options.kernels)
+        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        kernels = choose_backend(device, dtype, shape, options.kernels)
         element_bytes = torch.empty(0, dtype=dtype).element_size()
         available = available_bytes(device)
         with torch.inference_mode():
             weights = load_weights(
                 config,
-                kernels.pack_linear,
+                kernels,
                 device,
                 dtype,
                 available,
@@ -134,12 +136,10 @@ class Worker:
         per_sequence = -(-max_context // kernels.block_size)
         activations = activation_bytes(spec, options.max_batch_tokens, options.max_running, element_bytes)
         memory = plan_memory(
-            spec,
             available=available,
             weights=weights.num_bytes,
             activations=activations,
-            block_size=kernels.block_size,
-            element_bytes=element_bytes,
+            block_bytes=spec.num_layers * element_bytes * sum(map(math.prod, kernels.cache_shapes(1, shape))),
             most_blocks=options.max_running * per_sequence,
             num_blocks=options.num_blocks,
             kv_bytes=options.kv_bytes,
@@ -148,7 +148,7 @@ class Worker:
         rotary = spec.rotary
         settings = BatchSettings(
             kernels=kernels,
-            shape=AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+            shape=shape,
             frequencies=None if rotary is None else rotary_frequencies(rotary, spec.head_dim, device),
             device=device,
             dtype=dtype,

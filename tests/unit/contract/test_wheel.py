@@ -33,6 +33,8 @@ def test_it_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
         "pawl_server/internal/v1/engine_pb2_grpc.py",
         "pawl_workers/demo_model/model.safetensors",
         "pawl_workers/demo_model/tokenizer.json",
+        "pawl_workers/kernels/native/attention.c",
+        "pawl_workers/kernels/native/vector.h",
     ):
         assert wanted in names
     assert not [name for name in names if "__pycache__" in name]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pawl_workers.errors import CheckpointError, OutOfMemoryError, WorkerError
-from pawl_workers.kernels.cpu import OneDnnLinear
-from pawl_workers.kernels.reference import ReferenceLinear
+from pawl_workers.kernels.onednn import OneDnnKernels, OneDnnLinear
+from pawl_workers.kernels.reference import ReferenceKernels
 from pawl_workers.model.loading import load_weights, read_config
 from pawl_workers.model.source import checkpoint_revision, resolve_checkpoint, weight_files
 from pawl_workers.model.weights import Weights
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def load(folder: Path, *, available: int = 1 << 40, dtype: torch.dtype = torch.float32) -> Weights:
-    return load_weights(read_config(folder), OneDnnLinear, CPU, dtype, available)
+    return load_weights(read_config(folder), OneDnnKernels(), CPU, dtype, available)
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -91,7 +91,9 @@ def test_progress_counts_bytes(tmp_path: Path) -> None:
     """It rises to the whole."""
     seen: list[tuple[int, int]] = []
     config = read_config(make_llama(tmp_path))
-    load_weights(config, ReferenceLinear, CPU, torch.float32, 1 << 40, lambda done, total: seen.append((done, total)))
+    load_weights(
+        config, ReferenceKernels(CPU), CPU, torch.float32, 1 << 40, lambda done, total: seen.append((done, total))
+    )
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
 

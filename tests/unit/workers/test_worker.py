@@ -250,12 +250,10 @@ def test_memory_is_divided(llama_folder: Path) -> None:
 
     def divide(available: int, most_blocks: int, kv_bytes: int | None = None) -> tuple[int, int]:
         made = plan_memory(
-            spec,
             available=available,
             weights=1000,
             activations=500,
-            block_size=32,
-            element_bytes=4,
+            block_bytes=block_bytes,
             most_blocks=most_blocks,
             num_blocks=None,
             kv_bytes=kv_bytes,

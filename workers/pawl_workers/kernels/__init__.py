@@ -1,11 +1,12 @@
 """Kernels: the operations whose speed depends on the machine, behind one protocol.
 
-`reference` is plain torch, runs anywhere and is the oracle; `cpu` is oneDNN and batched matrix products.
-Knows no models, no rows and no plans.
+`reference` is plain torch, runs anywhere and is the oracle; `cpu` is our own C; `onednn` serves a CPU where no compiler
+is at hand. Knows no models, no rows and no plans.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.errors import WorkerError
-from pawl_workers.model.weights import PackedLinear
+from pawl_workers.model.weights import Packer
 
 __all__ = ["Kernels", "choose_backend"]
 
+log = logging.getLogger(__name__)
 
-class Kernels(Protocol):
-    """One backend. The cache tensors are `[num_blocks, K, block_size, head_dim]`; block 0 is the null block."""
+
+class Kernels(Packer, Protocol):
+    """One backend. Block 0 of a cache is the null block."""
 
     @property
     def name(self) -> str:
@@ -31,16 +34,34 @@ class Kernels(Protocol):
         """Tokens of a KV block."""
         ...
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Pack a weight [out, in] and a bias [out]."""
+    def cache_shapes(self, num_blocks: int, shape: AttentionShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a layer's keys and values; the first axis counts blocks, the second key-value heads."""
         ...
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:
-        """Work out, once a step, what `write` and `attend` of every layer share."""
+        """Work out, once a step, what `place` and `attend` of every layer share."""
         ...
 
-    def write(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> None:
-        """Write the new tokens' k and v, [T, K, head_dim], to their slots in this layer's cache."""
+    def place(
+        self,
+        heads: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        keys: Tensor,
+        values: Tensor,
+        layout: AttentionLayout,
+    ) -> Tensor:
+        """Turn the new tokens' queries and keys, and write keys and values to their slots in this layer's cache.
+
+        Args:
+            heads: queries, keys and values of each token, [T, H + 2K, head_dim].
+            rotary: cosines and signed sines, each [T, 1, head_dim]; None where positions are learned.
+            keys: this layer's keys.
+            values: this layer's values.
+            layout: of this step.
+
+        Returns:
+            The queries, [T, H, head_dim].
+        """
         ...
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
@@ -58,25 +79,45 @@ class Kernels(Protocol):
         ...
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, name: str = "auto") -> Kernels:
-    """Choose the kernels for a device and data type.
+def choose_backend(device: torch.device, dtype: torch.dtype, shape: AttentionShape, name: str = "auto") -> Kernels:
+    """Choose the kernels for a device, a data type and a shape of heads.
 
     Raises:
-        WorkerError: the name is not known, or these kernels cannot serve the device or type.
+        WorkerError: the name is not known, or these kernels cannot serve what is asked for.
     """
     # Imported here: the backends implement the protocol above.
-    from pawl_workers.kernels.cpu import CpuKernels  # noqa: PLC0415 - as above
+    from pawl_workers.kernels.onednn import OneDnnKernels  # noqa: PLC0415 - as above
     from pawl_workers.kernels.reference import ReferenceKernels  # noqa: PLC0415 - as above
 
     for_cpu = device.type == "cpu" and dtype is torch.float32
     match name:
-        case "auto":
-            return CpuKernels() if for_cpu else ReferenceKernels(device)
         case "reference":
             return ReferenceKernels(device)
+        case "auto" if not for_cpu:
+            return ReferenceKernels(device)
+        case "auto":
+            try:
+                return _compiled(shape)
+            except WorkerError as error:
+                log.warning("serving with the slower onednn kernels: %s", error)
+                return OneDnnKernels()
         case "cpu" if for_cpu:
-            return CpuKernels()
-        case "cpu":
-            raise WorkerError(f"the cpu kernels compute in float32 on a cpu, not in {dtype} on {device}")
+            return _compiled(shape)
+        case "onednn" if for_cpu:
+            return OneDnnKernels()
+        case "cpu" | "onednn":
+            raise WorkerError(f"the {name} kernels compute in float32 on a cpu, not in {dtype} on {device}")
         case _:
-            raise WorkerError(f"there are no kernels {name!r}; known: auto, reference, cpu")
+            raise WorkerError(f"there are no kernels {name!r}; known: auto, reference, cpu, onednn")
+
+
+def _compiled(shape: AttentionShape) -> Kernels:
+    from pawl_workers.kernels.cpu import CpuKernels  # noqa: PLC0415 - as above
+    from pawl_workers.kernels.native.library import BuildError  # noqa: PLC0415 - as above
+
+    if not CpuKernels.supports(shape):
+        raise WorkerError(f"the cpu kernels serve even head dimensions of up to 512, not {shape.head_dim}")
+    try:
+        return CpuKernels()
+    except BuildError as error:
+        raise WorkerError(f"the cpu kernels are not built: {error}") from error

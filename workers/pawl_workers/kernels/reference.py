@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
+from pawl_workers.kernels.rotation import split_and_turn
+from pawl_workers.model.spec import Activation, NormKind
+from pawl_workers.model.weights import NormWeights
 
-__all__ = ["ReferenceKernels", "ReferenceLinear"]
+__all__ = ["ReferenceActivation", "ReferenceKernels", "ReferenceLinear", "ReferenceNorm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,11 @@ class ReferenceLinear:
         """Rows of the weight."""
         return self.weight.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weight takes."""
+        return self.weight.nbytes
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias`."""
         return functional.linear(x, self.weight, self.bias)
@@ -37,6 +45,46 @@ class ReferenceLinear:
     def unpack(self) -> Tensor:
         """Return the weight."""
         return self.weight
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceNorm:
+    """RMS norm (Zhang and Sennrich, 2019) or layer norm (Ba, Kiros, Hinton, 2016)."""
+
+    weights: NormWeights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise each row of x, [T, D], to [T, D]."""
+        w = self.weights
+        if w.kind is NormKind.RMS:
+            return functional.rms_norm(x, w.weight.shape, w.weight, w.epsilon)
+        return functional.layer_norm(x, w.weight.shape, w.weight, w.bias, w.epsilon)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceActivation:
+    """An activation; gated, it multiplies the second half of its input (Shazeer, 2020)."""
+
+    activation: Activation
+    gated: bool
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return [T, I] for [T, I], or for [T, 2I] when gated."""
+        if self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            return self._activate(gate).mul_(up)
+        return self._activate(hidden)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        match self.activation:
+            case Activation.SILU:
+                return functional.silu(x)
+            case Activation.GELU:
+                return functional.gelu(x)
+            case Activation.GELU_TANH:
+                return functional.gelu(x, approximate="tanh")
+            case Activation.RELU:
+                return functional.relu(x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +116,19 @@ class ReferenceKernels:
         """Keep the tensors."""
         return ReferenceLinear(weight, bias)
 
+    def pack_norm(self, weights: NormWeights) -> ReferenceNorm:
+        """Keep the tensors."""
+        return ReferenceNorm(weights)
+
+    def pack_activation(self, activation: Activation, *, gated: bool) -> ReferenceActivation:
+        """Torch's own."""
+        return ReferenceActivation(activation, gated)
+
+    def cache_shapes(self, num_blocks: int, shape: AttentionShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Keys and values alike: [num_blocks, K, 16, head_dim]."""
+        cache = (num_blocks, shape.num_kv_heads, self.block_size, shape.head_dim)
+        return cache, cache
+
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:
         """Find each token's slot and each sequence's blocks and mask."""
         del shape  # the cache's own shape says it
@@ -84,11 +145,20 @@ class ReferenceKernels:
         offsets = torch.from_numpy(sequences.positions % size).to(device)
         return _Layout(torch.from_numpy(blocks).to(device), offsets, items)
 
-    def write(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> None:
-        """Scatter k and v, [T, K, head_dim], to their slots."""
+    def place(
+        self,
+        heads: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        keys: Tensor,
+        values: Tensor,
+        layout: AttentionLayout,
+    ) -> Tensor:
+        """Turn queries and keys, scatter keys and values to their slots, return the queries."""
         assert isinstance(layout, _Layout)  # noqa: S101 - narrows the type
+        q, k, v = split_and_turn(heads, rotary, keys.shape[1])
         keys[layout.blocks, :, layout.offsets] = k
         values[layout.blocks, :, layout.offsets] = v
+        return q
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
         """Attend, one sequence after the other. Vaswani et al., 2017, equation 1."""

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pawl_workers.errors import CheckpointError, OutOfMemoryError
 from pawl_workers.model.families import Family, find_family
-from pawl_workers.model.slots import Pack, Slots, slot_shapes
+from pawl_workers.model.slots import Slots, slot_shapes
 from pawl_workers.model.source import weight_files
 from pawl_workers.model.spec import ConfigReader, ModelSpec, TensorTarget
-from pawl_workers.model.weights import Weights
+from pawl_workers.model.weights import Packer, Weights
 
 __all__ = ["CheckpointConfig", "load_weights", "read_config"]
 
@@ -94,7 +94,7 @@ class _Entry:
 
 def load_weights(
     config: CheckpointConfig,
-    pack: Pack,
+    packer: Packer,
     device: torch.device,
     dtype: torch.dtype,
     available_bytes: int,
@@ -104,7 +104,7 @@ def load_weights(
 
     Args:
         config: of the checkpoint.
-        pack: turns a weight [out, in] and a bias [out] into a packed linear; from the kernel backend.
+        packer: the kernel backend.
         device: where the weights go.
         dtype: what they are converted to.
         available_bytes: memory the packed weights may take.
@@ -126,7 +126,7 @@ def load_weights(
             f"{config.folder}: the weights need {needed / 1e9:.2f} GB as {dtype}, "
             f"{available_bytes / 1e9:.2f} GB is available on {device}"
         )
-    slots = Slots({entry.target.slot: shapes[entry.target.slot] for entry in entries}, pack, device, dtype)
+    slots = Slots({entry.target.slot: shapes[entry.target.slot] for entry in entries}, packer, device, dtype)
     total = sum(entry.stored_bytes for entry in entries)
     done = 0
     for entry, tensor in _read(entries):
@@ -135,7 +135,7 @@ def load_weights(
         if on_progress is not None:
             on_progress(done, total)
     num_parameters = sum(math.prod(entry.shape) for entry in entries)
-    return slots.assemble(spec, num_parameters, needed)
+    return slots.assemble(spec, num_parameters)
 
 
 def _plan_reading(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[_Entry]:

@@ -5,7 +5,7 @@ Knows shapes and merging; reads no files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,13 +18,12 @@ from pawl_workers.model.weights import (
     MlpWeights,
     NormWeights,
     PackedLinear,
+    PackedNorm,
+    Packer,
     Weights,
 )
 
-__all__ = ["Pack", "Slots", "slot_shapes"]
-
-Pack = Callable[[Tensor, Tensor | None], PackedLinear]
-"""Turns a weight [out, in] and a bias [out] into the form of a kernel backend."""
+__all__ = ["Slots", "slot_shapes"]
 
 _LINEARS = ("qkv", "attention_output", "up", "down", "head")
 
@@ -58,10 +57,10 @@ class Slots:
     """Collects tensors by slot; a linear layer is packed, and its tensors dropped, once it is whole."""
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], pack: Pack, device: torch.device, dtype: torch.dtype
+        self, shapes: Mapping[str, tuple[int, ...]], packer: Packer, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._shapes = shapes  # of the slots that will be filled
-        self._pack = pack
+        self._packer = packer
         self._device, self._dtype = device, dtype
         self._tensors: dict[str, Tensor] = {}
         self._missing_rows = {slot: shape[0] for slot, shape in shapes.items()}
@@ -80,9 +79,9 @@ class Slots:
         if part in {"weight", "bias"} and name.rpartition(".")[2] in _LINEARS:
             weight, bias = f"{name}.weight", f"{name}.bias"
             if self._missing_rows[weight] == 0 and self._missing_rows.get(bias, 0) == 0:
-                self._linears[name] = self._pack(self._tensors.pop(weight), self._tensors.pop(bias, None))
+                self._linears[name] = self._packer.pack_linear(self._tensors.pop(weight), self._tensors.pop(bias, None))
 
-    def assemble(self, spec: ModelSpec, num_parameters: int, num_bytes: int) -> Weights:
+    def assemble(self, spec: ModelSpec, num_parameters: int) -> Weights:
         """Put the slots together; every slot must be filled."""
         embedding = self._tensors["embedding"]
         layers = []
@@ -96,19 +95,29 @@ class Slots:
                 spec.num_kv_heads,
                 spec.head_dim,
             )
-            mlp = MlpWeights(linears[at + "up"], linears[at + "down"], spec.activation, spec.gated_mlp)
+            mlp = MlpWeights(
+                linears[at + "up"],
+                self._packer.pack_activation(spec.activation, gated=spec.gated_mlp),
+                linears[at + "down"],
+                spec.activation,
+                spec.gated_mlp,
+            )
             attention_norm, mlp_norm = self._norm(spec, at + "attention_norm"), self._norm(spec, at + "mlp_norm")
             layers.append(LayerWeights(attention_norm, attention, mlp_norm, mlp))
+        head = self._packer.pack_linear(embedding, None) if spec.tied_head else self._linears["head"]
+        packed = list(self._linears.values()) + ([head] if spec.tied_head else [])
+        biases = [linear.bias for linear in packed if linear.bias is not None]
+        kept = [*self._tensors.values(), *biases]
         return Weights(
             spec=spec,
             embedding=EmbeddingWeights(embedding, self._tensors.get("positions")),
             layers=tuple(layers),
             final_norm=self._norm(spec, "final_norm"),
-            head=self._pack(embedding, None) if spec.tied_head else self._linears["head"],
+            head=head,
             num_parameters=num_parameters,
-            num_bytes=num_bytes,
+            num_bytes=sum(linear.num_bytes for linear in packed) + sum(tensor.nbytes for tensor in kept),
         )
 
-    def _norm(self, spec: ModelSpec, name: str) -> NormWeights:
+    def _norm(self, spec: ModelSpec, name: str) -> PackedNorm:
         weight, bias = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
-        return NormWeights(spec.norm, weight, bias, spec.norm_epsilon)
+        return self._packer.pack_norm(NormWeights(spec.norm, weight, bias, spec.norm_epsilon))

@@ -18,7 +18,10 @@ __all__ = [
     "LayerWeights",
     "MlpWeights",
     "NormWeights",
+    "PackedActivation",
     "PackedLinear",
+    "PackedNorm",
+    "Packer",
     "Weights",
 ]
 
@@ -41,6 +44,11 @@ class PackedLinear(Protocol):
         """The bias, [out]."""
         ...
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the packed weight takes."""
+        ...
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias`, [T, in] -> [T, out]."""
         ...
@@ -60,6 +68,41 @@ class NormWeights:
     epsilon: float
 
 
+class PackedNorm(Protocol):
+    """A norm as its kernel backend computes it."""
+
+    @property
+    def weights(self) -> NormWeights:
+        """What it was made from."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise each row of x, [T, D], to [T, D]."""
+        ...
+
+
+class PackedActivation(Protocol):
+    """An activation as its kernel backend computes it: [T, I] -> [T, I], or, gated, [T, 2I] -> [T, I]."""
+
+    def __call__(self, hidden: Tensor) -> Tensor: ...  # noqa: D102 - as the class says
+
+
+class Packer(Protocol):
+    """Turns what a checkpoint holds into the form of a kernel backend."""
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """Pack a weight [out, in] and a bias [out]."""
+        ...
+
+    def pack_norm(self, weights: NormWeights) -> PackedNorm:
+        """Bind a norm to its kernel."""
+        ...
+
+    def pack_activation(self, activation: Activation, *, gated: bool) -> PackedActivation:
+        """Choose the kernel of an activation."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionWeights:
     """Merged query-key-value projection [(H + 2K) * head_dim, D] and output projection [D, H * head_dim]."""
@@ -76,6 +119,7 @@ class MlpWeights:
     """`up` is [I, D], or gate above up, [2I, D], when `gated`; `down` is [D, I]."""
 
     up: PackedLinear
+    activate: PackedActivation
     down: PackedLinear
     activation: Activation
     gated: bool
@@ -85,9 +129,9 @@ class MlpWeights:
 class LayerWeights:
     """One block: attention, then MLP, each behind its norm."""
 
-    attention_norm: NormWeights
+    attention_norm: PackedNorm
     attention: AttentionWeights
-    mlp_norm: NormWeights
+    mlp_norm: PackedNorm
     mlp: MlpWeights
 
 
@@ -106,7 +150,7 @@ class Weights:
     spec: ModelSpec
     embedding: EmbeddingWeights
     layers: tuple[LayerWeights, ...]
-    final_norm: NormWeights
+    final_norm: PackedNorm
     head: PackedLinear
     num_parameters: int
     num_bytes: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pawl_workers.batch import Batch
@@ -29,21 +28,7 @@ def attend(x: Tensor, w: AttentionWeights, cache: LayerCache, batch: Batch) -> T
     Source: Vaswani et al., 2017, section 3.2; Ainslie et al., 2023 (grouped queries); Kwon et al., 2023,
     section 4.1 (paged KV).
     """
-    num_tokens, num_heads, num_kv_heads = x.shape[0], w.num_heads, w.num_kv_heads
-    heads = w.qkv(x).view(num_tokens, num_heads + 2 * num_kv_heads, w.head_dim)
-    turned, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
-    if batch.rotary is not None:
-        turned = _rotate(turned, *batch.rotary)
-    q, k = turned[:, :num_heads], turned[:, num_heads:]
-    cache.write(k, v, batch)
+    num_tokens, num_heads = x.shape[0], w.num_heads
+    heads = w.qkv(x).view(num_tokens, num_heads + 2 * w.num_kv_heads, w.head_dim)
+    q = cache.place(heads, batch)
     return w.output(cache.attend(q, batch).reshape(num_tokens, num_heads * w.head_dim))
-
-
-def _rotate(x: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of x, [T, heads, head_dim], by its position's angle.
-
-    `signed_sines` is negative in its first half. Source: Su et al., RoFormer, 2021, section 3.4.
-    """
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cosines, swapped, signed_sines)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
-from pawl_workers.model.spec import Activation
 from pawl_workers.model.weights import MlpWeights
 
 __all__ = ["mlp"]
@@ -16,20 +14,4 @@ def mlp(x: Tensor, w: MlpWeights) -> Tensor:
 
     Source: Shazeer, "GLU variants improve transformer", 2020, for the gate.
     """
-    hidden = w.up(x)
-    if w.gated:
-        gate, up = hidden.chunk(2, dim=-1)
-        return w.down(_activate(gate, w.activation).mul_(up))
-    return w.down(_activate(hidden, w.activation))
-
-
-def _activate(x: Tensor, activation: Activation) -> Tensor:
-    match activation:
-        case Activation.SILU:
-            return functional.silu(x)
-        case Activation.GELU:
-            return functional.gelu(x)
-        case Activation.GELU_TANH:
-            return functional.gelu(x, approximate="tanh")
-        case Activation.RELU:
-            return functional.relu(x)
+    return w.down(w.activate(w.up(x)))

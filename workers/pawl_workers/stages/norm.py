@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
-from pawl_workers.model.spec import NormKind
-from pawl_workers.model.weights import NormWeights
+from pawl_workers.model.weights import PackedNorm
 
 __all__ = ["norm"]
 
 
-def norm(x: Tensor, w: NormWeights) -> Tensor:
+def norm(x: Tensor, w: PackedNorm) -> Tensor:
     """Normalise each row of x, [T, D], to [T, D].
 
     Source: Zhang and Sennrich, 2019 (RMS norm); Ba, Kiros, Hinton, 2016 (layer norm).
     """
-    shape = w.weight.shape
-    if w.kind is NormKind.RMS:
-        return functional.rms_norm(x, shape, w.weight, w.epsilon)
-    return functional.layer_norm(x, shape, w.weight, w.bias, w.epsilon)
+    return w(x)

@@ -1,0 +1,213 @@
+"""The compiled kernels against fp64, in every format, and how they are built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pawl_workers.batch import AttentionShape, SequenceArrays
+from pawl_workers.errors import WorkerError
+from pawl_workers.kernels import choose_backend
+from pawl_workers.kernels.cpu import CpuKernels, CpuLinear
+from pawl_workers.kernels.native import build
+from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels
+from pawl_workers.model.spec import Activation, NormKind
+from pawl_workers.model.weights import NormWeights
+
+FORMATS = [torch.float32, torch.float16, torch.bfloat16]
+SHAPE = AttentionShape(4, 2, 16)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CpuKernels:
+    return CpuKernels()
+
+
+def _weight(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(rows * 7 + columns)
+    return torch.randn(rows, columns, generator=generator).to(dtype).float()
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("shape", [(96, 48), (1, 3), (17, 100), (257, 48), (1536, 576)])
+def test_linears_are_exact_in_any_format_and_read_back(
+    kernels: CpuKernels, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    weight, x = _weight(*shape, dtype), _weight(130, shape[1], torch.float32)
+    bias = _weight(1, shape[0], torch.float32)[0]
+    if dtype is torch.float32:
+        weight.view(-1)[:3] = torch.tensor([-0.0, 1e-42, 3e4])
+    packed = kernels.pack_linear(weight, bias)
+    assert torch.equal(packed.unpack().view(torch.int32), weight.view(torch.int32))
+    assert packed.num_bytes == -(-shape[0] // 16) * 16 * shape[1] * dtype.itemsize
+    wanted = x.double() @ weight.double().T + bias.double()
+    bound = 1e-6 * shape[1] * float(weight.abs().max() * x.abs().max()) + 1e-5
+    assert (packed(x) - wanted).abs().max() <= bound
+    assert packed(x[:0]).shape == (0, shape[0])
+    spread = torch.cat([x, x], dim=1)[:, : shape[1]]  # rows that do not touch
+    assert torch.equal(packed(spread), packed(x))
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_row_has_the_same_bits_in_any_company(kernels: CpuKernels, dtype: torch.dtype, num_threads: int) -> None:
+    linear, x = kernels.pack_linear(_weight(200, 96, dtype), None), _weight(230, 96, torch.float32)
+    before = torch.get_num_threads()
+    whole = linear(x)
+    torch.set_num_threads(num_threads)
+    try:
+        for num_rows in [*range(1, 40), 95, 96, 97, 200]:
+            assert torch.equal(linear(x[:num_rows]), whole[:num_rows]), num_rows
+            assert torch.equal(linear(x[-num_rows:]), whole[-num_rows:]), num_rows
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_formats_give_the_same_bits(kernels: CpuKernels) -> None:
+    """A weight that both bf16 and fp32 hold gives one result, whichever it is kept in."""
+    weight, x = _weight(64, 80, torch.bfloat16), _weight(40, 80, torch.float32)
+    narrow = kernels.pack_linear(weight, None)
+    extra = torch.cat([weight, torch.full((1, 80), 0.1)])  # 0.1 is in neither 16-bit format
+    wide = kernels.pack_linear(extra, None)
+    assert (narrow.num_bytes, wide.num_bytes) == (64 * 80 * 2, 80 * 80 * 4)
+    assert torch.equal(narrow(x), wide(x)[:, :64])
+
+
+@st.composite
+def _steps(draw: st.DrawFn) -> tuple[AttentionShape, list[tuple[int, int]]]:
+    """Heads, and sequences as (tokens computed before, tokens in this step)."""
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 7, 24, 30]))
+    shape = AttentionShape(kv_heads * group, kv_heads, draw(st.sampled_from([2, 8, 12, 40, 64])))
+    before = st.sampled_from([0, 1, 31, 32, 63, 300, 511, 512, 530])
+    return shape, draw(st.lists(st.tuples(before, st.integers(1, 40)), min_size=1, max_size=4))
+
+
+@given(step=_steps(), seed=st.integers(0, 99))
+@settings(max_examples=60)
+def test_attention_equals_the_reference(step: tuple[AttentionShape, list[tuple[int, int]]], seed: int) -> None:
+    """Keys and values written in two steps through shuffled blocks, then attended to; rotary turn included."""
+    shape, sequences = step
+    found = [
+        _attend(backend, shape, sequences, seed) for backend in (CpuKernels(), ReferenceKernels(torch.device("cpu")))
+    ]
+    assert (found[0] - found[1]).abs().max() < 2e-5
+
+
+def _attend(
+    backend: CpuKernels | ReferenceKernels, shape: AttentionShape, sequences: list[tuple[int, int]], seed: int
+) -> Tensor:
+    rng, size = np.random.default_rng(seed), backend.block_size
+    most = max(-(-(before + new) // size) for before, new in sequences)
+    num_blocks = most * len(sequences) + 1
+    tables = rng.permutation(np.arange(1, num_blocks)).reshape(len(sequences), most)
+    keys, values = (torch.zeros(cache) for cache in backend.cache_shapes(num_blocks, shape))
+    width = shape.num_heads + 2 * shape.num_kv_heads
+
+    def run(parts: list[tuple[int, int, int]]) -> Tensor:
+        """Sequence, first and last position: written and attended to in one step."""
+        members, starts, ends = (np.array(column) for column in zip(*parts, strict=True))
+        lengths = ends - starts
+        positions = np.concatenate([np.arange(start, end) for _, start, end in parts])
+        layout = backend.lay_out(
+            SequenceArrays(
+                starts=np.cumsum(lengths) - lengths,
+                lengths=lengths,
+                contexts=ends,
+                positions=positions,
+                sequence_of_token=np.repeat(np.arange(len(parts)), lengths),
+                block_tables=tables[members],
+            ),
+            shape,
+        )
+        # What a token holds is a function of its sequence and position, so that both backends see the same.
+        heads = [
+            torch.from_numpy(np.random.default_rng((seed, sequence, position)).standard_normal((width, shape.head_dim)))
+            for sequence, start, end in parts
+            for position in range(start, end)
+        ]
+        angles = torch.from_numpy(positions).float()[:, None, None] * torch.linspace(1, 0.01, shape.head_dim // 2)
+        rotary = (torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1))
+        q = backend.place(torch.stack(heads).float(), rotary, keys, values, layout)
+        return backend.attend(q, keys, values, layout)
+
+    if earlier := [(i, 0, before) for i, (before, _) in enumerate(sequences) if before]:
+        run(earlier)
+    return run([(i, before, before + new) for i, (before, new) in enumerate(sequences)])
+
+
+def test_norm_and_gate_equal_the_reference(kernels: CpuKernels) -> None:
+    for width in (3, 16, 100, 576):
+        x = _weight(37, width, torch.float32) * 5
+        w = NormWeights(NormKind.RMS, _weight(1, width, torch.float32)[0], None, 1e-5)
+        exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w.weight.double()
+        assert (kernels.pack_norm(w)(x) - exact).abs().max() < 1e-5
+        hidden = torch.cat([x * 20, x], dim=-1)  # gates far into both tails
+        wanted = ReferenceActivation(Activation.SILU, gated=True)(hidden.clone())
+        gated = kernels.pack_activation(Activation.SILU, gated=True)(hidden)
+        assert torch.allclose(gated, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_compiler_the_server_says_so_and_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pawl_workers.kernels.native import library
+
+    def no_compiler() -> Path:
+        raise build.BuildError("there is no C compiler (cc or gcc)")
+
+    monkeypatch.setattr(library, "find_or_build", no_compiler)
+    library.load_library.cache_clear()
+    try:
+        chosen = choose_backend(torch.device("cpu"), torch.float32, SHAPE)
+        assert chosen.name == "onednn"
+        assert len(caplog.messages) == 1
+        assert "no C compiler" in caplog.text
+        with pytest.raises(WorkerError, match="no C compiler"):
+            choose_backend(torch.device("cpu"), torch.float32, SHAPE, "cpu")
+    finally:
+        library.load_library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "broken-cc"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 1 || { echo 'cannot compile' >&2; exit 1; }\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(build.BuildError, match="cannot compile"):
+        build.find_or_build()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_the_portable_build_computes_the_same(tmp_path: Path) -> None:
+    """Without AVX2, FMA and F16C: the same sources, in another process, within rounding."""
+    program = (
+        "import sys, torch\n"
+        "from pawl_workers.kernels.native import build\n"
+        "build.instruction_flags = lambda: ()\n"
+        "from pawl_workers.kernels.cpu import CpuKernels\n"
+        "k, g = CpuKernels(), torch.Generator().manual_seed(0)\n"
+        "for dtype in (torch.float32, torch.float16, torch.bfloat16):\n"
+        "    w, x = torch.randn(50, 40, generator=g).to(dtype).float(), torch.randn(20, 40, generator=g)\n"
+        "    print((k.pack_linear(w, None)(x) - (x.double() @ w.double().T)).abs().max().item() < 1e-4)\n"
+    )
+    variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.split() == ["True"] * 3, done.stderr
+
+
+def test_linears_know_their_shape(kernels: CpuKernels) -> None:
+    linear = kernels.pack_linear(_weight(5, 7, torch.float32), None)
+    assert isinstance(linear, CpuLinear)
+    assert (linear.out_features, linear.in_features, linear.bias) == (5, 7, None)
