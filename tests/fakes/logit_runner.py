@@ -15,7 +15,7 @@ from pawl_workers.forward import forward
 from pawl_workers.kernels import choose_backend
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.model.loading import load_weights, read_config
-from pawl_workers.model.rotary import rotary_frequencies
+from pawl_workers.model.rotary import rotary_table
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
 from pawl_workers.prepare import BatchSettings, build_batch
 from pawl_workers.rows import RowTable
@@ -28,7 +28,15 @@ __all__ = ["LogitRunner"]
 class LogitRunner:
     """A row table, a cache and weights, without sampling. Blocks are dealt in random order."""
 
-    def __init__(self, folder: Path, kernels: str = "auto", *, max_running: int = 24, seed: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kernels: str = "auto",
+        *,
+        max_running: int = 24,
+        seed: int = 0,
+        max_context: int | None = None,
+    ) -> None:
         config = read_config(folder)
         self.spec = spec = config.spec
         device, dtype = torch.device("cpu"), torch.float32
@@ -42,7 +50,7 @@ class LogitRunner:
         self._settings = BatchSettings(
             kernels=self.kernels,
             shape=shape,
-            frequencies=None if spec.rotary is None else rotary_frequencies(spec.rotary, spec.head_dim, device),
+            rotaries=tuple(rotary_table(rotary, max_context or spec.max_context, device) for rotary in spec.rotaries),
             device=device,
             dtype=dtype,
         )

@@ -89,7 +89,7 @@ class Batch:
     Attributes:
         token_ids: [T] int64.
         positions: [T] int64.
-        rotary: cosines and signed sines, each [T, 1, head_dim]; None for learned positions.
+        rotary: cosines and signed sines, each [T, 1, rotary_dim], of each of the model's rotary embeddings.
         attention: the backend's layout.
         last: token rows whose logits are sampled from, [S'] int64, in the order of `sampling.rows`.
         sampling: how.
@@ -98,7 +98,7 @@ class Batch:
 
     token_ids: Tensor
     positions: Tensor
-    rotary: tuple[Tensor, Tensor] | None
+    rotary: tuple[tuple[Tensor, Tensor], ...]
     attention: AttentionLayout
     last: Tensor
     sampling: SamplingBatch

@@ -39,8 +39,14 @@ def forward(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput:
     """Run one step. Writes the new tokens' keys and values into `cache`; changes nothing else."""
     x = embed(batch, weights.embedding)  # [T, D]  token -> vector
     for layer, w in enumerate(weights.layers):
-        x = add(x, attend(norm(x, w.attention_norm), w.attention, cache[layer], batch))  # queries meet keys
-        x = add(x, mlp(norm(x, w.mlp_norm), w.mlp))  # features ignite
+        found = attend(norm(x, w.attention_norm), w.attention, cache[layer], batch)  # queries meet keys
+        if w.parallel:
+            fired = mlp(norm(x, w.mlp_norm), w.mlp)  # features ignite, on the same stream
+            x = add(x, add(found, fired), w.residual_scale)
+            continue
+        x = add(x, norm(found, w.attention_output_norm), w.residual_scale)
+        fired = mlp(norm(x, w.mlp_norm), w.mlp)  # features ignite
+        x = add(x, norm(fired, w.mlp_output_norm), w.residual_scale)
     scores = logits(norm(x[batch.last], weights.final_norm), weights.head)  # [S, V]  every direction is scored
     prompts = score(x, weights.final_norm, weights.head, batch.prompts)  # only where log-probabilities are wanted
     return StepOutput(sample(scores, batch.sampling), prompts, x)  # [S]  one token is chosen

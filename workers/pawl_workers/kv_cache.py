@@ -17,6 +17,7 @@ from torch import Tensor
 from pawl_workers.batch import AttentionShape, Batch
 from pawl_workers.kernels import Kernels
 from pawl_workers.model.spec import ModelSpec
+from pawl_workers.model.weights import AttentionWeights
 
 __all__ = ["KvCache", "LayerCache"]
 
@@ -29,13 +30,17 @@ class LayerCache:
     values: Tensor
     kernels: Kernels
 
-    def place(self, heads: Tensor, batch: Batch) -> Tensor:
-        """Write the new keys and values of [T, H + 2K, head_dim], turned, and return the queries, [T, H, head_dim]."""
-        return self.kernels.place(heads, batch.rotary, self.keys, self.values, batch.attention)
+    def place(self, heads: Tensor, w: AttentionWeights, batch: Batch) -> Tensor:
+        """Write the new keys and values of [T, H + 2K, head_dim], and return the queries, [T, H, head_dim].
 
-    def attend(self, q: Tensor, batch: Batch) -> Tensor:
+        Queries and keys are normalised and turned as `w` says.
+        """
+        rotary = None if w.rotary is None else batch.rotary[w.rotary]
+        return self.kernels.place(heads, rotary, w.norms, self.keys, self.values, batch.attention)
+
+    def attend(self, q: Tensor, w: AttentionWeights, batch: Batch) -> Tensor:
         """Attend the step's queries, [T, H, head_dim], to what is written."""
-        return self.kernels.attend(q, self.keys, self.values, batch.attention)
+        return self.kernels.attend(q, w.rule, self.keys, self.values, batch.attention)
 
 
 class KvCache:

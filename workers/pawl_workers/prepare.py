@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pawl_workers.batch import AttentionShape, Batch, IntArray, PromptRows, SamplingBatch, SequenceArrays
 from pawl_workers.kernels import Kernels
-from pawl_workers.model.rotary import rotary_angles
+from pawl_workers.model.rotary import RotaryTable, rotary_angles
 from pawl_workers.rows import RowTable
 
 __all__ = ["BatchSettings", "build_batch"]
@@ -22,7 +21,7 @@ class BatchSettings:
 
     kernels: Kernels
     shape: AttentionShape
-    frequencies: Tensor | None  # of the rotary embedding
+    rotaries: tuple[RotaryTable, ...]
     device: torch.device
     dtype: torch.dtype
 
@@ -50,15 +49,12 @@ def build_batch(
     )
     device = settings.device
     device_positions = torch.from_numpy(positions).to(device)
-    rotary = None
-    if settings.frequencies is not None:
-        rotary = rotary_angles(settings.frequencies, device_positions, settings.dtype)
     sampling = (contexts == table.num_tokens[rows]) & table.samples[rows]
     sampling_rows = rows[sampling]
     batch = Batch(
         token_ids=torch.from_numpy(token_ids).to(device),
         positions=device_positions,
-        rotary=rotary,
+        rotary=tuple(rotary_angles(table, device_positions, settings.dtype) for table in settings.rotaries),
         attention=settings.kernels.lay_out(arrays, settings.shape),
         last=torch.from_numpy((starts + num_tokens - 1)[sampling]).to(device),
         sampling=_sampling(table, sampling_rows),

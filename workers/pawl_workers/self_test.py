@@ -17,7 +17,7 @@ from pawl_workers.forward import forward
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels, ReferenceNorm
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.model.rotary import rotary_angles
-from pawl_workers.model.weights import PackedLinear, Weights
+from pawl_workers.model.weights import LayerWeights, MlpWeights, PackedLinear, PackedNorm, Weights
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult, TokenLogprobs
 from pawl_workers.prepare import BatchSettings
 
@@ -150,12 +150,11 @@ def _reference(weights: Weights, settings: BatchSettings, token_ids: list[int], 
         block_tables=np.arange(1, num_blocks + 1)[None, :],
     )
     tensor_positions = torch.from_numpy(positions).to(device)
-    frequencies = settings.frequencies
     targets = np.array(token_ids[num_prompt:])
     batch = Batch(
         token_ids=torch.tensor(token_ids[:-1], device=device),
         positions=tensor_positions,
-        rotary=None if frequencies is None else rotary_angles(frequencies, tensor_positions, settings.dtype),
+        rotary=tuple(rotary_angles(table, tensor_positions, settings.dtype) for table in settings.rotaries),
         attention=kernels.lay_out(arrays, settings.shape),
         last=torch.zeros(0, dtype=torch.int64, device=device),
         sampling=SamplingBatch([], [], []),
@@ -165,28 +164,35 @@ def _reference(weights: Weights, settings: BatchSettings, token_ids: list[int], 
 
 
 def _unpacked(weights: Weights) -> Weights:
-    layers = []
-    for layer in weights.layers:
-        attention, mlp = layer.attention, layer.mlp
-        layers.append(
-            replace(
-                layer,
-                attention=replace(
-                    attention, qkv=_UnpackedLinear(attention.qkv), output=_UnpackedLinear(attention.output)
-                ),
-                mlp=replace(
-                    mlp,
-                    up=_UnpackedLinear(mlp.up),
-                    activate=ReferenceActivation(mlp.activation, mlp.gated),
-                    down=_UnpackedLinear(mlp.down),
-                ),
-                attention_norm=ReferenceNorm(layer.attention_norm.weights),
-                mlp_norm=ReferenceNorm(layer.mlp_norm.weights),
-            )
-        )
     return replace(
         weights,
-        layers=tuple(layers),
+        layers=tuple(_unpacked_layer(layer) for layer in weights.layers),
         final_norm=ReferenceNorm(weights.final_norm.weights),
-        head=_UnpackedLinear(weights.head),
+        head=replace(weights.head, linear=_UnpackedLinear(weights.head.linear)),
     )
+
+
+def _unpacked_layer(layer: LayerWeights) -> LayerWeights:
+    attention, mlp = layer.attention, layer.mlp
+    return replace(
+        layer,
+        attention=replace(attention, qkv=_UnpackedLinear(attention.qkv), output=_UnpackedLinear(attention.output)),
+        mlp=_unpacked_mlp(mlp)
+        if isinstance(mlp, MlpWeights)
+        else replace(
+            mlp, router=_UnpackedLinear(mlp.router), experts=tuple(_unpacked_mlp(expert) for expert in mlp.experts)
+        ),
+        attention_norm=_unpacked_norm(layer.attention_norm),
+        attention_output_norm=_unpacked_norm(layer.attention_output_norm),
+        mlp_norm=_unpacked_norm(layer.mlp_norm),
+        mlp_output_norm=_unpacked_norm(layer.mlp_output_norm),
+    )
+
+
+def _unpacked_mlp(mlp: MlpWeights) -> MlpWeights:
+    activate = ReferenceActivation(mlp.activation, mlp.gated)
+    return replace(mlp, up=_UnpackedLinear(mlp.up), activate=activate, down=_UnpackedLinear(mlp.down))
+
+
+def _unpacked_norm(norm: PackedNorm | None) -> PackedNorm | None:
+    return None if norm is None else ReferenceNorm(norm.weights)

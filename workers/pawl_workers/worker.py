@@ -21,7 +21,7 @@ from pawl_workers.kernels import Kernels, choose_backend
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.memory import MemoryPlan, activation_bytes, available_bytes, plan_memory
 from pawl_workers.model.loading import CheckpointConfig, load_weights, read_config
-from pawl_workers.model.rotary import rotary_frequencies
+from pawl_workers.model.rotary import rotary_table
 from pawl_workers.model.source import checkpoint_revision, resolve_checkpoint
 from pawl_workers.model.weights import Weights
 from pawl_workers.parallel import set_num_threads
@@ -145,11 +145,10 @@ class Worker:
             kv_bytes=options.kv_bytes,
             memory_fraction=options.memory_fraction,
         )
-        rotary = spec.rotary
         settings = BatchSettings(
             kernels=kernels,
             shape=shape,
-            frequencies=None if rotary is None else rotary_frequencies(rotary, spec.head_dim, device),
+            rotaries=tuple(rotary_table(rotary, max_context, device) for rotary in spec.rotaries),
             device=device,
             dtype=dtype,
         )

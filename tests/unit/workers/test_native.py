@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from pawl_workers.batch import AttentionShape, SequenceArrays
 from pawl_workers.errors import WorkerError
-from pawl_workers.kernels import choose_backend
+from pawl_workers.kernels import Kernels, choose_backend
 from pawl_workers.kernels.cpu import CpuKernels, CpuLinear
 from pawl_workers.kernels.native import build
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels
-from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import NormWeights
+from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
+from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
 
 FORMATS = [torch.float32, torch.float16, torch.bfloat16]
 SHAPE = AttentionShape(4, 2, 16)
@@ -82,29 +83,54 @@ def test_formats_give_the_same_bits(kernels: CpuKernels) -> None:
     assert torch.equal(narrow(x), wide(x)[:, :64])
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Heads, what turns and is normalised, the rule, and sequences as (tokens before, tokens in this step)."""
+
+    shape: AttentionShape
+    rotary_dim: int
+    norms: QueryKeyNormWeights | None
+    rule: AttentionRule
+    sequences: list[tuple[int, int]]
+    seed: int
+
+
 @st.composite
-def _steps(draw: st.DrawFn) -> tuple[AttentionShape, list[tuple[int, int]]]:
-    """Heads, and sequences as (tokens computed before, tokens in this step)."""
+def _steps(draw: st.DrawFn) -> _Step:
     kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 7, 24, 30]))
-    shape = AttentionShape(kv_heads * group, kv_heads, draw(st.sampled_from([2, 8, 12, 40, 64])))
+    head_dim = draw(st.sampled_from([2, 8, 12, 40, 64]))
+    shape = AttentionShape(kv_heads * group, kv_heads, head_dim)
     before = st.sampled_from([0, 1, 31, 32, 63, 300, 511, 512, 530])
-    return shape, draw(st.lists(st.tuples(before, st.integers(1, 40)), min_size=1, max_size=4))
+    kind, norms = draw(st.sampled_from([None, *QueryKeyNorm])), None
+    if kind is not None:
+        per_head = kind is QueryKeyNorm.HEAD
+        query, key = (
+            _weight(1, head_dim * (1 if per_head else heads), torch.float32)[0] for heads in (shape.num_heads, kv_heads)
+        )
+        norms = QueryKeyNormWeights(kind, query, key, 1e-5)
+    rule = AttentionRule(
+        scale=draw(st.sampled_from([head_dim**-0.5, 0.3])),
+        window=draw(st.sampled_from([None, 1, 5, 33, 100, 520])),
+        softcap=draw(st.sampled_from([None, 0.5, 20.0])),
+        sinks=draw(st.sampled_from([None, _weight(1, shape.num_heads, torch.float32)[0]])),
+    )
+    sequences = draw(st.lists(st.tuples(before, st.integers(1, 40)), min_size=1, max_size=4))
+    rotary_dim = draw(st.sampled_from([0, 2, head_dim // 4 * 2 or 2, head_dim]))
+    return _Step(shape, rotary_dim, norms, rule, sequences, draw(st.integers(0, 99)))
 
 
-@given(step=_steps(), seed=st.integers(0, 99))
-@settings(max_examples=60)
-def test_attention_equals_the_reference(step: tuple[AttentionShape, list[tuple[int, int]]], seed: int) -> None:
-    """Keys and values written in two steps through shuffled blocks, then attended to; rotary turn included."""
-    shape, sequences = step
-    found = [
-        _attend(backend, shape, sequences, seed) for backend in (CpuKernels(), ReferenceKernels(torch.device("cpu")))
-    ]
-    assert (found[0] - found[1]).abs().max() < 2e-5
+@pytest.mark.parametrize("name", ["cpu", "onednn"])
+@given(step=_steps())
+@settings(max_examples=80)
+def test_attention_equals_the_reference(name: str, step: _Step) -> None:
+    """Keys and values written in two steps through shuffled blocks, then attended to."""
+    device = torch.device("cpu")
+    backend = choose_backend(device, torch.float32, step.shape, name)
+    assert (_attend(backend, step) - _attend(ReferenceKernels(device), step)).abs().max() < 4e-5
 
 
-def _attend(
-    backend: CpuKernels | ReferenceKernels, shape: AttentionShape, sequences: list[tuple[int, int]], seed: int
-) -> Tensor:
+def _attend(backend: Kernels, step: _Step) -> Tensor:
+    shape, sequences, seed = step.shape, step.sequences, step.seed
     rng, size = np.random.default_rng(seed), backend.block_size
     most = max(-(-(before + new) // size) for before, new in sequences)
     num_blocks = most * len(sequences) + 1
@@ -134,10 +160,12 @@ def _attend(
             for sequence, start, end in parts
             for position in range(start, end)
         ]
-        angles = torch.from_numpy(positions).float()[:, None, None] * torch.linspace(1, 0.01, shape.head_dim // 2)
+        angles = torch.from_numpy(positions).float()[:, None, None] * torch.linspace(1, 0.01, step.rotary_dim // 2)
         rotary = (torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1))
-        q = backend.place(torch.stack(heads).float(), rotary, keys, values, layout)
-        return backend.attend(q, keys, values, layout)
+        q = backend.place(
+            torch.stack(heads).float(), rotary if step.rotary_dim else None, step.norms, keys, values, layout
+        )
+        return backend.attend(q, step.rule, keys, values, layout)
 
     if earlier := [(i, 0, before) for i, (before, _) in enumerate(sequences) if before]:
         run(earlier)

@@ -211,7 +211,8 @@ def test_self_test_passes_and_notices(llama_folder: Path) -> None:
             linear: Callable[[torch.Tensor], torch.Tensor] = self.linear  # type: ignore[assignment]
             return linear(x) * 1.05
 
-    worker._weights = dataclasses.replace(worker._weights, head=Wrong(worker._weights.head))  # type: ignore[arg-type]
+    head = dataclasses.replace(worker._weights.head, linear=Wrong(worker._weights.head.linear))  # type: ignore[arg-type]
+    worker._weights = dataclasses.replace(worker._weights, head=head)
     with pytest.raises(SelfTestError, match="differ from the reference by up to"):
         worker.self_test()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.errors import WorkerError
-from pawl_workers.model.weights import Packer
+from pawl_workers.model.weights import AttentionRule, Packer, QueryKeyNormWeights
 
 __all__ = ["Kernels", "choose_backend"]
 
@@ -46,15 +46,17 @@ class Kernels(Packer, Protocol):
         self,
         heads: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
+        norms: QueryKeyNormWeights | None,
         keys: Tensor,
         values: Tensor,
         layout: AttentionLayout,
     ) -> Tensor:
-        """Turn the new tokens' queries and keys, and write keys and values to their slots in this layer's cache.
+        """Normalise and turn the new tokens' queries and keys, and write keys and values to their slots in the cache.
 
         Args:
             heads: queries, keys and values of each token, [T, H + 2K, head_dim].
-            rotary: cosines and signed sines, each [T, 1, head_dim]; None where positions are learned.
+            rotary: cosines and signed sines, each [T, 1, rotary_dim]; None where nothing turns.
+            norms: of queries and keys, if the model has them.
             keys: this layer's keys.
             values: this layer's values.
             layout: of this step.
@@ -64,13 +66,14 @@ class Kernels(Packer, Protocol):
         """
         ...
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
-        """Attend each query to all tokens of its sequence up to itself.
+    def attend(self, q: Tensor, rule: AttentionRule, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
+        """Attend each query to all tokens of its sequence up to itself, as `rule` says.
 
         Args:
-            q: [T, H, head_dim], not scaled.
-            keys: this layer's keys, with the new ones written.
-            values: likewise.
+            q: queries, [T, H, head_dim], not scaled.
+            rule: scale, window, softcap and sinks of this layer.
+            keys: this layer's keys, the step's own included.
+            values: this layer's values.
             layout: of this step.
 
         Returns:

@@ -15,8 +15,8 @@ from torch import Tensor
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.native.library import Library, load_library
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceNorm
-from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import NormWeights, PackedActivation, PackedNorm
+from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
+from pawl_workers.model.weights import AttentionRule, NormWeights, PackedActivation, PackedNorm, QueryKeyNormWeights
 
 __all__ = ["CpuKernels", "CpuLinear"]
 
@@ -24,6 +24,7 @@ _PANEL = 16
 _BLOCK = 32
 _MOST_ROWS = 24  # query rows of a tile, as in attention.c
 _MOST_DIM = 512
+_NO_WINDOW = 1 << 62
 
 
 _FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in linear.c
@@ -220,11 +221,12 @@ class CpuKernels:
         self,
         heads: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
+        norms: QueryKeyNormWeights | None,
         keys: Tensor,
         values: Tensor,
         layout: AttentionLayout,
     ) -> Tensor:
-        """Turn queries and keys, write keys and values, return the queries."""
+        """Normalise and turn queries and keys, write keys and values, return the queries."""
         assert isinstance(layout, _Layout)  # noqa: S101 - narrows the type
         num_tokens, width, head_dim = heads.shape
         num_kv_heads = keys.shape[1]
@@ -234,6 +236,8 @@ class CpuKernels:
             heads.data_ptr(),
             None if rotary is None else rotary[0].data_ptr(),
             None if rotary is None else rotary[1].data_ptr(),
+            None if norms is None else norms.query.data_ptr(),
+            None if norms is None else norms.key.data_ptr(),
             q.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
@@ -242,12 +246,15 @@ class CpuKernels:
             num_heads,
             num_kv_heads,
             head_dim,
+            0 if rotary is None else rotary[0].shape[-1],
             values.shape[3],
+            0.0 if norms is None else norms.epsilon,
+            norms is not None and norms.kind is QueryKeyNorm.WIDTH,
             torch.get_num_threads(),
         )
         return q
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
+    def attend(self, q: Tensor, rule: AttentionRule, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
         """Attend each query to all tokens of its sequence up to itself, over the blocks where they lie."""
         assert isinstance(layout, _Layout)  # noqa: S101 - narrows the type
         num_threads = torch.get_num_threads()
@@ -267,7 +274,10 @@ class CpuKernels:
             keys.shape[1],
             head_dim,
             values.shape[3],
-            head_dim**-0.5,
+            _NO_WINDOW if rule.window is None else rule.window,
+            rule.scale,
+            rule.softcap or 0.0,
+            None if rule.sinks is None else rule.sinks.data_ptr(),
             num_threads,
         )
         return attended

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, IntArray, SequenceArrays
+from pawl_workers.model.weights import AttentionRule
 
 __all__ = ["Layout", "attend", "lay_out"]
 
@@ -35,6 +37,7 @@ class Group:
         num_tiles: N.
         num_tokens: n, tokens of each tile.
         splits: for each split of the keys, the cache rows (block * K + head) to gather, [N * K * blocks].
+        positions: of each row's query, [N, 1, rows, 1]; padding counts as at 0.
         hidden: True where one of a tile's last `_TILE` keys lies after the query, [N, 1, rows, _TILE], with
             rows = n * H/K padded to a multiple of `_ROW_MULTIPLE`.
     """
@@ -43,6 +46,7 @@ class Group:
     num_tiles: int
     num_tokens: int
     splits: list[Tensor]
+    positions: Tensor
     hidden: Tensor
 
 
@@ -120,23 +124,27 @@ def _group(tiles: _Tiles, members: IntArray, tables: IntArray, shape: AttentionS
     ]
     in_tile = (tiles.first_position[members] % _TILE)[:, None] + nth  # [N, n]
     hidden = np.repeat(in_tile, group_size, axis=1)[:, :, None] < np.arange(_TILE)
+    positions = np.repeat(tiles.first_position[members][:, None] + nth, group_size, axis=1)
     num_padding = -hidden.shape[1] % _ROW_MULTIPLE
     if num_padding:
         hidden = np.pad(hidden, ((0, 0), (0, num_padding), (0, 0)))
+        positions = np.pad(positions, ((0, 0), (0, num_padding)))
     return Group(
         token_rows=torch.from_numpy(token_rows.reshape(-1)),
         num_tiles=len(members),
         num_tokens=num_tokens,
         splits=splits,
+        positions=torch.from_numpy(positions)[:, None, :, None],
         hidden=torch.from_numpy(hidden).unsqueeze(1),
     )
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
+def attend(q: Tensor, rule: AttentionRule, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
     """Attend each query to all tokens of its sequence up to itself.
 
     Args:
         q: queries, [T, H, head_dim] float32, not scaled.
+        rule: scale, window, softcap and sinks.
         keys: [num_blocks, K, block_size, head_dim]; finite everywhere, since hidden keys get weight 0.
         values: likewise.
         layout: of this step.
@@ -149,7 +157,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, block_size = keys.shape[1], keys.shape[2]
     group_size = num_heads // num_kv_heads
-    q = (q * head_dim**-0.5).view(num_queries, num_kv_heads, group_size, head_dim)
+    q = (q * rule.scale).view(num_queries, num_kv_heads, group_size, head_dim)
     key_rows, value_rows = (cache.view(-1, block_size * head_dim) for cache in (keys, values))
     attended = torch.empty_like(q)
     for group in layout.groups:
@@ -162,23 +170,38 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
             taken.transpose(1, 2)
         )
         queries = queries.view(num_tiles * num_kv_heads, -1, head_dim)
-        result = _attend_group(queries, key_rows, value_rows, group, head_dim)
+        sinks = None
+        if rule.sinks is not None:  # a row for each query, as queries lie
+            per_row = rule.sinks.view(1, num_kv_heads, 1, group_size).expand(num_tiles, -1, num_tokens, -1)
+            sinks = functional.pad(per_row.reshape(num_tiles, num_kv_heads, -1), (0, group.hidden.shape[2] - num_rows))
+            sinks = sinks.view(num_tiles * num_kv_heads, -1, 1)
+        result = _attend_group(queries, rule, sinks, key_rows, value_rows, group, head_dim)
         result = result.view(num_tiles, num_kv_heads, -1, head_dim)[:, :, :num_rows]
         result = result.view(num_tiles, num_kv_heads, num_tokens, group_size, head_dim).transpose(1, 2)
         attended.index_copy_(0, group.token_rows, result.reshape(-1, num_kv_heads, group_size, head_dim))
     return attended.view(num_queries, num_heads, head_dim)
 
 
-def _attend_group(queries: Tensor, key_rows: Tensor, value_rows: Tensor, group: Group, head_dim: int) -> Tensor:
+def _attend_group(
+    queries: Tensor,
+    rule: AttentionRule,
+    sinks: Tensor | None,
+    key_rows: Tensor,
+    value_rows: Tensor,
+    group: Group,
+    head_dim: int,
+) -> Tensor:
     """Give each of the scaled queries, [N * K, rows, head_dim], its result."""
     last = len(group.splits) - 1
-    if last == 0:
-        scores, v = _score_split(queries, key_rows, value_rows, group, 0, head_dim)
+    if last == 0 and sinks is None:
+        scores, v = _score_split(queries, rule, key_rows, value_rows, group, 0, head_dim)
         return torch.bmm(scores.softmax(dim=-1), v)
-    merged = total = queries.new_zeros(())
-    maximum = queries.new_full((), -torch.inf)
+    merged = queries.new_zeros(())
+    # A split may be hidden whole: the maximum is never infinite, or its distance to itself would be no number.
+    total = queries.new_zeros(()) if sinks is None else torch.ones_like(sinks)
+    maximum = queries.new_full((), torch.finfo(queries.dtype).min / 4) if sinks is None else sinks
     for i in range(last + 1):
-        scores, v = _score_split(queries, key_rows, value_rows, group, i, head_dim)
+        scores, v = _score_split(queries, rule, key_rows, value_rows, group, i, head_dim)
         new_maximum = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
         kept = (maximum - new_maximum).exp_()
         weights = scores.sub_(new_maximum).exp_()
@@ -189,7 +212,13 @@ def _attend_group(queries: Tensor, key_rows: Tensor, value_rows: Tensor, group: 
 
 
 def _score_split(
-    queries: Tensor, key_rows: Tensor, value_rows: Tensor, group: Group, index: int, head_dim: int
+    queries: Tensor,
+    rule: AttentionRule,
+    key_rows: Tensor,
+    value_rows: Tensor,
+    group: Group,
+    index: int,
+    head_dim: int,
 ) -> tuple[Tensor, Tensor]:
     """Gather one split of the keys and values; return scores, [N * K, rows, keys], and the values."""
     k, v = (
@@ -197,7 +226,12 @@ def _score_split(
         for cache in (key_rows, value_rows)
     )
     scores = torch.bmm(queries, k.transpose(1, 2))
+    if rule.softcap is not None:
+        scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    per_tile = scores.view(group.num_tiles, -1, *scores.shape[1:])
+    if rule.window is not None:
+        places = torch.arange(index * _SPLIT, index * _SPLIT + scores.shape[2])
+        per_tile.masked_fill_(places <= group.positions - rule.window, -torch.inf)
     if index == len(group.splits) - 1:
-        per_tile = scores.view(group.num_tiles, -1, *scores.shape[1:])
         per_tile[..., -_TILE:].masked_fill_(group.hidden, -torch.inf)
     return scores, v

@@ -16,7 +16,7 @@ from pawl_workers.kernels import gathered_attention
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceLinear, ReferenceNorm
 from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.model.spec import Activation
-from pawl_workers.model.weights import NormWeights
+from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
 
 __all__ = ["OneDnnKernels", "OneDnnLinear"]
 
@@ -88,19 +88,20 @@ class OneDnnKernels:
         self,
         heads: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
+        norms: QueryKeyNormWeights | None,
         keys: Tensor,
         values: Tensor,
         layout: AttentionLayout,
     ) -> Tensor:
-        """Turn queries and keys, copy keys and values to their slots, return the queries."""
+        """Normalise and turn queries and keys, copy keys and values to their slots, return the queries."""
         assert isinstance(layout, gathered_attention.Layout)  # noqa: S101 - narrows the type
-        q, k, v = split_and_turn(heads, rotary, keys.shape[1])
+        q, k, v = split_and_turn(heads, rotary, norms, keys.shape[1])
         head_dim = keys.shape[3]
         keys.view(-1, head_dim).index_copy_(0, layout.slots, k.reshape(-1, head_dim))
         values.view(-1, head_dim).index_copy_(0, layout.slots, v.reshape(-1, head_dim))
         return q
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
+    def attend(self, q: Tensor, rule: AttentionRule, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
         """Attend each query to all tokens of its sequence up to itself."""
         assert isinstance(layout, gathered_attention.Layout)  # noqa: S101 - narrows the type
-        return gathered_attention.attend(q, keys, values, layout)
+        return gathered_attention.attend(q, rule, keys, values, layout)

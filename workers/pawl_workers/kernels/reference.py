@@ -11,7 +11,7 @@ from torch.nn import functional
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import NormWeights
+from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
 
 __all__ = ["ReferenceActivation", "ReferenceKernels", "ReferenceLinear", "ReferenceNorm"]
 
@@ -149,19 +149,20 @@ class ReferenceKernels:
         self,
         heads: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
+        norms: QueryKeyNormWeights | None,
         keys: Tensor,
         values: Tensor,
         layout: AttentionLayout,
     ) -> Tensor:
-        """Turn queries and keys, scatter keys and values to their slots, return the queries."""
+        """Normalise and turn queries and keys, scatter keys and values to their slots, return the queries."""
         assert isinstance(layout, _Layout)  # noqa: S101 - narrows the type
-        q, k, v = split_and_turn(heads, rotary, keys.shape[1])
+        q, k, v = split_and_turn(heads, rotary, norms, keys.shape[1])
         keys[layout.blocks, :, layout.offsets] = k
         values[layout.blocks, :, layout.offsets] = v
         return q
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
-        """Attend, one sequence after the other. Vaswani et al., 2017, equation 1."""
+    def attend(self, q: Tensor, rule: AttentionRule, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
+        """Attend, one sequence after the other. Source: Vaswani et al., 2017, equation 1."""
         assert isinstance(layout, _Layout)  # noqa: S101 - narrows the type
         attended = torch.empty_like(q)
         num_heads, num_kv_heads, head_dim = q.shape[1], keys.shape[1], q.shape[2]
@@ -174,7 +175,16 @@ class ReferenceKernels:
                 for cache in (keys, values)
             )
             queries = q[rows].view(item.length, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-            scores = (queries @ k.transpose(2, 3)).float() * head_dim**-0.5  # [K, H/K, length, context]
-            weights = scores.masked_fill(~item.visible, -torch.inf).softmax(dim=-1).to(v.dtype)
+            scores = (queries @ k.transpose(2, 3)).float() * rule.scale  # [K, H/K, length, context]
+            if rule.softcap is not None:
+                scores = (scores / rule.softcap).tanh() * rule.softcap
+            visible = item.visible
+            if rule.window is not None:
+                visible = visible & ~visible.tril(item.context - item.length - rule.window)
+            scores = scores.masked_fill(~visible, -torch.inf)
+            if rule.sinks is not None:
+                sinks = rule.sinks.view(num_kv_heads, group, 1, 1).expand(-1, -1, item.length, 1)
+                scores = torch.cat((scores, sinks), dim=-1)
+            weights = scores.softmax(dim=-1)[..., : item.context].to(v.dtype)
             attended[rows] = (weights @ v).permute(2, 0, 1, 3).reshape(item.length, num_heads, head_dim)
         return attended

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pawl_workers.errors import CheckpointError, OutOfMemoryError
+from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.families import Family, find_family
 from pawl_workers.model.slots import Slots, slot_shapes
 from pawl_workers.model.source import weight_files
-from pawl_workers.model.spec import ConfigReader, ModelSpec, TensorTarget
+from pawl_workers.model.spec import ModelSpec, TensorTarget
 from pawl_workers.model.weights import Packer, Weights
 
 __all__ = ["CheckpointConfig", "load_weights", "read_config"]

@@ -3,38 +3,76 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pawl_workers.model.spec import RotarySpec
 
-__all__ = ["rotary_angles", "rotary_frequencies"]
+__all__ = ["RotaryTable", "rotary_angles", "rotary_table"]
 
 
-def rotary_frequencies(spec: RotarySpec, head_dim: int, device: torch.device) -> Tensor:
-    """Radians per position of each pair of a head, [head_dim / 2] float32.
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """Radians per position of each pair of dimensions, [rotary_dim / 2] float32, and a factor of cosines and sines."""
 
-    Source: Su et al., RoFormer, 2021, section 3.4.2; Chen et al., 2023 (linear position interpolation);
-    the `llama3` blend is that of Meta's Llama 3.1 reference code.
+    frequencies: Tensor
+    scale: float
+
+
+def rotary_table(spec: RotarySpec, max_context: int, device: torch.device) -> RotaryTable:
+    """Work out the frequencies of a spec.
+
+    Of `longrope`'s two sets of factors a server uses one, by the longest context that it serves: were each sequence to
+    change from one to the other as it grows, its cached keys would no longer be those of its positions.
+
+    Source: Su et al., RoFormer, 2021, section 3.4.2; Chen et al., 2023 (linear position interpolation); Peng et al.,
+    YaRN, 2023, section 3.2; Ding et al., LongRoPE, 2024; the `llama3` blend is that of Meta's Llama 3.1 reference code.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.int64).float() / spec.rotary_dim
     frequencies = 1.0 / spec.theta**exponents
-    if spec.kind == "linear":
-        frequencies = frequencies / spec.factor
-    elif spec.kind == "llama3":
-        wavelengths = 2 * math.pi / frequencies
-        low, high = spec.low_frequency_factor, spec.high_frequency_factor
-        keep = (spec.original_max_position / wavelengths - low) / (high - low)
-        blended = (1 - keep) * frequencies / spec.factor + keep * frequencies
-        long = wavelengths > spec.original_max_position / low
-        short = wavelengths < spec.original_max_position / high
-        frequencies = torch.where(long, frequencies / spec.factor, torch.where(short, frequencies, blended))
-    return frequencies.to(device)
+    match spec.kind:
+        case "linear":
+            frequencies = frequencies / spec.factor
+        case "llama3":
+            frequencies = _blend_by_wavelength(spec, frequencies)
+        case "yarn":
+            frequencies = _blend_by_rotations(spec, frequencies)
+        case "longrope":
+            factors = spec.long_factors if max_context > spec.original_max_position else spec.short_factors
+            frequencies = 1.0 / (torch.tensor(factors) * spec.theta**exponents)
+    return RotaryTable(frequencies.to(device), spec.attention_factor)
 
 
-def rotary_angles(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (the first half negative) of positions [T], each [T, 1, head_dim]."""
-    angles = (positions.float().unsqueeze(1) * frequencies).unsqueeze(1)
-    cosines, sines = angles.cos(), angles.sin()
+def _blend_by_wavelength(spec: RotarySpec, frequencies: Tensor) -> Tensor:
+    wavelengths = 2 * math.pi / frequencies
+    low, high = spec.low_frequency_factor, spec.high_frequency_factor
+    keep = (spec.original_max_position / wavelengths - low) / (high - low)
+    blended = (1 - keep) * frequencies / spec.factor + keep * frequencies
+    long = wavelengths > spec.original_max_position / low
+    short = wavelengths < spec.original_max_position / high
+    return torch.where(long, frequencies / spec.factor, torch.where(short, frequencies, blended))
+
+
+def _blend_by_rotations(spec: RotarySpec, frequencies: Tensor) -> Tensor:
+    def pair_that_turns(times: float) -> float:
+        """The pair that turns so often over the original context."""
+        wavelength = spec.original_max_position / (times * 2 * math.pi)
+        return spec.rotary_dim * math.log(wavelength) / (2 * math.log(spec.theta))
+
+    first, last = pair_that_turns(spec.beta_fast), pair_that_turns(spec.beta_slow)
+    if spec.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, spec.rotary_dim - 1)
+    if first == last:
+        last += 0.001  # a step, not a division by zero
+    ramp = ((torch.arange(spec.rotary_dim // 2, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    return frequencies / spec.factor * ramp + frequencies * (1 - ramp)
+
+
+def rotary_angles(table: RotaryTable, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (the first half negative) of positions [T], each [T, 1, rotary_dim]."""
+    angles = (positions.float().unsqueeze(1) * table.frequencies).unsqueeze(1)
+    cosines, sines = angles.cos() * table.scale, angles.sin() * table.scale
     return torch.cat((cosines, cosines), dim=-1).to(dtype), torch.cat((-sines, sines), dim=-1).to(dtype)

@@ -10,27 +10,32 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pawl_workers.model.spec import ModelSpec, TensorTarget
+from pawl_workers.model.spec import ModelSpec, QueryKeyNorm, TensorTarget
 from pawl_workers.model.weights import (
+    AttentionRule,
     AttentionWeights,
     EmbeddingWeights,
+    ExpertWeights,
+    HeadWeights,
     LayerWeights,
     MlpWeights,
     NormWeights,
     PackedLinear,
     PackedNorm,
     Packer,
+    QueryKeyNormWeights,
     Weights,
 )
 
 __all__ = ["Slots", "slot_shapes"]
 
-_LINEARS = ("qkv", "attention_output", "up", "down", "head")
+_LINEARS = ("qkv", "attention_output", "up", "down", "router", "head")
+_NORMS = ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
 
 
 def slot_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name every slot a model of this spec may have, with the shape of the whole, merged tensor."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
+    hidden = spec.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (spec.vocab_size, hidden),
         "positions": (spec.max_context, hidden),
@@ -38,19 +43,33 @@ def slot_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         "final_norm.bias": (hidden,),
         "head.weight": (spec.vocab_size, hidden),
     }
-    for i in range(spec.num_layers):
-        for name, rows, columns in (
+    wide = spec.query_key_norm is QueryKeyNorm.WIDTH
+    for i, layer in enumerate(spec.layers):
+        at = f"layers.{i}."
+        linears = [
             ("qkv", spec.qkv_size, hidden),
             ("attention_output", hidden, spec.num_heads * spec.head_dim),
-            ("up", inner * (2 if spec.gated_mlp else 1), hidden),
-            ("down", hidden, inner),
-        ):
-            shapes[f"layers.{i}.{name}.weight"] = (rows, columns)
-            shapes[f"layers.{i}.{name}.bias"] = (rows,)
-        for name in ("attention_norm", "mlp_norm"):
-            shapes[f"layers.{i}.{name}.weight"] = (hidden,)
-            shapes[f"layers.{i}.{name}.bias"] = (hidden,)
+        ]
+        if layer.routed and spec.experts is not None:
+            linears.append(("router", spec.experts.num_experts, hidden))
+            for e in range(spec.experts.num_experts):
+                linears += _mlp_shapes(spec, spec.experts.intermediate_size, f"experts.{e}.")
+        else:
+            linears += _mlp_shapes(spec, spec.intermediate_size, "")
+        for name, rows, columns in linears:
+            shapes[f"{at}{name}.weight"] = (rows, columns)
+            shapes[f"{at}{name}.bias"] = (rows,)
+        for name in _NORMS:
+            shapes[f"{at}{name}.weight"] = (hidden,)
+            shapes[f"{at}{name}.bias"] = (hidden,)
+        for name, heads in (("q_norm", spec.num_heads), ("k_norm", spec.num_kv_heads)):
+            shapes[f"{at}{name}.weight"] = (spec.head_dim * (heads if wide else 1),)
     return shapes
+
+
+def _mlp_shapes(spec: ModelSpec, inner: int, at: str) -> list[tuple[str, int, int]]:
+    up = inner * (2 if spec.gated_mlp else 1)
+    return [(f"{at}up", up, spec.hidden_size), (f"{at}down", spec.hidden_size, inner)]
 
 
 class Slots:
@@ -73,10 +92,16 @@ class Slots:
         if whole is None:
             whole = self._tensors[slot] = torch.empty(shape, dtype=self._dtype, device=self._device)
         num_rows = target.num_rows or shape[0]
-        whole[target.row : target.row + num_rows].copy_(tensor.t() if target.transposed else tensor)
+        if target.transposed:
+            tensor = tensor.t()
+        if target.heads:  # [heads, (q, k, v), head_dim] -> [(q, k, v), heads, head_dim]
+            tensor = tensor.view(target.heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+        part = whole[target.row : target.row + num_rows].copy_(tensor)
+        if target.added:
+            part += target.added
         self._missing_rows[slot] -= num_rows
-        name, _, part = slot.rpartition(".")
-        if part in {"weight", "bias"} and name.rpartition(".")[2] in _LINEARS:
+        name, _, kind = slot.rpartition(".")
+        if kind in {"weight", "bias"} and name.rpartition(".")[2] in _LINEARS:
             weight, bias = f"{name}.weight", f"{name}.bias"
             if self._missing_rows[weight] == 0 and self._missing_rows.get(bias, 0) == 0:
                 self._linears[name] = self._packer.pack_linear(self._tensors.pop(weight), self._tensors.pop(bias, None))
@@ -84,40 +109,63 @@ class Slots:
     def assemble(self, spec: ModelSpec, num_parameters: int) -> Weights:
         """Put the slots together; every slot must be filled."""
         embedding = self._tensors["embedding"]
-        layers = []
-        for i in range(spec.num_layers):
-            at = f"layers.{i}."
-            linears = self._linears
-            attention = AttentionWeights(
-                linears[at + "qkv"],
-                linears[at + "attention_output"],
-                spec.num_heads,
-                spec.num_kv_heads,
-                spec.head_dim,
-            )
-            mlp = MlpWeights(
-                linears[at + "up"],
-                self._packer.pack_activation(spec.activation, gated=spec.gated_mlp),
-                linears[at + "down"],
-                spec.activation,
-                spec.gated_mlp,
-            )
-            attention_norm, mlp_norm = self._norm(spec, at + "attention_norm"), self._norm(spec, at + "mlp_norm")
-            layers.append(LayerWeights(attention_norm, attention, mlp_norm, mlp))
+        layers = tuple(self._layer(spec, i) for i in range(spec.num_layers))
         head = self._packer.pack_linear(embedding, None) if spec.tied_head else self._linears["head"]
+        final_norm = self._norm(spec, "final_norm")
+        if final_norm is None:
+            raise AssertionError("every family has a final norm")
         packed = list(self._linears.values()) + ([head] if spec.tied_head else [])
         biases = [linear.bias for linear in packed if linear.bias is not None]
         kept = [*self._tensors.values(), *biases]
         return Weights(
             spec=spec,
-            embedding=EmbeddingWeights(embedding, self._tensors.get("positions")),
-            layers=tuple(layers),
-            final_norm=self._norm(spec, "final_norm"),
-            head=head,
+            embedding=EmbeddingWeights(embedding, self._tensors.get("positions"), spec.embedding_scale),
+            layers=layers,
+            final_norm=final_norm,
+            head=HeadWeights(head, spec.logit_divisor, spec.logit_softcap),
             num_parameters=num_parameters,
             num_bytes=sum(linear.num_bytes for linear in packed) + sum(tensor.nbytes for tensor in kept),
         )
 
-    def _norm(self, spec: ModelSpec, name: str) -> PackedNorm:
-        weight, bias = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
+    def _layer(self, spec: ModelSpec, index: int) -> LayerWeights:
+        at, layer = f"layers.{index}.", spec.layers[index]
+        scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
+        attention = AttentionWeights(
+            self._linears[at + "qkv"],
+            self._linears[at + "attention_output"],
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            AttentionRule(scale, layer.window, spec.attention_softcap),
+            layer.rotary if spec.rotaries else None,
+            self._query_key_norm(spec, at),
+        )
+        mlp: MlpWeights | ExpertWeights
+        if layer.routed and spec.experts is not None:
+            experts = (self._mlp(spec, f"{at}experts.{e}.") for e in range(spec.experts.num_experts))
+            mlp = ExpertWeights(
+                self._linears[at + "router"], tuple(experts), spec.experts.num_active, spec.experts.normalised
+            )
+        else:
+            mlp = self._mlp(spec, at)
+        before, after, mlp_before, mlp_after = (self._norm(spec, at + name) for name in _NORMS)
+        return LayerWeights(
+            before, attention, after, mlp_before, mlp, mlp_after, spec.parallel_blocks, spec.residual_scale
+        )
+
+    def _mlp(self, spec: ModelSpec, at: str) -> MlpWeights:
+        activate = self._packer.pack_activation(spec.activation, gated=spec.gated_mlp)
+        up, down = self._linears[at + "up"], self._linears[at + "down"]
+        return MlpWeights(up, activate, down, spec.activation, spec.gated_mlp)
+
+    def _query_key_norm(self, spec: ModelSpec, at: str) -> QueryKeyNormWeights | None:
+        if spec.query_key_norm is None:
+            return None
+        query, key = self._tensors[at + "q_norm.weight"], self._tensors[at + "k_norm.weight"]
+        return QueryKeyNormWeights(spec.query_key_norm, query, key, spec.norm_epsilon)
+
+    def _norm(self, spec: ModelSpec, name: str) -> PackedNorm | None:
+        weight, bias = self._tensors.get(f"{name}.weight"), self._tensors.get(f"{name}.bias")
+        if weight is None:
+            return None
         return self._packer.pack_norm(NormWeights(spec.norm, weight, bias, spec.norm_epsilon))

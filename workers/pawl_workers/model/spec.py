@@ -5,13 +5,19 @@ A family builds one from `config.json`; no stage ever asks which family it serve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from pawl_workers.errors import CheckpointError
-
-__all__ = ["Activation", "ConfigReader", "ModelSpec", "NormKind", "RotarySpec", "TensorTarget"]
+__all__ = [
+    "Activation",
+    "ExpertSpec",
+    "LayerSpec",
+    "ModelSpec",
+    "NormKind",
+    "QueryKeyNorm",
+    "RotarySpec",
+    "TensorTarget",
+]
 
 
 class NormKind(Enum):
@@ -32,26 +38,72 @@ class Activation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RotarySpec:
-    """Rotary position embedding: `theta` and how the frequencies are stretched.
+    """Rotary position embedding: which dimensions of a head turn, how fast, and how that is stretched.
 
-    `kind` is `default`, `linear` (positions divided by `factor`) or `llama3` (low frequencies divided by
-    `factor`, high ones kept, blended in between).
+    Attributes:
+        theta: base of the frequencies.
+        rotary_dim: leading dimensions of a head that turn; even.
+        kind: `default`, `linear` (positions divided by `factor`), `llama3` and `yarn` (low frequencies divided by
+            `factor`, high ones kept, blended in between), or `longrope` (each frequency divided by its own factor).
+        attention_factor: of cosines and sines.
+        low_frequency_factor, high_frequency_factor: of `llama3`.
+        beta_slow, beta_fast, truncate: of `yarn`.
+        short_factors, long_factors: of `longrope`, for contexts up to `original_max_position` and beyond.
     """
 
     theta: float
+    rotary_dim: int
     kind: str = "default"
     factor: float = 1.0
+    attention_factor: float = 1.0
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_max_position: int = 0
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+
+class QueryKeyNorm(Enum):
+    """Over what queries and keys are normalised before they turn."""
+
+    HEAD = "each head"
+    WIDTH = "all heads of a token"
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """Routed MLPs: each token goes to `num_active` of `num_experts`, whose weights are `normalised` to add up to 1."""
+
+    num_experts: int
+    num_active: int
+    intermediate_size: int
+    normalised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What may differ from layer to layer.
+
+    Attributes:
+        window: tokens that a query sees, itself included; None = all.
+        rotary: which of the model's rotary embeddings turns queries and keys; None = none.
+        routed: experts in place of one MLP.
+    """
+
+    window: int | None = None
+    rotary: int | None = 0
+    routed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Sizes and flags of one model. Counts are of the whole model, not of a shard."""
 
     architecture: str
-    num_layers: int
+    layers: tuple[LayerSpec, ...]
     hidden_size: int  # D
     num_heads: int  # H
     num_kv_heads: int  # K
@@ -59,15 +111,29 @@ class ModelSpec:
     intermediate_size: int
     vocab_size: int  # V
     max_context: int  # positions
-    norm: NormKind
     norm_epsilon: float
-    activation: Activation
-    gated_mlp: bool
-    rotary: RotarySpec | None  # None: learned position embeddings
-    qkv_bias: bool
-    attention_output_bias: bool
-    mlp_bias: bool
     tied_head: bool
+    rotaries: tuple[RotarySpec, ...]  # none: learned position embeddings
+    norm: NormKind = NormKind.RMS
+    activation: Activation = Activation.SILU
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    parallel_blocks: bool = False  # attention and MLP read the same stream
+    query_key_norm: QueryKeyNorm | None = None
+    experts: ExpertSpec | None = None
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a block adds to the stream
+    logit_divisor: float = 1.0
+    logit_softcap: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
 
     @property
     def qkv_size(self) -> int:
@@ -84,78 +150,14 @@ class TensorTarget:
     """Where one checkpoint tensor goes: a slot, and which rows of it when several are merged.
 
     Slots are named `embedding`, `positions`, `final_norm.weight`, `head.weight`, `layers.0.qkv.weight` and
-    so on (`families.slots` has them all). `row` and `num_rows` count output features; `transposed` marks
-    tensors stored as [in, out].
+    so on (`slots.slot_shapes` has them all). `row` and `num_rows` count output features; `transposed` marks
+    tensors stored as [in, out]; `heads` those whose rows lie head after head, each with its query, key and value;
+    `added` is added to every value (norms that store their distance from 1).
     """
 
     slot: str
     row: int = 0
     num_rows: int = 0  # 0 = all
     transposed: bool = False
-
-
-class ConfigReader:
-    """Typed access to a `config.json`; a wrong type is an error that names the key."""
-
-    def __init__(self, values: Mapping[str, object]) -> None:
-        self._values = values
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Read a positive integer; null and absent mean the default."""
-        value = self._values.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"config.json: {key} must be a positive integer, not {value!r}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """Read a number; null and absent mean the default."""
-        value = self._values.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Read a boolean; null and absent mean the default."""
-        value = self._values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {key} must be true or false, not {value!r}")
-        return value
-
-    def text(self, key: str, default: str) -> str:
-        """Read a string; null and absent mean the default."""
-        value = self._values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise CheckpointError(f"config.json: {key} must be a string, not {value!r}")
-        return value
-
-    def section(self, key: str) -> ConfigReader | None:
-        """Read a nested object; None when it is null or absent."""
-        value = self._values.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise CheckpointError(f"config.json: {key} must be an object, not {value!r}")
-        return ConfigReader(value)
-
-    def activation(self, key: str, default: str) -> Activation:
-        """Read an activation by its name in a configuration."""
-        name = self.text(key, default)
-        known = {
-            "silu": Activation.SILU,
-            "swish": Activation.SILU,
-            "gelu": Activation.GELU,
-            "gelu_new": Activation.GELU_TANH,
-            "gelu_pytorch_tanh": Activation.GELU_TANH,
-            "relu": Activation.RELU,
-        }
-        if name not in known:
-            raise CheckpointError(f"config.json: {key} {name!r} is not supported; known: {', '.join(known)}")
-        return known[name]
+    heads: int = 0
+    added: float = 0.0

@@ -10,11 +10,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pawl_workers.model.spec import Activation, ModelSpec, NormKind
+from pawl_workers.model.spec import Activation, ModelSpec, NormKind, QueryKeyNorm
 
 __all__ = [
+    "AttentionRule",
     "AttentionWeights",
     "EmbeddingWeights",
+    "ExpertWeights",
+    "HeadWeights",
     "LayerWeights",
     "MlpWeights",
     "NormWeights",
@@ -22,6 +25,7 @@ __all__ = [
     "PackedLinear",
     "PackedNorm",
     "Packer",
+    "QueryKeyNormWeights",
     "Weights",
 ]
 
@@ -104,14 +108,47 @@ class Packer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class QueryKeyNormWeights:
+    """RMS norms of queries and keys: each [head_dim], or, over all heads of a token, [H * head_dim], [K * head_dim]."""
+
+    kind: QueryKeyNorm
+    query: Tensor
+    key: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """How queries meet keys in one layer.
+
+    Attributes:
+        scale: of the scores.
+        window: tokens that a query sees, itself included; None = all.
+        softcap: c, where scores s become c * tanh(s / c) (Bello et al., 2016).
+        sinks: [H] float32: a score per head that takes part in the softmax and brings no value (Xiao et al., 2023).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionWeights:
-    """Merged query-key-value projection [(H + 2K) * head_dim, D] and output projection [D, H * head_dim]."""
+    """Merged query-key-value projection [(H + 2K) * head_dim, D] and output projection [D, H * head_dim].
+
+    `rotary` says which of the step's angles turn queries and keys; None = none.
+    """
 
     qkv: PackedLinear
     output: PackedLinear
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rule: AttentionRule
+    rotary: int | None
+    norms: QueryKeyNormWeights | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +163,45 @@ class MlpWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One block: attention, then MLP, each behind its norm."""
+class ExpertWeights:
+    """Routed MLPs: `router` is [E, D]; each token goes to `num_active` experts."""
 
-    attention_norm: PackedNorm
+    router: PackedLinear
+    experts: tuple[MlpWeights, ...]
+    num_active: int
+    normalised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One block: attention, then MLP (or both of one stream, `parallel`), between their norms; None = no norm there."""
+
+    attention_norm: PackedNorm | None
     attention: AttentionWeights
-    mlp_norm: PackedNorm
-    mlp: MlpWeights
+    attention_output_norm: PackedNorm | None
+    mlp_norm: PackedNorm | None
+    mlp: MlpWeights | ExpertWeights
+    mlp_output_norm: PackedNorm | None
+    parallel: bool
+    residual_scale: float
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingWeights:
-    """Token vectors [V, D] and, for learned positions, position vectors [max_context, D]."""
+    """Token vectors [V, D], their scale and, for learned positions, position vectors [max_context, D]."""
 
     tokens: Tensor
     positions: Tensor | None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    """The projection to the vocabulary, [V, D], and what becomes of its scores."""
+
+    linear: PackedLinear
+    divisor: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +212,6 @@ class Weights:
     embedding: EmbeddingWeights
     layers: tuple[LayerWeights, ...]
     final_norm: PackedNorm
-    head: PackedLinear
+    head: HeadWeights
     num_parameters: int
     num_bytes: int

@@ -30,5 +30,5 @@ def attend(x: Tensor, w: AttentionWeights, cache: LayerCache, batch: Batch) -> T
     """
     num_tokens, num_heads = x.shape[0], w.num_heads
     heads = w.qkv(x).view(num_tokens, num_heads + 2 * w.num_kv_heads, w.head_dim)
-    q = cache.place(heads, batch)
-    return w.output(cache.attend(q, batch).reshape(num_tokens, num_heads * w.head_dim))
+    q = cache.place(heads, w, batch)
+    return w.output(cache.attend(q, w, batch).reshape(num_tokens, num_heads * w.head_dim))

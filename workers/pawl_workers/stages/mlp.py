@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from pawl_workers.model.weights import MlpWeights
+from pawl_workers.model.weights import ExpertWeights, MlpWeights
 
 __all__ = ["mlp"]
 
 
-def mlp(x: Tensor, w: MlpWeights) -> Tensor:
-    """Expand, activate (times the ungated half when gated), contract: [T, D] -> [T, D].
+def mlp(x: Tensor, w: MlpWeights | ExpertWeights) -> Tensor:
+    """Expand, activate (times the ungated half when gated), contract: [T, D] -> [T, D]; routed, by a few experts.
 
-    Source: Shazeer, "GLU variants improve transformer", 2020, for the gate.
+    Source: Shazeer, "GLU variants improve transformer", 2020, for the gate; Shazeer et al., "Outrageously large neural
+    networks", 2017, and Jiang et al., "Mixtral of experts", 2024, for the routing.
     """
+    if isinstance(w, ExpertWeights):
+        return _route(x, w)
     return w.down(w.activate(w.up(x)))
+
+
+def _route(x: Tensor, w: ExpertWeights) -> Tensor:
+    """Each expert computes all its tokens at once; a token adds up its experts in the order of their numbers."""
+    probabilities = w.router(x).float().softmax(dim=-1)
+    shares, chosen = probabilities.topk(w.num_active, dim=-1)  # [T, num_active]
+    if w.normalised:
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+    gathered = torch.zeros_like(x)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        tokens, place = (chosen == expert).nonzero(as_tuple=True)
+        found = mlp(x[tokens], w.experts[expert])
+        gathered[tokens] += found * shares[tokens, place].unsqueeze(1).to(x.dtype)
+    return gathered

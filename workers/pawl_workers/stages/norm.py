@@ -9,9 +9,9 @@ from pawl_workers.model.weights import PackedNorm
 __all__ = ["norm"]
 
 
-def norm(x: Tensor, w: PackedNorm) -> Tensor:
-    """Normalise each row of x, [T, D], to [T, D].
+def norm(x: Tensor, w: PackedNorm | None) -> Tensor:
+    """Normalise each row of x, [T, D], to [T, D]; where a family has no norm, x itself.
 
     Source: Zhang and Sennrich, 2019 (RMS norm); Ba, Kiros, Hinton, 2016 (layer norm).
     """
-    return w(x)
+    return x if w is None else w(x)

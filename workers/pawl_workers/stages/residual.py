@@ -7,6 +7,6 @@ from torch import Tensor
 __all__ = ["add"]
 
 
-def add(x: Tensor, update: Tensor) -> Tensor:
-    """Add a block's output, [T, D], to the residual stream, [T, D], which may be changed in place."""
-    return x.add_(update)
+def add(x: Tensor, update: Tensor, scale: float = 1.0) -> Tensor:
+    """Add a block's output, [T, D], times `scale`, to the residual stream, [T, D], which may be changed in place."""
+    return x.add_(update, alpha=scale)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pawl_workers.batch import PromptRows
-from pawl_workers.model.weights import PackedLinear, PackedNorm
+from pawl_workers.model.weights import HeadWeights, PackedNorm
 from pawl_workers.plan import PromptLogprobs
 from pawl_workers.sampling.logprobs import describe_tokens
 from pawl_workers.stages.logits import logits
@@ -19,7 +19,7 @@ SCORED_ROWS = 64
 """Rows that go through the head at a time, so that a long prompt needs little memory for its logits."""
 
 
-def score(x: Tensor, final_norm: PackedNorm, head: PackedLinear, prompts: Sequence[PromptRows]) -> list[PromptLogprobs]:
+def score(x: Tensor, final_norm: PackedNorm, head: HeadWeights, prompts: Sequence[PromptRows]) -> list[PromptLogprobs]:
     """Give log-probabilities of prompt tokens from the residual stream after the last layer, [T, D]."""
     scored = []
     for prompt in prompts:

@@ -39,9 +39,9 @@ _ARGUMENTS: dict[str, list[type[ctypes._SimpleCData]]] = {  # type: ignore[type-
     "pack_float": [_P, _P, _N, _N, _I],
     "pack_short": [_P, _P, _N, _N, _I],
     "linear": [_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I],
-    "attend": [_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _F, _I],
+    "attend": [_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _F, _F, _P, _I],
     "rms_norm": [_P, _P, _P, _P, _N, _N, _F, _I],
-    "turn_and_write": [_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _I],
+    "turn_and_write": [_P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _F, _I, _I],
     "silu_gate": [_P, _P, _N, _N, _I],
 }
 

@@ -114,4 +114,19 @@ INLINE v8 exp8(v8 x) {
     return (v8)((v8i)(y * (v8)power) & ~tiny);
 }
 
+/* tanh(x) within 3 ulp. Source: Cephes mathematical library, tanhf (Moshier, 1989). */
+INLINE v8 tanh8(v8 x) {
+    v8 size = max8(x, -x), square = x * x;
+    v8 small = all8(-5.70498872745e-3f);
+    small = fma8(small, square, all8(2.06390887954e-2f));
+    small = fma8(small, square, all8(-5.37397155531e-2f));
+    small = fma8(small, square, all8(1.33314422036e-1f));
+    small = fma8(small, square, all8(-3.33332819422e-1f));
+    small = fma8(small * square, x, x);
+    v8 large = all8(1.0f) - all8(2.0f) / (exp8(min8(size + size, all8(40.0f))) + all8(1.0f));
+    v8i negative = x < all8(0.0f), is_small = size < all8(0.625f);
+    large = (v8)((v8i)large ^ (negative & (int32_t)0x80000000));
+    return (v8)((is_small & (v8i)small) | (~is_small & (v8i)large));
+}
+
 #endif

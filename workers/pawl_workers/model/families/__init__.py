@@ -1,34 +1,19 @@
-"""The model families: each is a file with a name map and flags. Adding one is a file and a line here."""
+"""The model families: each file holds flags and a name map. Adding one is a file and a line here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from pawl_workers.errors import CheckpointError
-from pawl_workers.model.families import gpt2, llama
-from pawl_workers.model.spec import ConfigReader, ModelSpec, TensorTarget
+from pawl_workers.model.families import gemma, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi3, qwen, smollm3
+from pawl_workers.model.families.decoder import Family
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How the checkpoints of one architecture are read.
-
-    `names` maps every tensor that must be there to its target; `ignored` are name endings that may be there
-    and carry no weights; `prefix` is put before names that lack it.
-    """
-
-    spec: Callable[[ConfigReader], ModelSpec]
-    names: Callable[[ModelSpec], Mapping[str, TensorTarget]]
-    prefix: str
-    ignored: tuple[str, ...]
-
-
 FAMILIES: Mapping[str, Family] = {
-    llama.ARCHITECTURE: Family(llama.spec, llama.names, llama.PREFIX, llama.IGNORED),
-    gpt2.ARCHITECTURE: Family(gpt2.spec, gpt2.names, gpt2.PREFIX, gpt2.IGNORED),
+    name: family
+    for module in (llama, mistral, qwen, gemma, phi3, gpt2, gpt_neox, olmo2, granite, smollm3)
+    for name, family in module.FAMILIES.items()
 }
 
 

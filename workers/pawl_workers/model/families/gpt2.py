@@ -1,27 +1,24 @@
-"""GPT-2: layer norm, learned positions, biases everywhere, [in, out] weights, tied head. A name map and flags."""
+"""GPT-2: layer norm, learned positions, biases everywhere, [in, out] weights, tied head."""
 
 from __future__ import annotations
 
 from pawl_workers.errors import CheckpointError
-from pawl_workers.model.spec import ConfigReader, ModelSpec, NormKind, TensorTarget
+from pawl_workers.model.config_reader import ConfigReader
+from pawl_workers.model.families.decoder import Family
+from pawl_workers.model.spec import LayerSpec, ModelSpec, NormKind, TensorTarget
 
-__all__ = ["ARCHITECTURE", "IGNORED", "PREFIX", "names", "spec"]
-
-ARCHITECTURE = "GPT2LMHeadModel"
-PREFIX = "transformer."  # the first checkpoints on the hub were saved without it
-IGNORED = (".attn.bias", ".attn.masked_bias")  # causal masks
+__all__ = ["FAMILIES"]
 
 
-def spec(config: ConfigReader) -> ModelSpec:
-    """Read the sizes and flags of a GPT-2 configuration."""
+def _spec(config: ConfigReader) -> ModelSpec:
     hidden_size, num_heads = config.integer("n_embd"), config.integer("n_head")
     if config.flag("scale_attn_by_inverse_layer_idx", False) or not config.flag("scale_attn_weights", True):
         raise CheckpointError(
             "config.json: scale_attn_by_inverse_layer_idx=true and scale_attn_weights=false are not supported"
         )
     return ModelSpec(
-        architecture=ARCHITECTURE,
-        num_layers=config.integer("n_layer"),
+        architecture="GPT2LMHeadModel",
+        layers=(LayerSpec(rotary=None),) * config.integer("n_layer"),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_heads,
@@ -33,7 +30,7 @@ def spec(config: ConfigReader) -> ModelSpec:
         norm_epsilon=config.number("layer_norm_epsilon", 1e-5),
         activation=config.activation("activation_function", "gelu_new"),
         gated_mlp=False,
-        rotary=None,
+        rotaries=(),
         qkv_bias=True,
         attention_output_bias=True,
         mlp_bias=True,
@@ -41,8 +38,7 @@ def spec(config: ConfigReader) -> ModelSpec:
     )
 
 
-def names(model: ModelSpec) -> dict[str, TensorTarget]:
-    """Map the checkpoint's tensor names to slots."""
+def _names(model: ModelSpec) -> dict[str, TensorTarget]:
     found = {
         "transformer.wte.weight": TensorTarget("embedding"),
         "transformer.wpe.weight": TensorTarget("positions"),
@@ -65,3 +61,13 @@ def names(model: ModelSpec) -> dict[str, TensorTarget]:
             found[f"{source}{name}.weight"] = TensorTarget(f"{layer}{slot}.weight", transposed=True)
             found[f"{source}{name}.bias"] = TensorTarget(f"{layer}{slot}.bias")
     return found
+
+
+FAMILIES = {
+    "GPT2LMHeadModel": Family(
+        _spec,
+        _names,
+        prefix="transformer.",  # the first checkpoints on the hub were saved without it
+        ignored=(".attn.bias", ".attn.masked_bias"),  # causal masks
+    )
+}

@@ -1,0 +1,250 @@
+"""What most families share: the configuration keys and tensor names that Llama made common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pawl_workers.errors import CheckpointError
+from pawl_workers.model.config_reader import ConfigReader
+from pawl_workers.model.spec import LayerSpec, ModelSpec, RotarySpec, TensorTarget
+
+__all__ = ["NORMS", "Family", "add_linear", "decoder_names", "decoder_spec", "layer_windows", "read_rotary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How the checkpoints of one architecture are read.
+
+    `names` maps every tensor that must be there to its target; `ignored` are name endings that may be there
+    and carry no weights; `prefix` is put before names that lack it.
+    """
+
+    spec: Callable[[ConfigReader], ModelSpec]
+    names: Callable[[ModelSpec], Mapping[str, TensorTarget]]
+    prefix: str = ""
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+NORMS: Mapping[str, str] = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+"""The norms of a block, by their names in a checkpoint."""
+
+
+def decoder_spec(
+    config: ConfigReader,
+    architecture: str,
+    *,
+    theta: float = 10000.0,
+    head_dim: int | None = None,
+    tied: bool = False,
+    epsilon: float = 1e-6,
+    activation_key: str = "hidden_act",
+    activation: str = "silu",
+) -> ModelSpec:
+    """Read what most configurations hold (transformers 4 and 5 spellings).
+
+    Args:
+        config: the configuration.
+        architecture: its name.
+        theta: the family's default base of the rotary frequencies.
+        head_dim: the family's default, where it is not hidden size over heads.
+        tied: whether the head is the embedding by default.
+        epsilon: of the norms by default.
+        activation_key: where the activation's name stands.
+        activation: the family's default.
+    """
+    hidden_size = config.integer("hidden_size")
+    num_heads = config.integer("num_attention_heads")
+    head_dim = config.integer("head_dim", head_dim or max(1, hidden_size // num_heads))
+    max_context = config.integer("max_position_embeddings", 2048)
+    attention_bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
+    rotary = read_rotary(config, head_dim, max_context, theta)
+    if rotary.kind == "yarn":  # a configuration may keep the length before it was stretched
+        max_context = max(max_context, int(rotary.original_max_position * rotary.factor))
+    return ModelSpec(
+        architecture=architecture,
+        layers=(LayerSpec(),) * config.integer("num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        intermediate_size=config.integer("intermediate_size"),
+        vocab_size=config.integer("vocab_size"),
+        max_context=max_context,
+        norm_epsilon=config.number("rms_norm_eps", epsilon),
+        activation=config.activation(activation_key, activation),
+        rotaries=(rotary,),
+        qkv_bias=attention_bias,
+        attention_output_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        tied_head=config.flag("tie_word_embeddings", tied),
+    )
+
+
+def read_rotary(
+    config: ConfigReader, head_dim: int, max_context: int, theta: float, section: ConfigReader | None = None
+) -> RotarySpec:
+    """Read the rotary embedding, from `section` or from where a configuration has it (transformers 4 and 5)."""
+    scaling = section or config.section("rope_parameters") or config.section("rope_scaling") or ConfigReader({})
+    theta = scaling.number("rope_theta", config.number("rope_theta", theta))
+    share = scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    rotary_dim = int(head_dim * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise CheckpointError(f"config.json: {rotary_dim} of {head_dim} dimensions of a head turn; must be even, not 0")
+    kind = scaling.text("rope_type", scaling.text("type", "default"))
+    factor = scaling.number("factor", 1.0)
+    original = scaling.integer(
+        "original_max_position_embeddings", config.integer("original_max_position_embeddings", max_context)
+    )
+    match kind:
+        # Dynamic NTK only changes the base beyond max_position_embeddings, where no context goes here.
+        case "default" | "dynamic":
+            return RotarySpec(theta, rotary_dim)
+        case "linear":
+            return RotarySpec(theta, rotary_dim, "linear", factor=factor)
+        case "llama3":
+            return RotarySpec(
+                theta,
+                rotary_dim,
+                "llama3",
+                factor=factor,
+                low_frequency_factor=scaling.number("low_freq_factor", 1.0),
+                high_frequency_factor=scaling.number("high_freq_factor", 4.0),
+                original_max_position=original,
+            )
+        case "yarn":
+            return RotarySpec(
+                theta,
+                rotary_dim,
+                "yarn",
+                factor=factor,
+                attention_factor=scaling.number("attention_factor", _yarn_attention_factor(scaling, factor)),
+                original_max_position=original,
+                beta_slow=scaling.number("beta_slow", 1.0),
+                beta_fast=scaling.number("beta_fast", 32.0),
+                truncate=scaling.flag("truncate", True),
+            )
+        case "longrope" | "su":
+            return _longrope(scaling, theta, rotary_dim, max_context, original)
+        case _:
+            raise CheckpointError(
+                f"config.json: rope scaling {kind!r} is not supported; known: default, linear, dynamic, llama3, yarn, "
+                "longrope"
+            )
+
+
+def _yarn_attention_factor(scaling: ConfigReader, factor: float) -> float:
+    def growth(share: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * share * math.log(factor) + 1.0
+
+    share, share_of_all = scaling.number("mscale", 0.0), scaling.number("mscale_all_dim", 0.0)
+    return growth(share) / growth(share_of_all) if share and share_of_all else growth(1.0)
+
+
+def _longrope(scaling: ConfigReader, theta: float, rotary_dim: int, max_context: int, original: int) -> RotarySpec:
+    short, long = scaling.numbers("short_factor"), scaling.numbers("long_factor")
+    for key, factors in (("short_factor", short), ("long_factor", long)):
+        if len(factors) != rotary_dim // 2:
+            raise CheckpointError(f"config.json: {key} has {len(factors)} entries; {rotary_dim // 2} pairs turn")
+    factor = scaling.number("factor", max_context / original)
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return RotarySpec(
+        theta,
+        rotary_dim,
+        "longrope",
+        attention_factor=scaling.number("attention_factor", default),
+        original_max_position=original,
+        short_factors=short,
+        long_factors=long,
+    )
+
+
+def layer_windows(
+    config: ConfigReader, num_layers: int, window: int | None, slides: Callable[[int], bool]
+) -> tuple[int | None, ...]:
+    """Give each layer its window: where `layer_types` says so, else where `slides(layer)` does."""
+    kinds = config.texts("layer_types")
+    if not kinds:
+        return tuple(window if slides(layer) else None for layer in range(num_layers))
+    if len(kinds) != num_layers:
+        raise CheckpointError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
+    if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise CheckpointError(
+            f"config.json: layers of {', '.join(unknown)} are not supported; known: full_attention, sliding_attention"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def add_linear(
+    found: dict[str, TensorTarget], source: str, slot: str, *, bias: bool, row: int = 0, num_rows: int = 0
+) -> None:
+    """Map a linear layer's weight and, if it has one, its bias."""
+    for part in ("weight", "bias") if bias else ("weight",):
+        found[f"{source}.{part}"] = TensorTarget(f"{slot}.{part}", row, num_rows)
+
+
+def decoder_names(
+    model: ModelSpec,
+    *,
+    norms: Mapping[str, str] = NORMS,
+    norm_added: float = 0.0,
+    merged: bool = False,
+    router: str = "mlp.gate",
+    expert: str = "mlp.experts.{}.",
+    expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> dict[str, TensorTarget]:
+    """Map tensor names to slots.
+
+    Args:
+        model: the spec.
+        norms: the norms of a block, by their names in a checkpoint.
+        norm_added: what is added to every norm's weight.
+        merged: whether queries, keys and values, and gate and up, are stored merged.
+        router: of a routed layer.
+        expert: name of an expert, with a place for its number.
+        expert_parts: gate, up and down of an expert.
+    """
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    inner = model.intermediate_size
+    found = {
+        "model.embed_tokens.weight": TensorTarget("embedding"),
+        "model.norm.weight": TensorTarget("final_norm.weight", added=norm_added),
+    }
+    if not model.tied_head:
+        found["lm_head.weight"] = TensorTarget("head.weight")
+    for i, layer in enumerate(model.layers):
+        source, slot = f"model.layers.{i}.", f"layers.{i}."
+        for name, norm in norms.items():
+            found[f"{source}{name}.weight"] = TensorTarget(f"{slot}{norm}.weight", added=norm_added)
+        if model.query_key_norm is not None:
+            for part in ("q_norm", "k_norm"):
+                found[f"{source}self_attn.{part}.weight"] = TensorTarget(f"{slot}{part}.weight", added=norm_added)
+        if merged:
+            add_linear(found, f"{source}self_attn.qkv_proj", f"{slot}qkv", bias=model.qkv_bias)
+        else:
+            for part, row, rows in (("q", 0, queries), ("k", queries, keys), ("v", queries + keys, keys)):
+                name = f"{source}self_attn.{part}_proj"
+                add_linear(found, name, f"{slot}qkv", bias=model.qkv_bias, row=row, num_rows=rows)
+        output_bias = model.attention_output_bias
+        add_linear(found, f"{source}self_attn.o_proj", f"{slot}attention_output", bias=output_bias)
+        if layer.routed and model.experts is not None:
+            add_linear(found, source + router, f"{slot}router", bias=False)
+            for e in range(model.experts.num_experts):
+                at = f"{slot}experts.{e}."
+                parts = tuple(source + expert.format(e) + part for part in expert_parts)
+                _add_mlp(found, parts, at, model.experts.intermediate_size, bias=False)
+        elif merged:
+            add_linear(found, f"{source}mlp.gate_up_proj", f"{slot}up", bias=model.mlp_bias)
+            add_linear(found, f"{source}mlp.down_proj", f"{slot}down", bias=model.mlp_bias)
+        else:
+            parts = tuple(f"{source}mlp.{part}_proj" for part in ("gate", "up", "down"))
+            _add_mlp(found, parts, slot, inner, bias=model.mlp_bias)
+    return found
+
+
+def _add_mlp(found: dict[str, TensorTarget], parts: tuple[str, ...], at: str, inner: int, *, bias: bool) -> None:
+    gate, up, down = parts
+    add_linear(found, gate, f"{at}up", bias=bias, num_rows=inner)
+    add_linear(found, up, f"{at}up", bias=bias, row=inner, num_rows=inner)
+    add_linear(found, down, f"{at}down", bias=bias)

@@ -1,0 +1,73 @@
+"""Gemma 2 and 3: norms before and after each block, scaled embeddings, gated GELU, local layers between global ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pawl_workers.errors import CheckpointError
+from pawl_workers.model.config_reader import ConfigReader
+from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows, read_rotary
+from pawl_workers.model.spec import LayerSpec, ModelSpec, QueryKeyNorm, TensorTarget
+
+__all__ = ["FAMILIES"]
+
+_NORMS = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "attention_output_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_output_norm",
+}
+
+
+def _base(config: ConfigReader, architecture: str) -> ModelSpec:
+    if config.flag("use_bidirectional_attention", False):
+        raise CheckpointError("config.json: use_bidirectional_attention=true is not supported")
+    base = decoder_spec(
+        config,
+        architecture,
+        head_dim=256,
+        tied=True,
+        activation_key="hidden_activation",
+        activation=config.text("hidden_act", "gelu_pytorch_tanh"),
+    )
+    return replace(
+        base,
+        embedding_scale=base.hidden_size**0.5,
+        attention_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_softcap=config.optional_number("attn_logit_softcapping"),
+        logit_softcap=config.optional_number("final_logit_softcapping"),
+    )
+
+
+def _gemma2(config: ConfigReader) -> ModelSpec:
+    base = _base(config, "Gemma2ForCausalLM")
+    window = config.optional_integer("sliding_window")
+    windows = layer_windows(config, base.num_layers, window, lambda layer: layer % 2 == 0)
+    return replace(base, layers=tuple(LayerSpec(w) for w in windows))
+
+
+def _gemma3(config: ConfigReader) -> ModelSpec:
+    # Each kind of layer has its own rotary embedding; only the global one is stretched.
+    both = config.section("rope_parameters")
+    sections = [None if both is None else both.section(name) for name in ("full_attention", "sliding_attention")]
+    base = _base(config.without("rope_parameters"), "Gemma3ForCausalLM")
+    every, window = config.integer("sliding_window_pattern", 6), config.optional_integer("sliding_window")
+    windows = layer_windows(config, base.num_layers, window, lambda layer: (layer + 1) % every != 0)
+    stretched = config.without("rope_parameters")
+    local = ConfigReader({"rope_theta": config.number("rope_local_base_freq", 10000.0)})
+    return replace(
+        base,
+        layers=tuple(LayerSpec(w, rotary=0 if w is None else 1) for w in windows),
+        rotaries=(
+            read_rotary(stretched, base.head_dim, base.max_context, 1e6, sections[0]),
+            read_rotary(local, base.head_dim, base.max_context, 10000.0, sections[1]),
+        ),
+        query_key_norm=QueryKeyNorm.HEAD,
+    )
+
+
+def _names(model: ModelSpec) -> dict[str, TensorTarget]:
+    return decoder_names(model, norms=_NORMS, norm_added=1.0)  # norms store their distance from 1
+
+
+FAMILIES = {"Gemma2ForCausalLM": Family(_gemma2, _names), "Gemma3ForCausalLM": Family(_gemma3, _names)}

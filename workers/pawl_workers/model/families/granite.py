@@ -1,0 +1,24 @@
+"""Granite: Llama with multipliers of the embedding, the scores, what blocks add, and the logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pawl_workers.model.config_reader import ConfigReader
+from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec
+from pawl_workers.model.spec import ModelSpec
+
+__all__ = ["FAMILIES"]
+
+
+def _spec(config: ConfigReader) -> ModelSpec:
+    return replace(
+        decoder_spec(config, "GraniteForCausalLM"),
+        embedding_scale=config.number("embedding_multiplier", 1.0),
+        attention_scale=config.number("attention_multiplier", 1.0),
+        residual_scale=config.number("residual_multiplier", 1.0),
+        logit_divisor=config.number("logits_scaling", 1.0),
+    )
+
+
+FAMILIES = {"GraniteForCausalLM": Family(_spec, decoder_names)}

@@ -1,0 +1,23 @@
+"""Phi-3 and Phi-4: Llama with merged projections, partly turned heads and two sets of stretched frequencies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pawl_workers.model.config_reader import ConfigReader
+from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec
+from pawl_workers.model.spec import LayerSpec, ModelSpec, TensorTarget
+
+__all__ = ["FAMILIES"]
+
+
+def _spec(config: ConfigReader) -> ModelSpec:
+    base = decoder_spec(config, "Phi3ForCausalLM", epsilon=1e-5)
+    return replace(base, layers=(LayerSpec(config.optional_integer("sliding_window")),) * base.num_layers)
+
+
+def _names(model: ModelSpec) -> dict[str, TensorTarget]:
+    return decoder_names(model, merged=True)
+
+
+FAMILIES = {"Phi3ForCausalLM": Family(_spec, _names)}
