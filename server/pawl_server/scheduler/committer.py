@@ -35,7 +35,7 @@ class Committed:
 
 def launch(state: SchedulerState, plan: Plan) -> None:
     """Write a plan into the ledger: victims out, admissions in, blocks held, tokens in flight."""
-    plan.draft.apply()
+    plan.draft.apply(plan.step, plan.now)
     for victim in plan.victims:
         victim.preemptions += 1
         state.requeue(victim, plan.now)
@@ -126,7 +126,7 @@ def _publish(state: SchedulerState, sequence: SequenceState) -> None:
     full = sequence.num_computed // state.limits.block_size
     sequence.chain.extend(sequence.tokens, full)
     for index in range(sequence.num_published, full):
-        state.pool.publish(sequence.blocks[index], sequence.chain[index])
+        state.pool.publish(sequence.blocks[index], sequence.chain, index)
     sequence.num_published = full
 
 

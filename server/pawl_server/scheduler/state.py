@@ -59,7 +59,7 @@ class SchedulerState:
             return refusal
         chain = None
         if self.limits.prefix_cache and not request.bypass_prefix_cache:
-            chain = HashChain(root_hash(self.root, request.cache_key), self.limits.block_size)
+            chain = HashChain(root_hash(self.root, request.cache_key), self.limits.block_size, request.tenant)
         sequence = SequenceState(
             request, order=self._next_order, limit=token_limit(request, self.limits), chain=chain, now=now
         )
