@@ -217,10 +217,10 @@ class Worker:
         result_rows, token_ids, kept = [], [], []
         for i, (row, token_id) in enumerate(zip(sampling_rows.tolist(), sampled.token_ids, strict=True)):
             if token_id is not None and row not in failed:
-                self._table.append_token(row, token_id)
                 result_rows.append(row)
                 token_ids.append(token_id)
                 kept.append(i)
+        self._table.append_tokens(result_rows, token_ids)
         return StepResult(
             step=plan.step,
             epoch=plan.epoch,
