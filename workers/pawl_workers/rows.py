@@ -29,8 +29,17 @@ class RowTable:
         samplers: of the known rows.
     """
 
-    def __init__(self, max_running: int, max_context: int, block_size: int, num_blocks: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        max_running: int,
+        max_context: int,
+        block_size: int,
+        num_blocks: int,
+        vocab_size: int,
+        num_host_blocks: int = 0,
+    ) -> None:
         self._max_running, self._max_context = max_running, max_context
+        self._num_host_blocks = num_host_blocks
         self._block_size, self._last_block, self._vocab_size = block_size, num_blocks, vocab_size
         most_blocks = -(-max_context // block_size)
         self.token_ids = np.zeros((max_running, max_context + 1), dtype=np.int32)
@@ -71,6 +80,24 @@ class RowTable:
             if self.num_blocks[row] + appended[row] > self.block_tables.shape[1]:
                 raise PlanError(f"row {row} is given more than {self.block_tables.shape[1]} blocks")
         self._check_grants(plan, freed, added, appended)
+        self._check_moves(plan)
+
+    def _check_moves(self, plan: StepPlan) -> None:
+        if not (plan.copies or plan.swap_out or plan.swap_in):
+            return
+        read = [block for block, _ in plan.swap_out] + [source for source, _ in plan.copies]
+        written = [block for _, block in plan.swap_in] + [destination for _, destination in plan.copies]
+        hosts = [host for _, host in plan.swap_out] + [host for host, _ in plan.swap_in]
+        for block in (*read, *written):
+            if not 1 <= block <= self._last_block:
+                raise PlanError(f"block {block} is copied or swapped, not in [1, {self._last_block}]")
+        for host in hosts:
+            if not 0 <= host < self._num_host_blocks:
+                raise PlanError(f"host block {host} is swapped, not in [0, {self._num_host_blocks})")
+        if len(set(written)) < len(written) or len({host for _, host in plan.swap_out}) < len(plan.swap_out):
+            raise PlanError("a block is written twice by the moves of one plan")
+        if not {source for source, _ in plan.copies}.isdisjoint(destination for _, destination in plan.copies):
+            raise PlanError("a copy reads a block that another copy writes")
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self._max_running:
