@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from typing import cast
 
 import pytest
@@ -23,13 +22,10 @@ from tests.fakes.shadow_worker import ShadowWorker, isolated_output
 
 
 class Bench:
-    """A scheduler, a shadow worker, and what each sequence has given so far. `depth` steps may be in flight."""
+    """A scheduler, a shadow worker, and what each sequence has given so far."""
 
-    def __init__(self, limits: SchedulerLimits, depth: int = 1) -> None:
+    def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.depth = depth
-        self.in_flight: deque[tuple[Plan, StepResult]] = deque()
-        self.owners: deque[dict[int, int]] = deque()  # handle by row, of each step in flight
         self.state = SchedulerState(limits, CacheRoot("model", "float32", limits.block_size))
         self.worker = ShadowWorker(limits.block_size)
         self.requests: dict[int, SequenceRequest] = {}
@@ -71,49 +67,21 @@ class Bench:
             self.output[cast("int", request.handle)] = []
         return not refused
 
-    def step(self) -> bool:
+    def step(self) -> Committed | None:
         """One tick of the loop; False when there was nothing to do."""
         self.now += 1.0
-        launched = self.launch()
-        if not launched and not self.in_flight:
-            return False
-        if not launched or len(self.in_flight) >= self.depth:
-            self.commit()
-        return True
-
-    def launch(self) -> bool:
-        """Plan and launch the next step; the worker computes it at once, its result waits."""
         plan = plan_step(self.state, self.limits, self.now)
         if plan is None:
-            return False
+            return None
         assert 1 <= plan.num_tokens <= self.limits.max_batch_tokens
         wire = plan.wire()
         launch(self.state, plan)
         check_invariants(self.state)
+        result = self.worker.execute(wire)
         self.log.append(wire)
-        self.in_flight.append((plan, self.worker.execute(wire)))
-        members = [cast("int", request.handle) for request in plan.members(self.state.slots)]
-        self.owners.append(dict(zip(wire.rows, members, strict=True)))
-        return True
-
-    def commit(self) -> Committed:
-        """Settle the oldest step: every token sampled for a sequence that lives is delivered."""
-        plan, result = self.in_flight.popleft()
-        owners = self.owners.popleft()
-        live = [owners[row] for row in result.rows if owners[row] not in self.ended]
         committed = commit(self.state, plan, result, self.now)
-        assert sorted(cast("list[int]", committed.handles)) == sorted(live)
         self.apply(committed)
         return committed
-
-    def lose_worker(self) -> None:
-        """Every step in flight fails, and the worker's KV is gone."""
-        while self.in_flight:
-            void(self.state, self.in_flight.pop()[0])
-        self.owners.clear()
-        epoch = self.state.epoch + 1
-        self.state.reset_worker(epoch, self.now)
-        self.worker.reset(epoch)
 
     def apply(self, committed: Committed) -> None:
         triples = zip(cast("list[int]", committed.handles), committed.indices, committed.token_ids, strict=True)
@@ -134,7 +102,7 @@ class Bench:
 
     def run(self, max_steps: int = 5_000) -> None:
         for _ in range(max_steps):
-            if not self.step():
+            if self.step() is None:
                 return
         raise AssertionError("no end in sight: livelock")
 
@@ -176,9 +144,9 @@ def random_request(bench: Bench, draw: random.Random) -> SequenceRequest:
 @settings(max_examples=150)
 @given(st.integers(0, 2**32))
 def test_batching_changes_nothing_and_nothing_leaks(seed: int) -> None:
-    """Random arrivals, chunks, pools, depths, cache on or off, 30 % aborted: equal to the run alone, and all ends."""
+    """Random arrivals, chunks, pool sizes, cache on or off, 30 % aborted: equal to the run alone, and all ends."""
     draw = random.Random(seed)
-    bench = Bench(make_limits(draw), depth=draw.randint(1, 3))
+    bench = Bench(make_limits(draw))
     for _ in range(draw.randint(1, 20)):
         bench.submit(random_request(bench, draw))
         for _ in range(draw.randint(0, 3)):
@@ -223,13 +191,15 @@ def test_same_trace_same_decisions(seed: int) -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Every operation in any order, with up to three steps in flight."""
+    """Every operation in any order, with a step possibly in flight."""
 
     @initialize(seed=st.integers(0, 2**32))
     def start(self, seed: int) -> None:
         """A small replica."""
         self.draw = random.Random(seed)
-        self.bench = Bench(make_limits(self.draw), depth=3)
+        self.bench = Bench(make_limits(self.draw))
+        self.plan: Plan | None = None
+        self.result: StepResult | None = None
 
     @rule()
     def submit(self) -> None:
@@ -244,24 +214,37 @@ class SchedulerMachine(RuleBasedStateMachine):
             if ended is not None:
                 self.bench.finish(ended)
 
-    @precondition(lambda self: len(self.bench.in_flight) < self.bench.depth)
+    @precondition(lambda self: self.plan is None)
     @rule()
     def launch(self) -> None:
-        """Plan and launch, also while other steps run."""
+        """Plan and launch; the worker computes."""
         self.bench.now += 1.0
-        self.bench.launch()
+        plan = plan_step(self.bench.state, self.bench.limits, self.bench.now)
+        if plan is not None:
+            wire = plan.wire()
+            launch(self.bench.state, plan)
+            self.result = self.bench.worker.execute(wire)
+            self.plan = plan
 
-    @precondition(lambda self: self.bench.in_flight)
+    @precondition(lambda self: self.plan is not None)
     @rule()
     def commit(self) -> None:
-        """The oldest result arrives."""
-        self.bench.commit()
+        """The result arrives."""
+        assert self.plan is not None
+        assert self.result is not None
+        self.bench.apply(commit(self.bench.state, self.plan, self.result, self.bench.now))
+        self.plan = None
 
-    @precondition(lambda self: self.bench.in_flight)
+    @precondition(lambda self: self.plan is not None)
     @rule()
     def lose_worker(self) -> None:
-        """What runs fails and the worker's KV is gone."""
-        self.bench.lose_worker()
+        """The step fails and the worker's KV is gone."""
+        assert self.plan is not None
+        void(self.bench.state, self.plan)
+        epoch = self.bench.state.epoch + 1
+        self.bench.state.reset_worker(epoch, self.bench.now)
+        self.bench.worker.reset(epoch)
+        self.plan = None
 
     @rule()
     def flush(self) -> None:
@@ -279,6 +262,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """What is left finishes, and is right."""
         if not hasattr(self, "bench"):
             return
+        if self.plan is not None:
+            self.commit()
         self.bench.run()
         assert set(self.bench.ended) == set(self.bench.requests)
         for handle in self.bench.requests:

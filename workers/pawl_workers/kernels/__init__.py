@@ -1,7 +1,7 @@
 """Kernels: the operations whose speed depends on the machine, behind one protocol.
 
 `reference` is plain torch, runs anywhere and is the oracle; `cpu` is our own C; `onednn` serves a CPU where no compiler
-is at hand. Knows no models, no rows and no plans.
+is at hand; `triton` serves GPUs. Knows no models, no rows and no plans.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.errors import WorkerError
 from pawl_workers.model.weights import AttentionRule, Packer, QueryKeyNormWeights
+from pawl_workers.staging import Staging
 
 __all__ = ["Kernels", "choose_backend"]
 
@@ -82,8 +83,24 @@ class Kernels(Packer, Protocol):
         ...
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, shape: AttentionShape, name: str = "auto") -> Kernels:
+def choose_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: AttentionShape,
+    name: str = "auto",
+    *,
+    staging: Staging | None = None,
+    strict: bool = False,
+) -> Kernels:
     """Choose the kernels for a device, a data type and a shape of heads.
+
+    Args:
+        device: where they run.
+        dtype: of the model.
+        shape: of its heads.
+        name: of a backend, or `auto`.
+        staging: carries a step's integers to a GPU; None = each array by itself.
+        strict: bits that depend on nothing else in the step, where that has a price (`triton`).
 
     Raises:
         WorkerError: the name is not known, or these kernels cannot serve what is asked for.
@@ -96,6 +113,14 @@ def choose_backend(device: torch.device, dtype: torch.dtype, shape: AttentionSha
     match name:
         case "reference":
             return ReferenceKernels(device)
+        case "triton":
+            return _triton(device, dtype, shape, staging, strict)
+        case "auto" if device.type == "cuda":
+            try:
+                return _triton(device, dtype, shape, staging, strict)
+            except WorkerError as error:
+                log.warning("serving with the slower reference kernels: %s", error)
+                return ReferenceKernels(device)
         case "auto" if not for_cpu:
             return ReferenceKernels(device)
         case "auto":
@@ -111,7 +136,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, shape: AttentionSha
         case "cpu" | "onednn":
             raise WorkerError(f"the {name} kernels compute in float32 on a cpu, not in {dtype} on {device}")
         case _:
-            raise WorkerError(f"there are no kernels {name!r}; known: auto, reference, cpu, onednn")
+            raise WorkerError(f"there are no kernels {name!r}; known: auto, reference, cpu, onednn, triton")
 
 
 def _compiled(shape: AttentionShape) -> Kernels:
@@ -124,3 +149,13 @@ def _compiled(shape: AttentionShape) -> Kernels:
         return CpuKernels()
     except BuildError as error:
         raise WorkerError(f"the cpu kernels are not built: {error}") from error
+
+
+def _triton(
+    device: torch.device, dtype: torch.dtype, shape: AttentionShape, staging: Staging | None, strict: bool
+) -> Kernels:
+    try:
+        from pawl_workers.kernels.triton.backend import TritonKernels  # noqa: PLC0415 - as above
+    except ImportError as error:
+        raise WorkerError(f"the triton kernels need the package triton: {error}; pip install triton") from error
+    return TritonKernels(dtype, shape, staging or Staging(device), strict=strict)

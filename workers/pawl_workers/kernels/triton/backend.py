@@ -1,0 +1,102 @@
+"""The triton kernels behind the protocol of all backends: CUDA devices, and the interpreter on a CPU for tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
+from pawl_workers.kernels.reference import ReferenceLinear, ReferenceNorm
+from pawl_workers.kernels.triton.extend import extend
+from pawl_workers.kernels.triton.layout import TILE, Layout, lay_out_host
+from pawl_workers.kernels.triton.paged_decode import decode
+from pawl_workers.kernels.triton.place import place
+from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
+from pawl_workers.kernels.triton.tuning import Tuning
+from pawl_workers.model.spec import Activation, NormKind
+from pawl_workers.model.weights import AttentionRule, NormWeights, PackedActivation, PackedNorm, QueryKeyNormWeights
+from pawl_workers.staging import Staging
+
+__all__ = ["TritonKernels"]
+
+
+class TritonKernels:
+    """cuBLAS linears; attention, norms, gates and the rotary turn in Triton; blocks of 64 tokens.
+
+    Args:
+        dtype: of the model.
+        shape: of its heads.
+        staging: carries a step's integers to the device; the layout's tensors hold once it has been sent.
+        strict: a token's attention has the same bits from decode and from extend, in any chunking.
+    """
+
+    name = "triton"
+    block_size = TILE
+
+    def __init__(self, dtype: torch.dtype, shape: AttentionShape, staging: Staging, *, strict: bool = False) -> None:
+        self._staging = staging
+        self._tuning = Tuning.of(shape, dtype, strict=strict)
+
+    @property
+    def tile_rows(self) -> int:
+        """Query rows of an extend tile."""
+        return self._tuning.extend_rows
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
+        """Keep the tensors: cuBLAS takes them as they are."""
+        return ReferenceLinear(weight, bias)
+
+    def pack_norm(self, weights: NormWeights) -> PackedNorm:
+        """RMS norms are compiled, layer norms torch's."""
+        if weights.kind is NormKind.RMS:
+            return TritonRmsNorm(weights, self._tuning.fuses)
+        return ReferenceNorm(weights)
+
+    def pack_activation(self, activation: Activation, *, gated: bool) -> PackedActivation:
+        """All are compiled."""
+        return TritonActivation(activation, gated, self._tuning.fuses)
+
+    def cache_shapes(self, num_blocks: int, shape: AttentionShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Keys and values alike: [num_blocks, K, 64, head_dim]."""
+        cache = (num_blocks, shape.num_kv_heads, TILE, shape.head_dim)
+        return cache, cache
+
+    def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> Layout:
+        """Tell decodes from extends, cut extends into tiles, and put it all on its way to the device."""
+        rows = self._tuning.extend_rows
+        host = lay_out_host(sequences, rows // (shape.num_heads // shape.num_kv_heads))
+        put = self._staging.put
+        return Layout(
+            positions=put(sequences.positions),
+            sequence_of_token=put(sequences.sequence_of_token),
+            tables=put(sequences.block_tables),
+            contexts=put(sequences.contexts),
+            decode_rows=put(host.decode_rows),
+            decode_sequences=put(host.decode_sequences),
+            tiles=put(host.tiles),
+            tile_rows=rows,
+            num_splits=host.num_splits,
+        )
+
+    def place(
+        self,
+        heads: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        norms: QueryKeyNormWeights | None,
+        keys: Tensor,
+        values: Tensor,
+        layout: AttentionLayout,
+    ) -> Tensor:
+        """Normalise and turn queries and keys, write keys and values, return the queries."""
+        assert isinstance(layout, Layout)  # noqa: S101 - narrows the type
+        return place(heads, rotary, norms, keys, values, layout, fuses=self._tuning.fuses)
+
+    def attend(self, q: Tensor, rule: AttentionRule, keys: Tensor, values: Tensor, layout: AttentionLayout) -> Tensor:
+        """Attend: one launch for the sequences that decode, one for those that extend."""
+        assert isinstance(layout, Layout)  # noqa: S101 - narrows the type
+        attended = torch.empty_like(q)
+        if layout.decode_rows.shape[0]:
+            decode(q, attended, rule, keys, values, layout, self._tuning)
+        if layout.tiles.shape[0]:
+            extend(q, attended, rule, keys, values, layout, self._tuning)
+        return attended
