@@ -75,5 +75,8 @@ train: setup ## train the embedded model again
 bench: setup ## output tokens/s against transformers.generate, alternating, same weights
 	$(PY) -m pawl_loadtest.bench
 
+peers: setup ## the same against every engine that can be installed, with the machine's limits
+	$(PY) -m pawl_loadtest.peers
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

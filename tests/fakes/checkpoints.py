@@ -122,7 +122,9 @@ def load_reference(folder: Path) -> PreTrainedModel:
     """Load a checkpoint with transformers in float32, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     return model.eval()
 
 

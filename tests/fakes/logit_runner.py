@@ -80,6 +80,20 @@ class LogitRunner:
         self._table.check(plan)
         self._table.apply(plan)
 
+    def fork(self, parent: int, row: int, token_ids: list[int], num_computed: int) -> None:
+        """Give a row a sequence that begins like the parent's: full blocks shared, a partial one copied."""
+        num_full, rest = divmod(num_computed, self.kernels.block_size)
+        shared = self.blocks(parent)[:num_full]
+        self.add(row, token_ids, shared_blocks=shared)
+        if rest:
+            with torch.inference_mode():
+                self.cache.copy_blocks([(self.blocks(parent)[num_full], self.blocks(row)[num_full])])
+        self._table.num_computed[row] = num_computed
+
+    def take(self, count: int) -> list[int]:
+        """Take blocks out of those that are dealt."""
+        return [self._free.pop() for _ in range(count)]
+
     def free(self, row: int) -> None:
         """Take a row's sequence away; its blocks are used again, with what is in them."""
         plan = StepPlan(1, 0, [row], [], [], [], [])

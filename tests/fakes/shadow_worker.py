@@ -52,6 +52,7 @@ class ShadowWorker:
         self.step = 0
         self.rows: dict[int, _Row] = {}
         self.slots: dict[tuple[int, int], bytes] = {}
+        self.host: dict[int, list[bytes | None]] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step, checking everything the plan says."""
@@ -66,6 +67,7 @@ class ShadowWorker:
         for known, blocks in plan.append_blocks:
             self.rows[known].blocks += blocks
         assert len(set(plan.rows)) == len(plan.rows)
+        self._move(plan)
         self._check_writers(plan)
         prompt_logprobs: list[PromptLogprobs] = []
         sampled: list[tuple[int, int]] = []
@@ -86,6 +88,21 @@ class ShadowWorker:
 
     def _slot(self, row: _Row, position: int) -> tuple[int, int]:
         return row.blocks[position // self.block_size], position % self.block_size
+
+    def _move(self, plan: StepPlan) -> None:
+        """Swap out, swap in, copy: whole blocks, with whatever stands in them."""
+        for block, host in plan.swap_out:
+            self.host[host] = [self.slots.get((block, offset)) for offset in range(self.block_size)]
+        for host, block in plan.swap_in:
+            self._fill(block, self.host[host])
+        for source, destination in plan.copies:
+            self._fill(destination, [self.slots.get((source, offset)) for offset in range(self.block_size)])
+
+    def _fill(self, block: int, contents: list[bytes | None]) -> None:
+        for offset, digest in enumerate(contents):
+            self.slots.pop((block, offset), None)
+            if digest is not None:
+                self.slots[block, offset] = digest
 
     def _check_writers(self, plan: StepPlan) -> None:
         """No two rows write one slot, and nobody writes the null block."""

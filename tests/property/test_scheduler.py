@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from typing import cast
 
 import pytest
@@ -22,10 +23,13 @@ from tests.fakes.shadow_worker import ShadowWorker, isolated_output
 
 
 class Bench:
-    """A scheduler, a shadow worker, and what each sequence has given so far."""
+    """A scheduler, a shadow worker, and what each sequence has given so far. `depth` steps may be in flight."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, depth: int = 1) -> None:
         self.limits = limits
+        self.depth = depth
+        self.in_flight: deque[tuple[Plan, StepResult]] = deque()
+        self.owners: deque[dict[int, int]] = deque()  # handle by row, of each step in flight
         self.state = SchedulerState(limits, CacheRoot("model", "float32", limits.block_size))
         self.worker = ShadowWorker(limits.block_size)
         self.requests: dict[int, SequenceRequest] = {}
@@ -67,21 +71,49 @@ class Bench:
             self.output[cast("int", request.handle)] = []
         return not refused
 
-    def step(self) -> Committed | None:
+    def step(self) -> bool:
         """One tick of the loop; False when there was nothing to do."""
         self.now += 1.0
+        launched = self.launch()
+        if not launched and not self.in_flight:
+            return False
+        if not launched or len(self.in_flight) >= self.depth:
+            self.commit()
+        return True
+
+    def launch(self) -> bool:
+        """Plan and launch the next step; the worker computes it at once, its result waits."""
         plan = plan_step(self.state, self.limits, self.now)
         if plan is None:
-            return None
+            return False
         assert 1 <= plan.num_tokens <= self.limits.max_batch_tokens
         wire = plan.wire()
         launch(self.state, plan)
         check_invariants(self.state)
-        result = self.worker.execute(wire)
         self.log.append(wire)
+        self.in_flight.append((plan, self.worker.execute(wire)))
+        members = [cast("int", request.handle) for request in plan.members(self.state.slots)]
+        self.owners.append(dict(zip(wire.rows, members, strict=True)))
+        return True
+
+    def commit(self) -> Committed:
+        """Settle the oldest step: every token sampled for a sequence that lives is delivered."""
+        plan, result = self.in_flight.popleft()
+        owners = self.owners.popleft()
+        live = [owners[row] for row in result.rows if owners[row] not in self.ended]
         committed = commit(self.state, plan, result, self.now)
+        assert sorted(cast("list[int]", committed.handles)) == sorted(live)
         self.apply(committed)
         return committed
+
+    def lose_worker(self) -> None:
+        """Every step in flight fails, and the worker's KV is gone."""
+        while self.in_flight:
+            void(self.state, self.in_flight.pop()[0])
+        self.owners.clear()
+        epoch = self.state.epoch + 1
+        self.state.reset_worker(epoch, self.now)
+        self.worker.reset(epoch)
 
     def apply(self, committed: Committed) -> None:
         triples = zip(cast("list[int]", committed.handles), committed.indices, committed.token_ids, strict=True)
@@ -102,7 +134,7 @@ class Bench:
 
     def run(self, max_steps: int = 5_000) -> None:
         for _ in range(max_steps):
-            if self.step() is None:
+            if not self.step():
                 return
         raise AssertionError("no end in sight: livelock")
 
@@ -144,9 +176,9 @@ def random_request(bench: Bench, draw: random.Random) -> SequenceRequest:
 @settings(max_examples=150)
 @given(st.integers(0, 2**32))
 def test_batching_changes_nothing_and_nothing_leaks(seed: int) -> None:
-    """Random arrivals, chunks, pool sizes, cache on or off, 30 % aborted: equal to the run alone, and all ends."""
+    """Random arrivals, chunks, pools, depths, cache on or off, 30 % aborted: equal to the run alone, and all ends."""
     draw = random.Random(seed)
-    bench = Bench(make_limits(draw))
+    bench = Bench(make_limits(draw), depth=draw.randint(1, 3))
     for _ in range(draw.randint(1, 20)):
         bench.submit(random_request(bench, draw))
         for _ in range(draw.randint(0, 3)):
@@ -191,15 +223,13 @@ def test_same_trace_same_decisions(seed: int) -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Every operation in any order, with a step possibly in flight."""
+    """Every operation in any order, with up to three steps in flight."""
 
     @initialize(seed=st.integers(0, 2**32))
     def start(self, seed: int) -> None:
         """A small replica."""
         self.draw = random.Random(seed)
-        self.bench = Bench(make_limits(self.draw))
-        self.plan: Plan | None = None
-        self.result: StepResult | None = None
+        self.bench = Bench(make_limits(self.draw), depth=3)
 
     @rule()
     def submit(self) -> None:
@@ -214,37 +244,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             if ended is not None:
                 self.bench.finish(ended)
 
-    @precondition(lambda self: self.plan is None)
+    @precondition(lambda self: len(self.bench.in_flight) < self.bench.depth)
     @rule()
     def launch(self) -> None:
-        """Plan and launch; the worker computes."""
+        """Plan and launch, also while other steps run."""
         self.bench.now += 1.0
-        plan = plan_step(self.bench.state, self.bench.limits, self.bench.now)
-        if plan is not None:
-            wire = plan.wire()
-            launch(self.bench.state, plan)
-            self.result = self.bench.worker.execute(wire)
-            self.plan = plan
+        self.bench.launch()
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.bench.in_flight)
     @rule()
     def commit(self) -> None:
-        """The result arrives."""
-        assert self.plan is not None
-        assert self.result is not None
-        self.bench.apply(commit(self.bench.state, self.plan, self.result, self.bench.now))
-        self.plan = None
+        """The oldest result arrives."""
+        self.bench.commit()
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.bench.in_flight)
     @rule()
     def lose_worker(self) -> None:
-        """The step fails and the worker's KV is gone."""
-        assert self.plan is not None
-        void(self.bench.state, self.plan)
-        epoch = self.bench.state.epoch + 1
-        self.bench.state.reset_worker(epoch, self.bench.now)
-        self.bench.worker.reset(epoch)
-        self.plan = None
+        """What runs fails and the worker's KV is gone."""
+        self.bench.lose_worker()
 
     @rule()
     def flush(self) -> None:
@@ -262,8 +279,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         """What is left finishes, and is right."""
         if not hasattr(self, "bench"):
             return
-        if self.plan is not None:
-            self.commit()
         self.bench.run()
         assert set(self.bench.ended) == set(self.bench.requests)
         for handle in self.bench.requests:

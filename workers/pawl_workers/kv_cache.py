@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,39 @@ class KvCache:
 
     def __getitem__(self, layer: int) -> LayerCache:
         return self._layers[layer]
+
+    @property
+    def block_elements(self) -> int:
+        """Elements of one block in all layers, keys and values."""
+        return sum(cache[0].numel() for layer in self._layers for cache in (layer.keys, layer.values))
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy (source, destination) blocks in all layers. No destination is a source or named twice."""
+        if not pairs:
+            return
+        device = self._layers[0].keys.device
+        sources, destinations = torch.tensor(pairs, device=device).unbind(1)
+        for layer in self._layers:
+            for cache in (layer.keys, layer.values):
+                cache.index_copy_(0, destinations, cache.index_select(0, sources))
+
+    def gather(self, block_ids: Sequence[int]) -> Tensor:
+        """Read blocks, keys and values of each layer one after the other: [blocks, block_elements]."""
+        index = torch.tensor(block_ids, device=self._layers[0].keys.device)
+        parts = [
+            cache.index_select(0, index).flatten(1) for layer in self._layers for cache in (layer.keys, layer.values)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def scatter(self, block_ids: Sequence[int], contents: Tensor) -> None:
+        """Write blocks as `gather` read them, [blocks, block_elements]."""
+        index = torch.tensor(block_ids, device=contents.device)
+        begin = 0
+        for layer in self._layers:
+            for cache in (layer.keys, layer.values):
+                end = begin + cache[0].numel()
+                cache.index_copy_(0, index, contents[:, begin:end].view(-1, *cache.shape[1:]))
+                begin = end
 
     def make_finite(self, block_ids: Iterable[int]) -> None:
         """Replace what is not finite in some blocks by zeros; finite entries keep their bits.

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
+from pawl_workers.control_groups import memory_left
 from pawl_workers.errors import OutOfMemoryError
 from pawl_workers.model.spec import ModelSpec
 
 __all__ = ["MemoryPlan", "activation_bytes", "available_bytes", "plan_memory"]
 
-_CGROUP = Path("/sys/fs/cgroup")
 _ATTENTION_WORKSPACE_BYTES = 16 << 20
 
 
@@ -29,17 +28,12 @@ class MemoryPlan:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that this process could still take on a device, with the container's limit regarded."""
+    """Memory that this process could still take on a device; on a cpu, what machine and control groups both allow."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-    except OSError:  # no control group, or version 1
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
+    available, left = int(psutil.virtual_memory().available), memory_left()
+    return available if left is None else min(available, left)
 
 
 def activation_bytes(spec: ModelSpec, max_batch_tokens: int, max_running: int, element_bytes: int) -> int:

@@ -61,9 +61,10 @@ class NewSequence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One step. The worker applies it in this order: free, add, append blocks, run.
+    """One step. The worker applies it in this order: free, add, append blocks, swap out, swap in, copy, run.
 
     `rows[i]` computes its next `num_tokens[i]` tokens. Rows are distinct; every grant is at least 1.
+    No block is written twice by the moves of one plan, and no copy reads what another copy writes.
     """
 
     step: int  # counts up by one; a worker refuses another number
@@ -73,6 +74,9 @@ class StepPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     append_blocks: list[tuple[int, list[int]]]  # (row, block ids), for rows already known
     rows: list[int]
     num_tokens: list[int]
+    copies: list[tuple[int, int]] = []  # (source, destination): partial blocks of forked sequences
+    swap_out: list[tuple[int, int]] = []  # (block, host block): cached blocks that are about to be overwritten
+    swap_in: list[tuple[int, int]] = []  # (host block, block)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

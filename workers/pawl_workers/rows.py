@@ -29,8 +29,17 @@ class RowTable:
         samplers: of the known rows.
     """
 
-    def __init__(self, max_running: int, max_context: int, block_size: int, num_blocks: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        max_running: int,
+        max_context: int,
+        block_size: int,
+        num_blocks: int,
+        vocab_size: int,
+        num_host_blocks: int = 0,
+    ) -> None:
         self._max_running, self._max_context = max_running, max_context
+        self._num_host_blocks = num_host_blocks
         self._block_size, self._last_block, self._vocab_size = block_size, num_blocks, vocab_size
         most_blocks = -(-max_context // block_size)
         self.token_ids = np.zeros((max_running, max_context + 1), dtype=np.int32)
@@ -71,6 +80,24 @@ class RowTable:
             if self.num_blocks[row] + appended[row] > self.block_tables.shape[1]:
                 raise PlanError(f"row {row} is given more than {self.block_tables.shape[1]} blocks")
         self._check_grants(plan, freed, added, appended)
+        self._check_moves(plan)
+
+    def _check_moves(self, plan: StepPlan) -> None:
+        if not (plan.copies or plan.swap_out or plan.swap_in):
+            return
+        read = [block for block, _ in plan.swap_out] + [source for source, _ in plan.copies]
+        written = [block for _, block in plan.swap_in] + [destination for _, destination in plan.copies]
+        hosts = [host for _, host in plan.swap_out] + [host for host, _ in plan.swap_in]
+        for block in (*read, *written):
+            if not 1 <= block <= self._last_block:
+                raise PlanError(f"block {block} is copied or swapped, not in [1, {self._last_block}]")
+        for host in hosts:
+            if not 0 <= host < self._num_host_blocks:
+                raise PlanError(f"host block {host} is swapped, not in [0, {self._num_host_blocks})")
+        if len(set(written)) < len(written) or len({host for _, host in plan.swap_out}) < len(plan.swap_out):
+            raise PlanError("a block is written twice by the moves of one plan")
+        if not {source for source, _ in plan.copies}.isdisjoint(destination for _, destination in plan.copies):
+            raise PlanError("a copy reads a block that another copy writes")
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self._max_running:
@@ -101,29 +128,36 @@ class RowTable:
     def _check_grants(
         self, plan: StepPlan, freed: set[int], added: dict[int, NewSequence], appended: dict[int, int]
     ) -> None:
-        if len(plan.rows) != len(plan.num_tokens) or len(set(plan.rows)) < len(plan.rows):
-            raise PlanError(f"{len(plan.rows)} rows and {len(plan.num_tokens)} grants; rows must be distinct")
-        for row, grant in zip(plan.rows, plan.num_tokens, strict=True):
+        rows, grants = np.array(plan.rows, dtype=np.int64), np.array(plan.num_tokens, dtype=np.int64)
+        if len(rows) != len(grants) or len(set(plan.rows)) < len(rows):
+            raise PlanError(f"{len(rows)} rows and {len(grants)} grants; rows must be distinct")
+        for row in rows[(rows < 0) | (rows >= self._max_running)].tolist():
             self._check_row(row)
-            sequence = added.get(row)
-            if sequence is not None:
-                computed, known, blocks = sequence.num_computed, len(sequence.token_ids), len(sequence.block_ids)
-            elif self.known[row] and row not in freed:
-                if self.failed[row]:
-                    continue  # a plan made before its failure was known; it is reported again
-                computed, known = int(self.num_computed[row]), int(self.num_tokens[row])
-                blocks = int(self.num_blocks[row]) + appended.get(row, 0)
-            else:
-                raise PlanError(f"row {row} is to be computed but holds no sequence")
-            if grant < 1 or computed + grant > min(known, self._max_context):
-                raise PlanError(
-                    f"row {row} is granted {grant} tokens; {computed} of its {known} are computed and "
-                    f"{self._max_context} is the longest context"
-                )
-            if blocks * self._block_size < computed + grant:
-                raise PlanError(
-                    f"row {row} has {blocks} blocks of {self._block_size} tokens for {computed + grant} tokens"
-                )
+        computed, known, blocks = self.num_computed.copy(), self.num_tokens.copy(), self.num_blocks.copy()
+        holds = self.known.copy()
+        holds[list(freed)] = False
+        # The plan may have been made before a failure was known: such a row is not computed, and reported again.
+        passed_over = holds & self.failed
+        for row, sequence in added.items():
+            holds[row], passed_over[row] = True, False
+            computed[row], known[row], blocks[row] = (
+                sequence.num_computed, len(sequence.token_ids), len(sequence.block_ids),
+            )  # fmt: skip
+        for row, count in appended.items():
+            blocks[row] += count
+        for row in rows[~holds[rows]].tolist():
+            raise PlanError(f"row {row} is to be computed but holds no sequence")
+        rows, grants = rows[~passed_over[rows]], grants[~passed_over[rows]]
+        after = computed[rows] + grants
+        wrong = (grants < 1) | (after > np.minimum(known[rows], self._max_context))
+        for row, grant in zip(rows[wrong].tolist(), grants[wrong].tolist(), strict=True):
+            raise PlanError(
+                f"row {row} is granted {grant} tokens; {computed[row]} of its {known[row]} are computed and "
+                f"{self._max_context} is the longest context"
+            )
+        wrong = blocks[rows] * self._block_size < after
+        for row, end in zip(rows[wrong].tolist(), after[wrong].tolist(), strict=True):
+            raise PlanError(f"row {row} has {blocks[row]} blocks of {self._block_size} tokens for {end} tokens")
 
     def apply(self, plan: StepPlan) -> None:
         """Free, add, then append blocks. The plan has been checked."""
@@ -149,11 +183,12 @@ class RowTable:
         self.samples[row], self.known[row], self.failed[row] = sequence.samples, True, False
         self.samplers[row] = RowSampler(sequence.sampling, ids[:num_prompt], ids[num_prompt:])
 
-    def append_token(self, row: int, token_id: int) -> None:
-        """Append a sampled token to its row."""
-        self.token_ids[row, self.num_tokens[row]] = token_id
-        self.num_tokens[row] += 1
-        self.samplers[row].observe(token_id)
+    def append_tokens(self, rows: list[int], token_ids: list[int]) -> None:
+        """Append a sampled token to each of these rows."""
+        self.token_ids[rows, self.num_tokens[rows]] = token_ids
+        self.num_tokens[rows] += 1
+        for row, token_id in zip(rows, token_ids, strict=True):
+            self.samplers[row].observe(token_id)
 
     def blocks_of(self, row: int) -> NDArray[np.int64]:
         """Return the block ids of a row."""

@@ -6,6 +6,7 @@ scheduler can send every sequence again.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from pawl_workers.batch import AttentionShape, IntArray
 from pawl_workers.errors import PlanError, WorkerError
 from pawl_workers.forward import StepOutput, forward
+from pawl_workers.host_cache import HostCache
 from pawl_workers.kernels import Kernels, choose_backend
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.memory import MemoryPlan, activation_bytes, available_bytes, plan_memory
@@ -53,6 +55,7 @@ class WorkerOptions:
     num_blocks: int | None = None  # None: from kv_bytes or memory_fraction
     memory_fraction: float = 0.5  # share of the memory left beside weights and activations that KV may take
     kv_bytes: int | None = None
+    host_kv_bytes: int = 0  # second tier of KV blocks in host memory; 0 = none
     revision: str | None = None  # of a hub id
 
 
@@ -77,6 +80,9 @@ class WorkerFacts:
     num_threads: int
     max_running: int
     max_batch_tokens: int
+    num_host_blocks: int
+    restore_fixed_s: float  # measured: of bringing any number of blocks back from the host
+    restore_block_s: float  # and of each of them
     load_s: float
 
 
@@ -97,12 +103,23 @@ class Worker:
         device, dtype = settings.device, settings.dtype
         with torch.inference_mode():
             self._cache = KvCache.allocate(weights.spec, kernels, facts.num_blocks, device, dtype)
+            self._host = HostCache(self._cache, facts.num_host_blocks, device, dtype)
+            if facts.num_host_blocks:
+                fixed_s, block_s = self._host.measure(facts.num_blocks)
+                self.facts = dataclasses.replace(facts, restore_fixed_s=fixed_s, restore_block_s=block_s)
         self._step = self._epoch = 0
         self._table = self._new_table()
 
     def _new_table(self) -> RowTable:
         facts = self.facts
-        return RowTable(facts.max_running, facts.max_context, facts.block_size, facts.num_blocks, facts.vocab_size)
+        return RowTable(
+            facts.max_running,
+            facts.max_context,
+            facts.block_size,
+            facts.num_blocks,
+            facts.vocab_size,
+            facts.num_host_blocks,
+        )
 
     @classmethod
     def load(cls, options: WorkerOptions, on_progress: Progress | None = None) -> Worker:
@@ -135,11 +152,12 @@ class Worker:
         max_context = min(spec.max_context, options.max_context or spec.max_context)
         per_sequence = -(-max_context // kernels.block_size)
         activations = activation_bytes(spec, options.max_batch_tokens, options.max_running, element_bytes)
+        block_bytes = spec.num_layers * element_bytes * sum(map(math.prod, kernels.cache_shapes(1, shape)))
         memory = plan_memory(
             available=available,
             weights=weights.num_bytes,
             activations=activations,
-            block_bytes=spec.num_layers * element_bytes * sum(map(math.prod, kernels.cache_shapes(1, shape))),
+            block_bytes=block_bytes,
             most_blocks=options.max_running * per_sequence,
             num_blocks=options.num_blocks,
             kv_bytes=options.kv_bytes,
@@ -152,7 +170,9 @@ class Worker:
             device=device,
             dtype=dtype,
         )
-        facts = _facts(options, config, weights, memory, settings, max_context, started)
+        facts = _facts(
+            options, config, weights, memory, settings, max_context, options.host_kv_bytes // block_bytes, started
+        )
         worker = cls(options, config, weights, kernels, facts, settings)
         report("memory", float(memory.kv_bytes), float(memory.kv_bytes))
         return worker
@@ -172,6 +192,7 @@ class Worker:
         self._table.check(plan)
         self._table.apply(plan)
         self._step = plan.step
+        self._move(plan)
         rows, num_tokens = np.array(plan.rows, dtype=np.int64), np.array(plan.num_tokens, dtype=np.int64)
         alive = ~self._table.failed[rows]
         failures = [RowFailure(row, "the row failed in an earlier step") for row in rows[~alive].tolist()]
@@ -187,6 +208,13 @@ class Worker:
         self._table.num_computed[rows] += num_tokens
         failures += [RowFailure(row, message) for row, message in failed.items()]
         return self._settle(plan, output, sampling_rows, failed, failures, prepared - started, forward_s)
+
+    def _move(self, plan: StepPlan) -> None:
+        if plan.swap_out or plan.swap_in or plan.copies:
+            with torch.inference_mode():
+                self._host.swap_out(plan.swap_out)
+                self._host.swap_in(plan.swap_in)
+                self._cache.copy_blocks(plan.copies)
 
     def _find_failures(
         self, output: StepOutput, rows: IntArray, num_tokens: IntArray, sampling_rows: IntArray
@@ -217,10 +245,10 @@ class Worker:
         result_rows, token_ids, kept = [], [], []
         for i, (row, token_id) in enumerate(zip(sampling_rows.tolist(), sampled.token_ids, strict=True)):
             if token_id is not None and row not in failed:
-                self._table.append_token(row, token_id)
                 result_rows.append(row)
                 token_ids.append(token_id)
                 kept.append(i)
+        self._table.append_tokens(result_rows, token_ids)
         return StepResult(
             step=plan.step,
             epoch=plan.epoch,
@@ -288,6 +316,7 @@ def _facts(
     memory: MemoryPlan,
     settings: BatchSettings,
     max_context: int,
+    num_host_blocks: int,
     started: float,
 ) -> WorkerFacts:
     return WorkerFacts(
@@ -308,5 +337,8 @@ def _facts(
         num_threads=options.num_threads,
         max_running=options.max_running,
         max_batch_tokens=options.max_batch_tokens,
+        num_host_blocks=num_host_blocks,
+        restore_fixed_s=0.0,
+        restore_block_s=0.0,
         load_s=time.perf_counter() - started,
     )

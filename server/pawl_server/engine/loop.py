@@ -209,8 +209,7 @@ class EngineLoop:
         Raises:
             ServerError: the worker crashes again and again, or cannot be reset.
         """
-        members = [grant.sequence.request for grant in plan.grants]
-        members += [admission.sequence.request for admission in plan.admissions]
+        members = plan.members(self.state.slots)
         log.error("step %d crashed with %d sequences", plan.step, len(members), exc_info=error)
         now = self.clock()
         void(self.state, plan)
@@ -256,7 +255,7 @@ class EngineLoop:
         self.meter.step(
             StepRecord(
                 kind=plan.kind,
-                num_sequences=len(plan.grants) + len(plan.admissions),
+                num_sequences=plan.num_sequences,
                 num_tokens=plan.num_tokens,
                 idle_s=planned_at - self._settled_at,
                 schedule_s=launched_at - planned_at,

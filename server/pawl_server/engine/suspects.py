@@ -76,8 +76,8 @@ def probation_limits(state: SchedulerState, limits: SchedulerLimits) -> Schedule
     """
     wants = [sequence.want for sequence in state.running.values()]
     behind = next((want for want in wants if want > 1), 0)
-    head = next(state.waiting_in_order(), None)
-    chunk = behind or (0 if head is None else len(head.tokens))
+    head = state.queue.head()
+    chunk = behind or (0 if head is None else head.num_tokens)
     budget = sum(want == 1 for want in wants) + min(chunk, limits.max_prefill_chunk)
     return dataclasses.replace(
         limits,

@@ -55,7 +55,7 @@ async def warm_up(executor: Executor, limits: SchedulerLimits, on_step: Callable
         commit(state, plan, await executor.run(plan.wire()), now=0.0)
         steps += 1
         largest = max(largest, plan.num_tokens)
-        widest = max(widest, len(plan.grants) + len(plan.admissions))
+        widest = max(widest, plan.num_sequences)
         on_step(steps, plan.num_tokens)
     await executor.reset(1)
     return largest, widest

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 __all__ = ["CacheRoot", "HashChain", "root_hash"]
 
 _FORMAT_VERSION = 1
+_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,13 @@ class CacheRoot:
     adapter: str = ""
 
 
+def _head(tag: bytes, num_bytes: int) -> bytes:
+    """What stands before a field: its type (4 bytes) and length, so that no two lists of fields encode alike."""
+    return tag + struct.pack("<I", num_bytes)
+
+
 def _field(tag: bytes, value: bytes) -> bytes:
-    """A field with its type (4 bytes) and length in front, so that no two lists of fields encode alike."""
-    return tag + struct.pack("<I", len(value)) + value
+    return _head(tag, len(value)) + value
 
 
 def root_hash(root: CacheRoot, cache_key: bytes) -> bytes:
@@ -54,30 +59,47 @@ def root_hash(root: CacheRoot, cache_key: bytes) -> bytes:
 
 
 class HashChain:
-    """Names of the full blocks of one sequence, made once and extended as tokens come."""
+    """Names of the full blocks of one sequence, made once and extended as tokens come.
 
-    __slots__ = ("_hashes", "_root", "block_size")
+    Attributes:
+        root: name of the empty prefix; also the namespace, since no two tenants or salts have the same.
+        block_size: tokens of a block.
+        owner: tenant whose share of the cache the blocks count against.
+        names: of the blocks so far. Written by `extend` alone.
+        found: where the last lookup ended; belongs to `PrefixIndex.find`.
+    """
 
-    def __init__(self, root: bytes, block_size: int) -> None:
-        self._root = root
+    __slots__ = ("_before_tokens", "block_size", "found", "names", "owner", "root")
+
+    def __init__(self, root: bytes, block_size: int, owner: str = "") -> None:
+        self.root = root
         self.block_size = block_size
-        self._hashes: list[bytes] = []
+        self.owner = owner
+        self.names: list[bytes] = []
+        self.found: tuple[int, list[int]] = (-1, [])
+        self._before_tokens = _head(b"tokn", block_size * array("i").itemsize)
 
     def extend(self, token_ids: Sequence[int], num_blocks: int) -> None:
         """Make the names of the first `num_blocks` blocks; those made already are kept.
 
         `token_ids` must begin with the tokens given before and cover the blocks.
         """
-        for index in range(len(self._hashes), num_blocks):
-            start = index * self.block_size
-            tokens = array("i", token_ids[start : start + self.block_size])
-            parent = self._hashes[-1] if self._hashes else self._root
-            digest = hashlib.sha256(_field(b"prnt", parent))
-            digest.update(_field(b"tokn", tokens.tobytes()))
-            self._hashes.append(digest.digest())
+        names, size = self.names, self.block_size
+        parent = names[-1] if names else self.root
+        for start in range(len(names) * size, num_blocks * size, size):
+            tokens = array("i", token_ids[start : start + size])
+            parent = hashlib.sha256(_BEFORE_PARENT + parent + self._before_tokens + tokens.tobytes()).digest()
+            names.append(parent)
+
+    def parent(self, index: int) -> bytes:
+        """Name of the prefix before a block."""
+        return self.names[index - 1] if index else self.root
 
     def __len__(self) -> int:
-        return len(self._hashes)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> bytes:
-        return self._hashes[index]
+        return self.names[index]
+
+
+_BEFORE_PARENT = _head(b"prnt", _DIGEST_BYTES)

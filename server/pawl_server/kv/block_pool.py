@@ -1,18 +1,20 @@
-"""Reference counts and the free list of the KV blocks of one replica.
+"""Reference counts and names of the KV blocks of one replica, and who gives way when there are not enough.
 
-Every block is either referenced or in the free list; a free block may still hold a cached prefix (a hash), which it
-loses when it is taken. The free list is kept in eviction order, so it *is* the LRU. Knows nothing of tokens or
-sequences.
+Every block is either referenced or free; a free block may still hold a cached prefix, which it loses when it is
+taken. Knows nothing of tokens or sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["BlockPool", "PoolError"]
+from pawl_server.kv.block_hash import HashChain
+from pawl_server.kv.events import CacheEvents
+from pawl_server.kv.eviction import PLAIN, EvictionOrder, Tenant
+from pawl_server.kv.prefix_index import PrefixIndex
+from pawl_server.kv.retention import Retention
 
-# Block 0 is the null block: never handed out; its links close the free list into a ring.
-_HEAD = 0
+__all__ = ["BlockPool", "PoolError"]
 
 
 class PoolError(RuntimeError):
@@ -20,56 +22,95 @@ class PoolError(RuntimeError):
 
 
 class BlockPool:
-    """Blocks 1 to `num_blocks`.
+    """Blocks 1 to `num_blocks`; block 0, the null block, is nobody's.
 
     Source: paged attention, Kwon et al. 2023 (arXiv 2309.06180), section 4; the free list as LRU is vLLM's idea.
+
+    Args:
+        num_blocks: how many there are.
+        retained_share: most of them that may be marked to be kept, as a share.
+        half_life_s: time in which a tenant's claim to its cached blocks halves while it does nothing, seconds.
+        max_events: most cache events that are kept until they are drained; 0 = none are.
+
+    Attributes:
+        now: the latest time that the pool was told, in seconds.
+        events: prefixes stored and removed.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(
+        self, num_blocks: int, *, retained_share: float = 0.25, half_life_s: float = 300.0, max_events: int = 0
+    ) -> None:
         if num_blocks < 1:
             raise PoolError(f"num_blocks = {num_blocks}: a pool has at least one block")
         self.num_blocks = num_blocks
+        self.now = 0.0
+        self.events = CacheEvents(max_events)
         self._references = [0] * (num_blocks + 1)
-        self._next = [*range(1, num_blocks + 1), _HEAD]
-        self._previous = [num_blocks, *range(num_blocks)]
-        self._hash: list[bytes | None] = [None] * (num_blocks + 1)
-        self._by_hash: dict[bytes, int] = {}
-        self._num_free = num_blocks
-        self._num_cached = 0  # free blocks that hold a cached prefix
+        self._owners: list[Tenant | None] = [None] * (num_blocks + 1)  # of blocks with a name
+        self._order = EvictionOrder(num_blocks, half_life_s)
+        self._index = PrefixIndex(num_blocks, self.events)
+        self._retention = Retention(int(retained_share * num_blocks))
 
     @property
     def num_available(self) -> int:
         """Blocks nobody references, cached ones included: what can be taken."""
-        return self._num_free
+        return self._order.num_free
 
     @property
     def num_cached(self) -> int:
         """Blocks nobody references that hold a cached prefix."""
-        return self._num_cached
+        return self._order.num_cached
 
     @property
     def num_used(self) -> int:
         """Blocks that somebody references."""
-        return self.num_blocks - self._num_free
+        return self.num_blocks - self._order.num_free
+
+    @property
+    def num_retained(self) -> int:
+        """Blocks that are marked to be kept."""
+        return len(self._retention)
+
+    def num_published(self, tenant: str) -> int:
+        """Blocks of a tenant that others could share, pending ones included."""
+        return next((known.num_published for known in self._order.tenants() if known.name == tenant), 0)
 
     def references(self, block: int) -> int:
         """How many hold the block."""
         return self._references[block]
 
-    def hash_of(self, block: int) -> bytes | None:
-        """Hash of the prefix the block holds, None if it is not published."""
-        return self._hash[block]
+    def num_free_among(self, blocks: Sequence[int]) -> int:
+        """How many of these blocks nobody references."""
+        return list(map(self._references.__getitem__, blocks)).count(0)
 
-    def lookup(self, block_hash: bytes) -> int | None:
-        """Block that holds the prefix with this hash."""
-        return self._by_hash.get(block_hash)
+    def hash_of(self, block: int) -> bytes | None:
+        """Name of the prefix that the block holds, None if it is not published (or only announced)."""
+        return None if self._index.is_pending(block) else self._index.name_of(block)
+
+    def has_name(self, block: int) -> bool:
+        """Whether a lookup may find the block: it is published, or announced."""
+        return self._owners[block] is not None
+
+    def lookup(self, name: bytes) -> int | None:
+        """Block that holds the prefix with this name, or will when the launched steps are done."""
+        return self._index.lookup(name)
+
+    def find(self, chain: HashChain) -> list[int]:
+        """The longest cached beginning of a chain: its blocks, in order. Not to be changed."""
+        return self._index.find(chain)
 
     def eviction_order(self) -> Iterator[int]:
         """Available blocks, the next to be taken first. Not valid after the pool changes."""
-        block = self._next[_HEAD]
-        while block != _HEAD:
-            yield block
-            block = self._next[block]
+        return self._order.walk()
+
+    def advance(self, now: float) -> None:
+        """Say what time it is, in seconds. What was to be kept until then counts as used then."""
+        self.now = max(self.now, now)
+        for block in self._retention.expire(self.now):
+            owner = self._owners[block]
+            if not self._references[block] and owner is not None:
+                self._order.remove(block)
+                self._order.put_last(owner.ring, block)
 
     def take(self, blocks: Iterable[int]) -> None:
         """Reference available blocks for writing; what they cached is forgotten.
@@ -78,104 +119,168 @@ class BlockPool:
             PoolError: one of them is referenced.
         """
         for block in blocks:
-            if self._references[block] or block == _HEAD:
+            if self._references[block] or block == PLAIN:
                 raise PoolError(f"block {block} is taken while it is referenced")
-            self._unlink(block)
+            self._order.remove(block)
             self._forget(block)
             self._references[block] = 1
 
-    def acquire(self, blocks: Iterable[int]) -> None:
-        """Reference blocks for reading (prefix hits); what they hold stays."""
+    def acquire(self, blocks: Sequence[int]) -> None:
+        """Reference blocks for reading (prefix hits, forks); what they hold stays."""
         for block in blocks:
             if not self._references[block]:
-                self._unlink(block)
+                self._order.remove(block)
             self._references[block] += 1
+        if blocks and (owner := self._owners[blocks[-1]]) is not None:
+            owner.last_used = self.now
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference of each block of a sequence, given in the order of the sequence.
 
-        What becomes free is evicted children before parents: published blocks go to the far end of the free list,
-        the last of the sequence first; blocks that hold nothing reusable go to the near end.
+        What becomes free is evicted children before parents: the last block of the sequence goes behind the other
+        cached blocks of its tenant first; blocks that hold nothing reusable, or did not live to hold it, go first.
 
         Raises:
-            PoolError: one of them is not referenced.
+            PoolError: one of them is not referenced; nothing has changed, unless a block is named twice.
         """
+        references, order = self._references, self._order
+        if 0 in map(references.__getitem__, blocks):
+            raise PoolError(f"blocks {blocks} are released while nobody references one of them")
         for block in reversed(blocks):
-            if self._references[block] < 1:
-                raise PoolError(f"block {block} is released while nobody references it")
-            self._references[block] -= 1
-            if self._references[block]:
+            references[block] -= 1
+            if references[block] > 0:
                 continue
-            if self._hash[block] is None:
-                self._link_after(_HEAD, block)
+            if references[block] < 0:
+                raise PoolError(f"block {block} is released twice at once")
+            if self._index.is_pending(block):
+                self._forget(block)
+            owner = self._owners[block]
+            if owner is None:
+                order.put_first(PLAIN, block)
             else:
-                self._link_after(self._previous[_HEAD], block)
+                owner.last_used = self.now
+                order.put_last(order.retained if block in self._retention else owner.ring, block)
 
-    def publish(self, block: int, block_hash: bytes) -> None:
-        """Say that a referenced block holds the computed prefix with this hash.
+    def announce(self, block: int, chain: HashChain, index: int, step: int) -> None:
+        """Say that `step` fills a referenced block with what `chain` names; it can be shared from then on.
+
+        Steps are announced in their order. When another block has the name already, this one stays without.
+
+        Raises:
+            PoolError: nobody references the block, or it has another name.
+        """
+        self._check_publishable(block, chain, index)
+        if self._index.announce(block, chain, index, step):
+            self._own(block, chain)
+
+    def settle(self, step: int) -> None:
+        """The steps up to this one are done: what they announced is published."""
+        self._index.settle(step)
+
+    def retract(self, blocks: Iterable[int]) -> list[int]:
+        """Take back what was announced of these blocks, whose producer failed; gives those who may have readers."""
+        shared = []
+        for block in blocks:
+            if self._index.is_pending(block):
+                self._forget(block)
+                if self._references[block] > 1:
+                    shared.append(block)
+        return shared
+
+    def publish(self, block: int, chain: HashChain, index: int) -> None:
+        """Say that a referenced block holds what `chain` names, computed.
 
         When another block holds the same prefix already, this one stays unpublished.
 
         Raises:
-            PoolError: nobody references the block, or it was published under another hash.
+            PoolError: nobody references the block, or it has another name.
         """
-        if not self._references[block]:
-            raise PoolError(f"block {block} is published while nobody references it")
-        if self._hash[block] not in (None, block_hash):
-            raise PoolError(f"block {block} is published twice under different hashes")
-        if block_hash not in self._by_hash:
-            self._by_hash[block_hash] = block
-            self._hash[block] = block_hash
+        self._check_publishable(block, chain, index)
+        if self._index.publish(block, chain, index):
+            self._own(block, chain)
+
+    def retain(self, blocks: Sequence[int], until: float) -> int:
+        """Mark the published beginning of a sequence to be kept until `until`; gives how many blocks that were.
+
+        Call it before `release`. Bounded by the pool's share for it and between tenants: see `Retention`.
+        """
+        for place, block in enumerate(blocks):
+            owner = self._owners[block]
+            if owner is None or not self._retention.mark(block, place, owner, until):
+                return place
+        return len(blocks)
 
     def flush(self) -> int:
-        """Forget every cached prefix that nobody references; returns how many blocks that were."""
-        cached = [block for block in self.eviction_order() if self._hash[block] is not None]
+        """Forget every cached prefix that nobody references, kept ones too; returns how many blocks that were."""
+        cached = [block for block in self.eviction_order() if self._index.name_of(block) is not None]
         for block in cached:
+            self._order.remove(block)
             self._forget(block)
-        self._num_cached = 0
+            self._order.put_first(PLAIN, block)
         return len(cached)
 
     def check_invariants(self) -> None:
-        """Verify the accounting (invariants 1, 3, 4 and 11 of the design's list).
+        """Verify the accounting (invariants 1, 3, 4, 9, 11 and 13 of the design's list).
 
         Raises:
             PoolError: naming the first thing that does not hold.
         """
-        listed = list(self.eviction_order())
-        if len(listed) != len(set(listed)) or len(listed) != self._num_free:
-            raise PoolError(f"free list has {len(listed)} entries, counter says {self._num_free}")
-        for block in (_HEAD, *listed):
-            if self._previous[self._next[block]] != block:
-                raise PoolError(f"links around block {block} disagree")
-        free = set(listed)
+        problem = self._order.check() or self._index.check() or self._check_blocks() or self._check_tenants()
+        if problem is not None:
+            raise PoolError(problem)
+
+    def _check_blocks(self) -> str | None:
+        if self._references[PLAIN] or self._index.name_of(PLAIN) is not None:
+            return "the null block is in use"
         for block in range(1, self.num_blocks + 1):
-            if (self._references[block] == 0) != (block in free):
-                raise PoolError(f"block {block} has {self._references[block]} references, free: {block in free}")
-            block_hash = self._hash[block]
-            if block_hash is not None and self._by_hash.get(block_hash) != block:
-                raise PoolError(f"block {block} carries a hash that the map does not know")
-        if sum(value is not None for value in self._hash) != len(self._by_hash):
-            raise PoolError("the hash map has entries that no block carries")
-        if sum(self._hash[block] is not None for block in listed) != self._num_cached:
-            raise PoolError("the counter of cached blocks is off")
-        if self._references[_HEAD] or self._hash[_HEAD] is not None:
-            raise PoolError("the null block is in use")
+            ring, owner, name = self._order.ring_of(block), self._owners[block], self._index.name_of(block)
+            if self._references[block] < 0 or (self._references[block] == 0) != (ring is not None):
+                return f"block {block} has {self._references[block]} references, free: {ring is not None}"
+            if (owner is None) != (name is None):
+                return f"block {block} has a name and no owner, or an owner and no name"
+            if block in self._retention and name is None:
+                return f"block {block} is to be kept and holds nothing"
+            wanted = PLAIN if owner is None else self._order.retained if block in self._retention else owner.ring
+            if ring not in (None, wanted):
+                return f"block {block} is in ring {ring}, not in {wanted}"
+            if ring is not None and self._index.is_pending(block):
+                return f"block {block} is free and still to be computed"
+        return None
+
+    def _check_tenants(self) -> str | None:
+        owners = [owner for owner in self._owners if owner is not None]
+        for tenant in self._order.tenants():
+            if sum(owner is tenant for owner in owners) != tenant.num_published:
+                return f"tenant {tenant.name!r} owns other than {tenant.num_published} blocks"
+            marked = sum(
+                self._owners[block] is tenant for block in range(1, self.num_blocks + 1) if block in self._retention
+            )
+            if marked != tenant.num_retained:
+                return f"tenant {tenant.name!r} has {marked} blocks kept, the counter says {tenant.num_retained}"
+        if any(owner not in self._order.tenants() for owner in owners):
+            return "a block belongs to a tenant that is gone"
+        if len(self._retention) > self._retention.budget:
+            return f"{len(self._retention)} blocks are kept, {self._retention.budget} may be"
+        return None
+
+    def _check_publishable(self, block: int, chain: HashChain, index: int) -> None:
+        if not self._references[block]:
+            raise PoolError(f"block {block} is published while nobody references it")
+        if self._index.name_of(block) not in (None, chain[index]):
+            raise PoolError(f"block {block} is published under two names")
+
+    def _own(self, block: int, chain: HashChain) -> None:
+        owner = self._owners[block] = self._order.tenant(chain.owner)
+        owner.num_published += 1
+        owner.last_used = self.now
 
     def _forget(self, block: int) -> None:
-        block_hash = self._hash[block]
-        if block_hash is not None:
-            del self._by_hash[block_hash]
-            self._hash[block] = None
-
-    def _unlink(self, block: int) -> None:
-        before, after = self._previous[block], self._next[block]
-        self._next[before], self._previous[after] = after, before
-        self._num_free -= 1
-        self._num_cached -= self._hash[block] is not None
-
-    def _link_after(self, before: int, block: int) -> None:
-        after = self._next[before]
-        self._next[before] = self._previous[after] = block
-        self._previous[block], self._next[block] = before, after
-        self._num_free += 1
-        self._num_cached += self._hash[block] is not None
+        owner = self._owners[block]
+        if owner is None:
+            return
+        self._index.forget(block)
+        self._retention.drop(block)
+        self._owners[block] = None
+        owner.num_published -= 1
+        if not owner.num_published:
+            self._order.forget(owner)

@@ -1,32 +1,46 @@
 """A draft of block allocations, laid over the pool and applied whole or not at all.
 
 Planning a step reads the pool and writes into a draft; `apply` is the only moment the pool changes. A draft that is
-dropped leaves no trace.
+dropped leaves no trace, and an empty one costs nothing.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 from pawl_server.kv.block_hash import HashChain
-from pawl_server.kv.block_pool import BlockPool
+from pawl_server.kv.block_pool import BlockPool, PoolError
 
 __all__ = ["BlockDraft"]
 
 
 class BlockDraft:
-    """Blocks that a step would release, share and take. Valid until the pool changes."""
+    """Blocks that a step would release, share, take and copy. Valid until the pool changes.
+
+    Attributes:
+        copies: (source, destination) of blocks that the worker must copy before it computes the step.
+    """
+
+    __slots__ = (
+        "_announced", "_changes", "_evicted", "_freed", "_freed_plain", "_hits", "_num_available", "_pending", "_pool",
+        "_released", "_taken", "_walk", "copies",
+    )  # fmt: skip
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._order: Iterator[int] = pool.eviction_order()
-        self._released: list[list[int]] = []
-        self._freed: list[int] = []  # blocks that become free by the releases, next to be taken last
+        self._num_available = pool.num_available
+        self._walk: Iterator[int] | None = None  # of the pool's order, as far as it was taken from
+        self._changes: dict[int, int] = {}  # of references, where there was one
+        self._released: list[Sequence[int]] = []
+        self._freed_plain: list[int] = []  # freed by the releases and of no further use, the next to be taken last
+        self._freed: deque[int] = deque()  # freed by the releases and cached: taken after the pool's
         self._hits: list[int] = []
         self._taken: list[int] = []
-        self._taken_set: set[int] = set()
-        self._references: dict[int, int] = {}  # change of references, where there is one
-        self._num_available = pool.num_available
+        self._evicted: set[int] = set()  # those taken that the pool still knows a name of
+        self._pending: dict[bytes, int] = {}
+        self._announced: list[tuple[int, HashChain, int]] = []
+        self.copies: list[tuple[int, int]] = []
 
     @property
     def num_available(self) -> int:
@@ -34,20 +48,34 @@ class BlockDraft:
         return self._num_available
 
     def _count(self, block: int) -> int:
-        return self._pool.references(block) + self._references.get(block, 0)
+        return self._pool.references(block) + self._changes.get(block, 0)
 
     def prefix_hits(self, chain: HashChain, max_blocks: int) -> list[int]:
-        """The longest cached prefix, at most `max_blocks` full blocks: the blocks that hold it, in order."""
-        hits: list[int] = []
-        for index in range(min(max_blocks, len(chain))):
-            block = self._pool.lookup(chain[index])
-            if block is None or block in self._taken_set:
-                break
-            hits.append(block)
+        """The longest cached prefix, at most `max_blocks` full blocks: the blocks that hold it, in order.
+
+        Finds also what launched steps and this draft itself have announced, and not what this draft has taken.
+        """
+        hits = self._pool.find(chain)[:max_blocks]
+        if self._evicted and not self._evicted.isdisjoint(hits):
+            hits = hits[: next(place for place, block in enumerate(hits) if block in self._evicted)]
+        if self._pending:
+            end = min(max_blocks, len(chain))
+            while len(hits) < end and (block := self._lookup(chain.names[len(hits)])) is not None:
+                hits.append(block)
         return hits
+
+    def _lookup(self, name: bytes) -> int | None:
+        block = self._pending.get(name)
+        if block is None:
+            block = self._pool.lookup(name)
+            if block in self._evicted:
+                return None
+        return block
 
     def num_free_among(self, blocks: Sequence[int]) -> int:
         """How many of these blocks nobody holds: sharing them takes them out of what is available."""
+        if not self._changes:
+            return self._pool.num_free_among(blocks)
         return sum(not self._count(block) for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
@@ -55,39 +83,104 @@ class BlockDraft:
         for block in blocks:
             if not self._count(block):
                 self._num_available -= 1
-            self._references[block] = self._references.get(block, 0) + 1
-            self._hits.append(block)
+            self._changes[block] = self._changes.get(block, 0) + 1
+        self._hits += blocks
 
     def take(self, count: int) -> list[int] | None:
         """Blocks to write, in eviction order; None (and nothing changes) when there are not as many."""
         if count > self._num_available:
             return None
-        blocks: list[int] = []
-        while len(blocks) < count:
-            block = next(self._order, None)
-            if block is None:
-                block = self._freed.pop()
-            if not self._count(block):
-                blocks.append(block)
-        for block in blocks:
-            self._taken_set.add(block)
-            self._references[block] = self._references.get(block, 0) + 1
+        blocks = []
+        for _ in range(count):
+            block = self._next()
+            self._changes[block] = self._changes.get(block, 0) + 1
+            if self._pool.has_name(block):
+                self._evicted.add(block)
+            blocks.append(block)
         self._taken += blocks
         self._num_available -= count
         return blocks
 
+    def _next(self) -> int:
+        while self._freed_plain:
+            if not self._count(block := self._freed_plain.pop()):
+                return block
+        if self._walk is None:
+            self._walk = self._pool.eviction_order()
+        for block in self._walk:
+            if not self._count(block):
+                return block
+        while self._count(block := self._freed.popleft()):
+            pass
+        return block
+
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back the blocks of a sequence, as `BlockPool.release` will."""
-        self._released.append(list(blocks))
+        """Give back the blocks of a sequence, as `BlockPool.release` will.
+
+        Raises:
+            PoolError: this draft itself took one of them.
+        """
+        if self._taken and not set(self._taken).isdisjoint(blocks):
+            raise PoolError(f"blocks {blocks} are released by the draft that takes them")
+        self._released.append(tuple(blocks))
         for block in reversed(blocks):
-            self._references[block] = self._references.get(block, 0) - 1
+            self._changes[block] = self._changes.get(block, 0) - 1
             if not self._count(block):
                 self._num_available += 1
-                self._freed.insert(0, block)
+                if not self._pool.has_name(block):
+                    self._freed_plain.append(block)
+                else:
+                    self._freed.append(block)
 
-    def apply(self) -> None:
-        """Change the pool: releases first, then shares, then takes."""
+    def fork(self, blocks: Sequence[int], num_tokens: int, block_size: int) -> list[int] | None:
+        """The blocks of a new sequence that begins with the first `num_tokens` tokens of another.
+
+        Full blocks are shared, a partial one is copied by the worker before it computes the step (copy on write).
+        The tokens must be computed by earlier steps, and their holder must keep its blocks in this one.
+
+        Args:
+            blocks: of the other sequence, in its order.
+            num_tokens: that both have in common.
+            block_size: tokens of a block.
+
+        Returns:
+            The new table; None, and nothing changes, when there is no block for the copy.
+
+        Raises:
+            PoolError: nobody holds one of the blocks.
+        """
+        num_full, rest = divmod(num_tokens, block_size)
+        if not all(self._count(block) for block in blocks[: num_full + bool(rest)]):
+            raise PoolError("a sequence is forked from blocks that nobody holds")
+        copy = self.take(1 if rest else 0)
+        if copy is None:
+            return None
+        self.share(blocks[:num_full])
+        self.copies += zip(blocks[num_full:], copy, strict=False)
+        return [*blocks[:num_full], *copy]
+
+    def announce(self, chain: HashChain, blocks: Sequence[int], begin: int, end: int) -> None:
+        """Say that the step fills blocks `begin` to `end` of a sequence, whose names `chain` has already.
+
+        Those planned after this one share them; `apply` announces them to the pool.
+        """
+        for index in range(begin, end):
+            name, block = chain.names[index], blocks[index]
+            if name not in self._pending and self._pool.lookup(name) is None:
+                self._pending[name] = block
+                self._announced.append((block, chain, index))
+
+    def apply(self, step: int = 0, now: float = 0.0) -> None:
+        """Change the pool: releases first, then shares, then takes, then announcements, those of `step`."""
+        pool = self._pool
+        pool.advance(now)
         for blocks in self._released:
-            self._pool.release(blocks)
-        self._pool.acquire(self._hits)
-        self._pool.take(self._taken)
+            pool.release(blocks)
+        if self._hits or self._taken:
+            # A block that this draft both takes and shares is referenced by the taker first.
+            taken = set(self._taken) if self._pending else set()
+            pool.acquire([block for block in self._hits if block not in taken])
+            pool.take(self._taken)
+            pool.acquire([block for block in self._hits if block in taken])
+        for block, chain, index in self._announced:
+            pool.announce(block, chain, index, step)

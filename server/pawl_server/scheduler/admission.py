@@ -24,6 +24,7 @@ class SchedulerLimits:
     prefix_cache: bool = True
     watermark: float = 0.01  # share of the blocks kept free at admission while something runs
     max_bypass: int = 8
+    ageing_s: float = 0.0  # a sequence that waited so long rises by one class; 0 = never
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_running", "max_prefill_chunk", "max_partial_prefills"):

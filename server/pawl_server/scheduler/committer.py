@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
-from pawl_server.scheduler.planner import Plan
-from pawl_server.scheduler.sequence import Ended, EndReason, LedgerEntry, SequenceState, Status
+import numpy as np
+
+from pawl_server.scheduler.ledger import LedgerEntry
+from pawl_server.scheduler.planner import Admission, Plan
+from pawl_server.scheduler.sequence import Ended, EndReason, SequenceState, Status
+from pawl_server.scheduler.slots import BoolArray, IntArray
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import PromptLogprobs, StepResult, TokenLogprobs
 
@@ -14,17 +19,20 @@ __all__ = ["Committed", "StaleResultError", "commit", "launch", "void"]
 
 
 class StaleResultError(RuntimeError):
-    """A result of another step or epoch than the one in flight. A defect of the executor, never of a request."""
+    """A result of another step or epoch than the oldest in flight. A defect of the executor, never of a request."""
 
 
 @dataclass(slots=True)
 class Committed:
-    """What a step gave: parallel arrays of tokens, and the ends. `indices` count the output of each sequence."""
+    """What a step gave: parallel lists of tokens, and the ends. `indices` count the output of each sequence.
+
+    `logprobs` is empty when nobody asked, else parallel to the tokens.
+    """
 
     handles: list[Hashable] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    logprobs: Sequence[TokenLogprobs | None] = ()
     prompt_logprobs: list[tuple[Hashable, PromptLogprobs]] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
     num_prompt_computed: int = 0
@@ -35,130 +43,192 @@ class Committed:
 
 def launch(state: SchedulerState, plan: Plan) -> None:
     """Write a plan into the ledger: victims out, admissions in, blocks held, tokens in flight."""
-    plan.draft.apply()
+    plan.draft.apply(plan.step, plan.now)
     for victim in plan.victims:
         victim.preemptions += 1
         state.requeue(victim, plan.now)
-    for sequence in plan.bypassed:
-        if plan.admissions:
-            sequence.bypassed += 1
+    for sequence, num_before in plan.bypassed:
+        sequence.bypassed += len(plan.admissions) - num_before
     state.free_rows = plan.free_rows
     state.rows_to_free = []
     state.step = plan.step
-    for grant in plan.grants:
-        grant.sequence.blocks += grant.new_blocks
-        grant.sequence.ledger.append(LedgerEntry(plan.step, grant.sequence.epoch, grant.num_tokens))
+    slots = state.slots
+    for row, blocks in plan.append_blocks:
+        slots.owner(row).blocks += blocks
+        slots.capacity[row] += len(blocks) * slots.block_size
     for admission in plan.admissions:
-        sequence = admission.sequence
-        _leave_queue(state, sequence)
-        sequence.row = admission.row
-        sequence.blocks = admission.hits + admission.new_blocks
-        sequence.num_computed = len(admission.hits) * state.limits.block_size
-        sequence.num_published = len(admission.hits)
-        if sequence.cached_prompt_tokens < 0:
-            sequence.cached_prompt_tokens = min(sequence.num_computed, sequence.num_prompt)
-            sequence.first_granted_at = plan.now
-        sequence.ledger.append(LedgerEntry(plan.step, sequence.epoch, admission.num_tokens))
-        state.running[sequence.order] = sequence
+        _admit(state, admission, plan.now)
+    rows, num_tokens = plan.rows, plan.grants
+    if plan.admissions:
+        rows = np.concatenate([rows, np.array([a.row for a in plan.admissions], dtype=np.int64)])
+        num_tokens = np.concatenate([num_tokens, np.array([a.num_tokens for a in plan.admissions], dtype=np.int64)])
+    planned = slots.planned[rows] + num_tokens
+    expected = slots.expected[rows]
+    num_samples = ((planned == expected) & slots.samples[rows]).astype(np.int64)
+    slots.planned[rows] = planned
+    slots.expected[rows] = expected + num_samples
+    state.ledger.append(LedgerEntry(plan.step, plan.epoch, rows, slots.generation[rows], num_tokens, num_samples))
 
 
-def _leave_queue(state: SchedulerState, sequence: SequenceState) -> None:
-    state.num_waiting -= 1
-    queue = state.waiting[sequence.request.priority]
-    queue.remove(sequence)  # near the front: at most `max_bypass` and the aborted stand before it
+def _admit(state: SchedulerState, admission: Admission, now: float) -> None:
+    sequence, request = admission.sequence, admission.sequence.request
+    state.queue.take(sequence)
     sequence.status = Status.RUNNING
-    while queue and queue[0].status is not Status.WAITING:
-        queue.popleft()
+    sequence.blocks = admission.hits + admission.new_blocks
+    state.slots.enter(admission.row, sequence, admission.num_computed, request.eos_token_ids | request.stop_token_ids)
+    sequence.row = admission.row
+    state.running[sequence.order] = sequence
+    if sequence.cached_prompt_tokens < 0:
+        sequence.cached_prompt_tokens = min(admission.num_computed, sequence.num_prompt)
+        sequence.first_granted_at = now
+    state.accounts.charge(sequence.tenant, admission.cost)
+    sequence.charged = True
 
 
 def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) -> Committed:
-    """Settle the ledger entries of a step and apply its tokens.
+    """Settle the oldest ledger entry and apply what its step gave.
 
     Raises:
-        StaleResultError: the result is not that of this plan.
+        StaleResultError: the result is not that of this plan, or the plan is not the oldest in flight.
     """
-    if (result.step, result.epoch) != (plan.step, plan.epoch):
+    entry = state.ledger[0] if state.ledger else None
+    expected = (plan.step, plan.epoch)
+    if entry is None or (entry.step, entry.epoch) != expected or (result.step, result.epoch) != expected:
+        in_flight = "nothing" if entry is None else f"step {entry.step} epoch {entry.epoch}"
         raise StaleResultError(
-            f"result of step {result.step} epoch {result.epoch}, in flight is {plan.step} epoch {plan.epoch}"
+            f"a result of step {result.step} epoch {result.epoch} for the plan of step {plan.step} epoch {plan.epoch};"
+            f" the oldest in flight is {in_flight}"
         )
+    state.ledger.popleft()
     committed = Committed(num_preempted=len(plan.victims))
-    for admission in plan.admissions:
-        committed.num_prompt_cached += len(admission.hits) * state.limits.block_size
-    going: dict[int, SequenceState] = {}
-    for sequence, num_tokens in _in_flight(plan):
-        sequence.ledger.popleft()
-        if sequence.discarded:
-            state.remove(sequence)
-            continue
-        again = max(0, min(sequence.recompute_until - sequence.num_computed, num_tokens))
-        committed.num_recomputed += again
-        committed.num_prompt_computed += max(0, min(sequence.num_prompt - sequence.num_computed, num_tokens) - again)
-        sequence.num_computed += num_tokens
-        _publish(state, sequence)
-        going[sequence.row] = sequence
-    for failure in result.failures:
-        if failure.row in going:
-            _end(state, committed, going.pop(failure.row), EndReason.FAILED, now, detail=failure.message)
+    committed.num_prompt_cached = sum(admission.num_computed for admission in plan.admissions)
+    owned: BoolArray = np.zeros(len(state.slots.length), dtype=np.bool_)  # rows whose results still count, [rows]
+    owned[entry.rows] = entry.alive(state.slots)
+    _advance(state, committed, entry.rows[owned[entry.rows]], entry.num_tokens[owned[entry.rows]])
+    _fail(state, committed, entry, owned, result, now)
     for scored in result.prompt_logprobs:
-        if scored.row in going:
-            sequence = going[scored.row]
+        sequence = state.slots.owner(scored.row) if owned[scored.row] else entry.stale.get(scored.row)
+        if sequence is not None and sequence.status is not Status.ENDED:
             committed.prompt_logprobs.append((sequence.request.handle, scored))
             sequence.prompt_logprobs_next = scored.first_position + len(scored.positions)
-    logprobs = result.logprobs or [None] * len(result.rows)
-    for row, token_id, token_logprobs in zip(result.rows, result.token_ids, logprobs, strict=True):
-        if row in going:
-            _click(state, committed, going[row], token_id, token_logprobs, now)
-    for sequence in going.values():
-        if not sequence.samples and sequence.num_computed == len(sequence.tokens):
-            _end(state, committed, sequence, EndReason.MAX_TOKENS, now)
+    _click(state, committed, owned, result, now)
+    if entry.stale:
+        _deliver_late(state, committed, entry, result, now)
+    _end_scored(state, committed, entry.rows[owned[entry.rows]], now)
+    state.queue.promote(now)
     return committed
 
 
-def _in_flight(plan: Plan) -> list[tuple[SequenceState, int]]:
-    granted = [(grant.sequence, grant.num_tokens) for grant in plan.grants]
-    return granted + [(admission.sequence, admission.num_tokens) for admission in plan.admissions]
+def _advance(state: SchedulerState, committed: Committed, rows: IntArray, num_tokens: IntArray) -> None:
+    """The KV of these tokens is there now; blocks that became full are offered to others."""
+    slots = state.slots
+    before = slots.computed[rows]
+    after = before + num_tokens
+    slots.computed[rows] = after
+    again = np.minimum(slots.recompute_until[rows] - before, num_tokens).clip(0)
+    prompt = np.minimum(slots.num_prompt[rows] - before, num_tokens) - again
+    committed.num_recomputed += int(again.sum())
+    committed.num_prompt_computed += int(prompt.clip(0).sum())
+    full = after // slots.block_size
+    fuller = (full > slots.published[rows]) & slots.shares[rows]
+    for row, num_full in zip(rows[fuller].tolist(), full[fuller].tolist(), strict=True):
+        _publish(state, slots.owner(row), num_full)
 
 
-def _publish(state: SchedulerState, sequence: SequenceState) -> None:
+def _publish(state: SchedulerState, sequence: SequenceState, num_full: int) -> None:
     """Offer the blocks that the step completed to others. Only full blocks of computed, known tokens."""
-    if sequence.chain is None:
+    chain = sequence.chain
+    if chain is None:
         return
-    full = sequence.num_computed // state.limits.block_size
-    sequence.chain.extend(sequence.tokens, full)
-    for index in range(sequence.num_published, full):
-        state.pool.publish(sequence.blocks[index], sequence.chain[index])
-    sequence.num_published = full
+    chain.extend(sequence.tokens, num_full)
+    for index in range(int(state.slots.published[sequence.row]), num_full):
+        state.pool.publish(sequence.blocks[index], chain, index)
+    state.slots.published[sequence.row] = num_full
 
 
-def _click(
-    state: SchedulerState,
-    committed: Committed,
-    sequence: SequenceState,
-    token_id: int,
-    logprobs: TokenLogprobs | None,
-    now: float,
+def _fail(
+    state: SchedulerState, committed: Committed, entry: LedgerEntry, owned: BoolArray, result: StepResult, now: float
 ) -> None:
-    """Append one sampled token and stop where it says so."""
-    committed.handles.append(sequence.request.handle)
-    committed.indices.append(sequence.num_output)
-    committed.token_ids.append(token_id)
-    committed.logprobs.append(logprobs)
-    sequence.tokens.append(token_id)
-    sequence.caught_up(now)
+    """Rows that the worker gave up end alone."""
+    for failure in result.failures:
+        sequence = state.slots.owner(failure.row) if owned[failure.row] else entry.stale.get(failure.row)
+        owned[failure.row] = False
+        if sequence is not None and sequence.status is not Status.ENDED:
+            _end(state, committed, sequence, EndReason.FAILED, now, detail=failure.message)
+
+
+def _click(state: SchedulerState, committed: Committed, owned: BoolArray, result: StepResult, now: float) -> None:
+    """Append the sampled tokens and stop where they say so."""
+    slots = state.slots
+    rows = np.array(result.rows, dtype=np.int64)
+    token_ids = np.array(result.token_ids, dtype=np.int64)
+    counts = owned[rows]
+    committed.logprobs = result.logprobs
+    if not counts.all():
+        committed.logprobs = list(compress(result.logprobs, counts.tolist()))
+        rows, token_ids = rows[counts], token_ids[counts]
+    committed.handles = [slots.handles[row] for row in rows.tolist()]
+    committed.indices = (slots.length[rows] - slots.num_prompt[rows]).tolist()
+    committed.token_ids = token_ids.tolist()
+    slots.append(rows, token_ids)
+    slots.last_token_at[rows] = now
+    state.accounts.charge_output(slots.tenant[rows])
+    for row in rows[slots.watched[rows]].tolist():
+        slots.owner(row).caught_up(now)
+        slots.watched[row] = False
+    stopping = slots.hits_stop(rows, token_ids) | (slots.length[rows] >= slots.stop_at[rows])
+    for row, token_id in zip(rows[stopping].tolist(), token_ids[stopping].tolist(), strict=True):
+        _stop(state, committed, slots.owner(row), token_id, now)
+
+
+def _stop(state: SchedulerState, committed: Committed, sequence: SequenceState, token_id: int, now: float) -> None:
+    """End a sequence if its last token, this one, says so."""
     request = sequence.request
-    stop_token_id = -1
-    reason: EndReason | None = None
     if sequence.num_output > request.min_output_tokens or request.min_output_tokens == 0:
         if token_id in request.eos_token_ids:
-            reason, stop_token_id = EndReason.EOS, token_id
-        elif token_id in request.stop_token_ids:
-            reason, stop_token_id = EndReason.STOP_TOKEN, token_id
-    if reason is None and 0 < request.max_output_tokens <= sequence.num_output:
-        reason = EndReason.MAX_TOKENS
-    if reason is None and len(sequence.tokens) >= sequence.limit:
-        reason = EndReason.CONTEXT_LENGTH
-    if reason is not None:
-        _end(state, committed, sequence, reason, now, stop_token_id=stop_token_id)
+            _end(state, committed, sequence, EndReason.EOS, now, stop_token_id=token_id)
+            return
+        if token_id in request.stop_token_ids:
+            _end(state, committed, sequence, EndReason.STOP_TOKEN, now, stop_token_id=token_id)
+            return
+    if 0 < request.max_output_tokens <= sequence.num_output:
+        _end(state, committed, sequence, EndReason.MAX_TOKENS, now)
+    elif sequence.num_tokens >= sequence.limit:
+        _end(state, committed, sequence, EndReason.CONTEXT_LENGTH, now)
+
+
+def _deliver_late(
+    state: SchedulerState, committed: Committed, entry: LedgerEntry, result: StepResult, now: float
+) -> None:
+    """Tokens of sequences that lost their KV after the launch: they are delivered and change nothing else."""
+    logprobs = result.logprobs or [None] * len(result.rows)
+    for row, token_id, token_logprobs in zip(result.rows, result.token_ids, logprobs, strict=True):
+        sequence = entry.stale.get(row)
+        if sequence is None or sequence.status is Status.ENDED:
+            continue
+        committed.handles.append(sequence.request.handle)
+        committed.indices.append(sequence.num_output)
+        committed.token_ids.append(token_id)
+        if result.logprobs:
+            committed.logprobs = [*committed.logprobs, token_logprobs]
+        state.queue.lengthen(sequence, token_id)
+        sequence.token_came(now)
+        state.accounts.charge_output(np.array([sequence.tenant], dtype=np.int64))
+        _stop(state, committed, sequence, token_id, now)
+    _drain(entry)
+
+
+def _drain(entry: LedgerEntry) -> None:
+    for sequence in entry.stale.values():
+        sequence.num_stale -= 1
+
+
+def _end_scored(state: SchedulerState, committed: Committed, rows: IntArray, now: float) -> None:
+    """Sequences that wanted nothing but log-probabilities of their prompt end when it is computed."""
+    slots = state.slots
+    rows = rows[~slots.samples[rows]]
+    for row in rows[(slots.length[rows] > 0) & (slots.computed[rows] == slots.length[rows])].tolist():
+        _end(state, committed, slots.owner(row), EndReason.MAX_TOKENS, now)
 
 
 def _end(
@@ -176,8 +246,18 @@ def _end(
 
 
 def void(state: SchedulerState, plan: Plan) -> None:
-    """Take a failed step out of the ledger. Follow with `reset_worker`: what the worker holds is unknown."""
-    for sequence, _ in _in_flight(plan):
-        sequence.ledger.popleft()
-        if sequence.discarded:
-            state.remove(sequence)
+    """Take the newest launched step, which failed, out of the ledger. Void older ones that failed with it after it.
+
+    Follow with `reset_worker`: what the worker holds is unknown.
+
+    Raises:
+        StaleResultError: the plan is not the newest in flight.
+    """
+    if not state.ledger or (state.ledger[-1].step, state.ledger[-1].epoch) != (plan.step, plan.epoch):
+        raise StaleResultError(f"step {plan.step} is voided but is not the newest in flight")
+    entry = state.ledger.pop()
+    alive = entry.alive(state.slots)
+    rows = entry.rows[alive]
+    state.slots.planned[rows] -= entry.num_tokens[alive]
+    state.slots.expected[rows] -= entry.num_samples[alive]
+    _drain(entry)

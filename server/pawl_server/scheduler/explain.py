@@ -50,13 +50,13 @@ def wait_reasons(state: SchedulerState) -> Iterator[tuple[SequenceState, WaitRea
     num_rows = len(state.free_rows) + len(state.rows_to_free)
     spare = limits.watermark_blocks if state.running else 0
     promised = sum(
-        blocks_for(len(running.tokens), limits.block_size) - len(running.blocks) for running in state.running.values()
+        blocks_for(running.num_tokens, limits.block_size) - len(running.blocks) for running in state.running.values()
     )
     available = max(0, state.pool.num_available - promised - spare)
     head: SequenceState | None = None
     head_fits = True
-    for position, sequence in enumerate(state.waiting_in_order()):
-        needed = blocks_for(len(sequence.tokens), limits.block_size)
+    for position, sequence in enumerate(state.queue.in_order()):
+        needed = blocks_for(sequence.num_tokens, limits.block_size)
         fits = needed <= available
         if head is None:
             head, head_fits = sequence, fits

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+
 from pawl_server.scheduler.admission import blocks_for
-from pawl_server.scheduler.sequence import Status
+from pawl_server.scheduler.sequence import SequenceState, Status
 from pawl_server.scheduler.state import SchedulerState
 
 __all__ = ["InvariantError", "check_invariants"]
@@ -36,23 +38,51 @@ def check_invariants(state: SchedulerState) -> None:
     rows = [sequence.row for sequence in running]
     everywhere = sorted([*rows, *state.free_rows, *state.rows_to_free])
     _hold(everywhere == list(range(state.limits.max_running)), f"rows are lost or doubled: {everywhere}")
-    waiting = list(state.waiting_in_order())
-    _hold(len(waiting) == state.num_waiting, "the counter of waiting sequences is off")
+    _hold(sorted(rows) == state.slots.running().tolist(), "the slot table has others than run")
+    waiting = list(state.queue.in_order())
+    _hold(len(waiting) == len(state.queue), "the counter of waiting sequences is off")
+    _hold(sum(s.num_tokens for s in waiting) == state.queue.num_tokens, "the counter of waiting tokens is off")
     places = Counter(id(sequence) for sequence in [*running, *waiting])
     _hold(all(count == 1 for count in places.values()), "a sequence is in two places")
-    listed = {id(sequence) for sequence in [*running, *waiting] if not sequence.discarded}
+    listed = {id(sequence) for sequence in [*running, *waiting]}
     _hold(listed == {id(sequence) for sequence in state.live.values()}, "the live table and the queues differ")
     for sequence in waiting:
-        _hold(not sequence.blocks and not sequence.ledger and not sequence.num_computed, "a waiting sequence holds KV")
+        _hold(sequence.status is Status.WAITING, "a waiting sequence says that it does not wait")
+        _hold(not sequence.blocks and sequence.row < 0, "a waiting sequence holds KV")
     for sequence in running:
-        size = state.limits.block_size
-        _hold(sequence.status is Status.RUNNING, "a running sequence says that it does not run")
-        reach = sequence.num_computed + sequence.num_in_flight
-        _hold(len(sequence.blocks) == blocks_for(reach, size), "a table is longer or shorter than its tokens")
-        _hold(reach <= len(sequence.tokens) <= sequence.limit, "computed, known and allowed tokens are out of order")
-        _hold(sequence.num_published <= sequence.num_computed // size, "a block is published before it is computed")
-        _hold(all(entry.epoch == sequence.epoch for entry in sequence.ledger), "a ledger entry outlived its KV")
+        _check_running(state, sequence)
+    _check_ledger(state)
     _check_sharing(state)
+
+
+def _check_running(state: SchedulerState, sequence: SequenceState) -> None:
+    slots, size = state.slots, state.limits.block_size
+    _hold(sequence.status is Status.RUNNING, "a running sequence says that it does not run")
+    _hold(slots.owner(sequence.row) is sequence, "a row belongs to another sequence")
+    reach = sequence.num_computed + sequence.num_in_flight
+    _hold(len(sequence.blocks) == blocks_for(reach, size), "a table is longer or shorter than its tokens")
+    _hold(slots.capacity[sequence.row] == len(sequence.blocks) * size, "the capacity of a row is off")
+    _hold(len(sequence.tokens) == sequence.num_tokens <= sequence.limit, "there are more tokens than allowed")
+    _hold(reach <= slots.expected[sequence.row] <= sequence.limit, "computed and known tokens are out of order")
+    _hold(slots.published[sequence.row] * size <= sequence.num_computed, "a block is published before it is computed")
+
+
+def _check_ledger(state: SchedulerState) -> None:
+    """What is in flight is what the ledger says, and nothing is owed to one who is not in it."""
+    slots = state.slots
+    tokens, samples = np.zeros_like(slots.planned), np.zeros_like(slots.planned)
+    owed: Counter[int] = Counter()
+    for entry in state.ledger:
+        alive = entry.alive(slots)
+        _hold(entry.epoch == state.epoch, "a ledger entry outlived its worker")
+        _hold(not alive[np.isin(entry.rows, list(entry.stale))].any(), "a sequence is in flight and stale at once")
+        np.add.at(tokens, entry.rows[alive], entry.num_tokens[alive])
+        np.add.at(samples, entry.rows[alive], entry.num_samples[alive])
+        owed.update(id(sequence) for sequence in entry.stale.values())
+    _hold((slots.planned - slots.computed == tokens).all(), "tokens in flight are not those of the ledger")
+    _hold((slots.expected - slots.length == samples).all(), "samples in flight are not those of the ledger")
+    for sequence in state.live.values():
+        _hold(sequence.num_stale == owed[id(sequence)], "a sequence waits for tokens that nobody computes")
 
 
 def _check_sharing(state: SchedulerState) -> None:

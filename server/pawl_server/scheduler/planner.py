@@ -2,30 +2,29 @@
 
 There is no prefill phase and no decode phase: a sequence has computed tokens that chase its tokens, and a step is a
 map from sequence to number of tokens, under one token budget: those that want one token first (decodes), then
-partial prefills, then admissions (Orca, OSDI 2022; Sarathi-Serve, OSDI 2024).
+partial prefills, then admissions (Orca, OSDI 2022; Sarathi-Serve, OSDI 2024). Decodes are planned as arrays; an
+object is touched only where a block is needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from pawl_server.kv.draft import BlockDraft
 from pawl_server.scheduler.admission import SchedulerLimits, blocks_for
-from pawl_server.scheduler.preemption import choose_victim
-from pawl_server.scheduler.sequence import SequenceState
+from pawl_server.scheduler.preemption import victims_in_order
+from pawl_server.scheduler.queues import Cursor
+from pawl_server.scheduler.sequence import SequenceRequest, SequenceState
+from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import NewSequence, StepPlan
 
-__all__ = ["Admission", "Grant", "Plan", "plan_step"]
+__all__ = ["Admission", "Plan", "plan_step"]
 
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Tokens of a running sequence, and the blocks it gets for them."""
-
-    sequence: SequenceState
-    num_tokens: int
-    new_blocks: list[int]
+_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,35 +36,59 @@ class Admission:
     hits: list[int]
     new_blocks: list[int]
     num_tokens: int
+    num_computed: int  # tokens in `hits`
+    cost: float  # charged to its tenant
 
 
 @dataclass(slots=True)
 class Plan:
-    """A step that may be launched once, while the state is as it was planned from."""
+    """A step that may be launched once, while the state is as it was planned from.
+
+    Attributes:
+        rows: running sequences that compute, [S].
+        grants: how many tokens each of them, [S].
+        append_blocks: blocks that running sequences get, by row.
+        admissions: sequences that start.
+        victims: sequences that lose their KV.
+        bypassed: waiting sequences that did not fit, each with the number of admissions planned before it.
+        num_decodes: of `rows`, those that compute one token and sample.
+    """
 
     step: int
     epoch: int
     now: float
     draft: BlockDraft
     budget: int
+    rows: IntArray = field(default_factory=lambda: _NO_ROWS)
+    grants: IntArray = field(default_factory=lambda: _NO_ROWS)
+    num_decodes: int = 0
+    append_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
     victims: list[SequenceState] = field(default_factory=list)
-    grants: list[Grant] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
-    bypassed: list[SequenceState] = field(default_factory=list)
+    bypassed: list[tuple[SequenceState, int]] = field(default_factory=list)
     free_rows: list[int] = field(default_factory=list)
     freed_rows: list[int] = field(default_factory=list)
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences in the step."""
+        return len(self.rows) + len(self.admissions)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return sum(g.num_tokens for g in self.grants) + sum(a.num_tokens for a in self.admissions)
+        return int(self.grants.sum()) + sum(admission.num_tokens for admission in self.admissions)
 
     @property
     def kind(self) -> str:
         """What the step does: "prefill", "decode" or "mixed"."""
-        decodes = sum(grant.num_tokens == 1 for grant in self.grants)
-        others = len(self.grants) - decodes + len(self.admissions)
-        return "mixed" if decodes and others else "prefill" if others else "decode"
+        others = self.num_sequences - self.num_decodes
+        return "mixed" if self.num_decodes and others else "prefill" if others else "decode"
+
+    def members(self, slots: SlotTable) -> list[SequenceRequest]:
+        """The requests in the step. Valid until it is committed."""
+        running = [slots.owner(row).request for row in self.rows.tolist()]
+        return running + [admission.sequence.request for admission in self.admissions]
 
     def wire(self) -> StepPlan:
         """The step as the worker is told it."""
@@ -74,9 +97,9 @@ class Plan:
             epoch=self.epoch,
             freed_rows=self.freed_rows,
             new=[_new_sequence(admission) for admission in self.admissions],
-            append_blocks=[(g.sequence.row, g.new_blocks) for g in self.grants if g.new_blocks],
-            rows=[g.sequence.row for g in self.grants] + [a.row for a in self.admissions],
-            num_tokens=[g.num_tokens for g in self.grants] + [a.num_tokens for a in self.admissions],
+            append_blocks=self.append_blocks,
+            rows=self.rows.tolist() + [admission.row for admission in self.admissions],
+            num_tokens=self.grants.tolist() + [admission.num_tokens for admission in self.admissions],
         )
 
 
@@ -87,7 +110,7 @@ def _new_sequence(admission: Admission) -> NewSequence:
         row=admission.row,
         token_ids=sequence.tokens.tolist(),
         num_prompt_tokens=sequence.num_prompt,
-        num_computed=len(admission.hits) * (sequence.chain.block_size if sequence.chain else 0),
+        num_computed=admission.num_computed,
         block_ids=admission.hits + admission.new_blocks,
         sampling=request.sampling,
         prompt_logprobs=request.prompt_logprobs if wants_logprobs else -1,
@@ -97,7 +120,7 @@ def _new_sequence(admission: Admission) -> NewSequence:
 
 
 def plan_step(state: SchedulerState, limits: SchedulerLimits, now: float) -> Plan | None:
-    """Plan the next step; None when there is nothing to compute.
+    """Plan the next step; None when there is nothing to compute, or nothing before the steps in flight are settled.
 
     Preempts only what it must: first for decodes; and when nobody at all could go on, until the oldest of the
     highest class can.
@@ -105,16 +128,19 @@ def plan_step(state: SchedulerState, limits: SchedulerLimits, now: float) -> Pla
     forced: list[SequenceState] = []
     while True:
         plan = _attempt(state, limits, now, forced)
-        if plan.grants or plan.admissions:
+        if plan.num_sequences:
             return plan
-        left = [sequence for sequence in state.running.values() if sequence not in plan.victims]
-        victim = choose_victim(left, state.pool)
-        if victim is None:
+        if state.ledger:
             return None
-        forced = [*plan.victims, victim]
+        gone = {victim.row for victim in plan.victims}
+        left = np.array([row for row in state.slots.running().tolist() if row not in gone], dtype=np.int64)
+        order = victims_in_order(state.slots, left)
+        if not order:
+            return None
+        forced = [*plan.victims, state.slots.owner(order[0])]
 
 
-def _attempt(state: SchedulerState, limits: SchedulerLimits, now: float, forced: list[SequenceState]) -> Plan:
+def _attempt(state: SchedulerState, limits: SchedulerLimits, now: float, forced: Sequence[SequenceState]) -> Plan:
     freed = list(state.rows_to_free)
     plan = Plan(
         step=state.step + 1,
@@ -125,106 +151,132 @@ def _attempt(state: SchedulerState, limits: SchedulerLimits, now: float, forced:
         free_rows=state.free_rows + freed,
         freed_rows=freed,
     )
+    slots = state.slots
+    want = slots.expected - slots.planned
+    want[slots.expected >= slots.stop_at] = 0  # its last token is being sampled
     for victim in forced:
-        _preempt(plan, victim)
-    going = [s for s in state.running.values() if not s.ledger and s not in forced]
-    _grant_decodes(plan, state, limits, going)
-    partial = _grant_prefills(plan, limits, [s for s in going if s.want > 1 and s not in plan.victims])
-    if not plan.victims:
-        _admit(plan, state, limits, partial)
+        _preempt(plan, victim, want)
+    decodes = want == 1
+    _grant_decodes(plan, slots, want, decodes)
+    partial = _grant_prefills(plan, slots, limits, np.flatnonzero(want > 1))
+    if not plan.victims and len(state.queue) and plan.budget > 0 and plan.free_rows:
+        with state.queue.cursor() as cursor:
+            _admit(plan, state, limits, cursor, partial)
     return plan
 
 
-def _preempt(plan: Plan, victim: SequenceState) -> None:
+def _preempt(plan: Plan, victim: SequenceState, want: IntArray) -> None:
     plan.victims.append(victim)
     plan.draft.release(victim.blocks)
     plan.free_rows.append(victim.row)
     plan.freed_rows.append(victim.row)
+    want[victim.row] = 0
 
 
-def _missing_blocks(sequence: SequenceState, num_tokens: int, block_size: int) -> int:
-    return blocks_for(sequence.num_computed + num_tokens, block_size) - len(sequence.blocks)
-
-
-def _grant_decodes(plan: Plan, state: SchedulerState, limits: SchedulerLimits, going: list[SequenceState]) -> None:
+def _grant_decodes(plan: Plan, slots: SlotTable, want: IntArray, decodes: BoolArray) -> None:
     """One token for each that wants one. Victims are chosen before any block is taken, so nothing is undone."""
-    missing = {s.order: _missing_blocks(s, 1, limits.block_size) for s in going if s.want == 1}
-    needed = sum(missing.values())
-    left = list(going)
-    while needed > plan.draft.num_available:
-        victim = choose_victim(left, state.pool)
-        if victim is None:
-            break
-        left.remove(victim)
-        needed -= missing.pop(victim.order, 0)
-        _preempt(plan, victim)
-    for sequence in left:
-        if sequence.order in missing:
-            blocks = plan.draft.take(missing[sequence.order])
-            if blocks is not None:
-                plan.grants.append(Grant(sequence, 1, blocks))
-                plan.budget -= 1
+    short = decodes & (slots.planned >= slots.capacity)
+    needed = int(np.count_nonzero(short))
+    if needed > plan.draft.num_available:
+        gone = {victim.row for victim in plan.victims}
+        left = np.array([row for row in slots.running().tolist() if row not in gone], dtype=np.int64)
+        for row in victims_in_order(slots, left):
+            if needed <= plan.draft.num_available:
+                break
+            needed -= bool(short[row])
+            short[row] = decodes[row] = False
+            _preempt(plan, slots.owner(row), want)
+    if needed:
+        rows = np.flatnonzero(short).tolist()
+        blocks = plan.draft.take(min(needed, plan.draft.num_available)) or []
+        plan.append_blocks += [(row, [block]) for row, block in zip(rows, blocks, strict=False)]
+        decodes[rows[len(blocks) :]] = False
+    plan.rows = np.flatnonzero(decodes)
+    plan.num_decodes = len(plan.rows)
+    plan.grants = np.ones(plan.num_decodes, dtype=np.int64)
+    plan.budget -= plan.num_decodes
 
 
-def _grant_prefills(plan: Plan, limits: SchedulerLimits, partial: list[SequenceState]) -> list[SequenceState]:
-    """A chunk for each that is in mid-prompt, as far as budget and blocks go; returns those still partial."""
-    still: list[SequenceState] = []
-    for sequence in partial:
-        room = (len(sequence.blocks) + plan.draft.num_available) * limits.block_size - sequence.num_computed
-        chunk = min(sequence.want, limits.max_prefill_chunk, plan.budget, room)
-        if len(still) >= limits.max_partial_prefills or chunk < 1:
-            still.append(sequence)
-            continue
-        blocks = plan.draft.take(_missing_blocks(sequence, chunk, limits.block_size))
+@dataclass(slots=True)
+class _Partial:
+    """Sequences in mid-prompt after this step: how many, and the blocks that they will still need."""
+
+    count: int = 0
+    num_blocks: int = 0
+
+
+def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows: IntArray) -> _Partial:
+    """A chunk for each that is in mid-prompt, oldest of the highest class first, as far as budget and blocks go."""
+    partial = _Partial()
+    granted: list[tuple[int, int]] = []
+    size = limits.block_size
+    for row in rows[np.lexsort((slots.order[rows], -slots.level[rows]))].tolist() if len(rows) else ():
+        planned, capacity = int(slots.planned[row]), int(slots.capacity[row])
+        want = int(slots.expected[row]) - planned
+        room = capacity + plan.draft.num_available * size - planned
+        chunk = min(want, limits.max_prefill_chunk, plan.budget, room)
+        if partial.count >= limits.max_partial_prefills:
+            chunk = 0
+        blocks = plan.draft.take(max(0, blocks_for(planned + chunk - capacity, size))) if chunk > 0 else None
         if blocks is None:
-            still.append(sequence)
-            continue
-        plan.grants.append(Grant(sequence, chunk, blocks))
-        plan.budget -= chunk
-        if chunk < sequence.want:
-            still.append(sequence)
-    return still
+            chunk, blocks = 0, []
+        else:
+            granted.append((row, chunk))
+            plan.budget -= chunk
+        if blocks:
+            plan.append_blocks.append((row, blocks))
+        if chunk < want:
+            partial.count += 1
+            partial.num_blocks += max(0, blocks_for(planned + want - capacity, size)) - len(blocks)
+    if granted:
+        plan.rows = np.concatenate([plan.rows, np.array([row for row, _ in granted], dtype=np.int64)])
+        plan.grants = np.concatenate([plan.grants, np.array([chunk for _, chunk in granted], dtype=np.int64)])
+    return partial
 
 
 def _max_hits(sequence: SequenceState, block_size: int) -> int:
     """Most blocks that may come from the cache: one token must be computed, and every log-probability wanted."""
-    below = len(sequence.tokens) - 1
+    below = sequence.num_tokens - 1
     if sequence.request.prompt_logprobs >= 0 and sequence.prompt_logprobs_next < sequence.num_prompt:
         below = min(below, sequence.prompt_logprobs_next - 1)
     return below // block_size
 
 
-def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, partial: list[SequenceState]) -> None:
+def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: Cursor, partial: _Partial) -> None:
     """Start waiting sequences in order. One that does not fit may be overtaken a bounded number of times."""
-    reserved = sum(_missing_blocks(s, len(s.tokens) - s.num_computed, limits.block_size) for s in partial) - sum(
-        len(g.new_blocks) for g in plan.grants if g.sequence in partial
-    )
-    num_partial = len(partial)
-    for sequence in state.waiting_in_order():
-        if plan.budget < 1 or not plan.free_rows:
+    size = limits.block_size
+    may_admit = limits.max_running  # until somebody has been overtaken as often as he may be
+    for sequence in cursor:
+        if plan.budget < 1 or not plan.free_rows or len(plan.admissions) >= may_admit:
             return
+        if sequence.num_stale:
+            continue  # it lacks tokens that a launched step samples
         hits: list[int] = []
         if sequence.chain is not None:
-            hits = plan.draft.prefix_hits(sequence.chain, _max_hits(sequence, limits.block_size))
-        computed = len(hits) * limits.block_size
-        want = len(sequence.tokens) - computed
+            hits = plan.draft.prefix_hits(sequence.chain, _max_hits(sequence, size))
+        computed = len(hits) * size
+        want = sequence.num_tokens - computed
         chunk = min(want, limits.max_prefill_chunk, plan.budget)
-        whole = blocks_for(len(sequence.tokens), limits.block_size) - len(hits)
-        busy = bool(state.running or plan.admissions)
-        spare = limits.watermark_blocks if busy else 0
+        whole = blocks_for(sequence.num_tokens, size) - len(hits)
+        spare = limits.watermark_blocks if state.running or plan.admissions else 0
         cost = whole + plan.draft.num_free_among(hits)
-        if cost > plan.draft.num_available - reserved - spare:
-            if sequence.bypassed >= limits.max_bypass or len(plan.bypassed) >= limits.max_bypass:
+        if cost > plan.draft.num_available - partial.num_blocks - spare:
+            may_admit = min(may_admit, len(plan.admissions) + limits.max_bypass - sequence.bypassed)
+            plan.bypassed.append((sequence, len(plan.admissions)))
+            if len(plan.bypassed) > limits.max_bypass:
                 return
-            plan.bypassed.append(sequence)
             continue
-        if chunk < want and num_partial >= limits.max_partial_prefills:
+        if chunk < want and partial.count >= limits.max_partial_prefills:
             return
         plan.draft.share(hits)
-        blocks = plan.draft.take(blocks_for(computed + chunk, limits.block_size) - len(hits))
+        blocks = plan.draft.take(blocks_for(computed + chunk, size) - len(hits))
         if blocks is None:
             return
-        reserved += whole - len(blocks)
-        num_partial += chunk < want
-        plan.admissions.append(Admission(sequence, plan.free_rows.pop(), hits, blocks, chunk))
+        partial.num_blocks += whole - len(blocks)
+        partial.count += chunk < want
+        price = 0.0
+        if not sequence.charged:
+            price = state.accounts.prompt_cost(sequence.tenant, want, computed)
+        plan.admissions.append(Admission(sequence, plan.free_rows.pop(), hits, blocks, chunk, computed, price))
+        cursor.charge(sequence, price)
         plan.budget -= chunk

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import numpy as np
 
-from pawl_server.kv.block_pool import BlockPool
-from pawl_server.scheduler.sequence import SequenceState
+from pawl_server.scheduler.slots import IntArray, SlotTable
 
-__all__ = ["choose_victim", "protected"]
+__all__ = ["protected_row", "victims_in_order"]
 
 
-def protected(running: Collection[SequenceState]) -> SequenceState:
+def protected_row(slots: SlotTable, rows: IntArray) -> int:
     """The oldest sequence of the highest class: never a victim, so that something always progresses."""
-    return min(running, key=lambda sequence: (-sequence.request.priority, sequence.order))
+    return int(rows[np.lexsort((slots.order[rows], -slots.level[rows]))[0]])
 
 
-def choose_victim(running: Collection[SequenceState], pool: BlockPool) -> SequenceState | None:
-    """Lowest class first, then the least to compute again, then the newest; None when only one is left.
+def victims_in_order(slots: SlotTable, rows: IntArray) -> list[int]:
+    """Rows in the order in which they would be preempted; without the one that never is.
 
-    What has to be computed again is what was computed, less the published blocks that stay cached.
+    Lowest class first, then the least to compute again, then the newest. What has to be computed again is what
+    was computed, less the published blocks, which stay cached.
     """
-    if not running:
-        return None
-    keep = protected(running)
-
-    def cost(sequence: SequenceState) -> tuple[int, int, int]:
-        unpublished = sum(pool.hash_of(block) is None for block in sequence.blocks)
-        return (sequence.request.priority, unpublished, -sequence.order)
-
-    return min((sequence for sequence in running if sequence is not keep), key=cost, default=None)
+    if len(rows) == 0:
+        return []
+    lost = slots.computed[rows] - slots.published[rows] * slots.block_size
+    ordered = rows[np.lexsort((-slots.order[rows], lost, slots.level[rows]))]
+    return [row for row in ordered.tolist() if row != protected_row(slots, rows)]

@@ -1,17 +1,20 @@
-"""One sequence: its tokens, its blocks, and what of it is in flight. State and its transitions, no policy."""
+"""One sequence: its tokens, its blocks, its times. State and its transitions, no policy.
+
+While it runs, what changes with every token is in the arrays of `SlotTable`; the properties here read it there.
+"""
 
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from pawl_server.kv.block_hash import HashChain
+from pawl_server.scheduler.slots import SlotTable
 from pawl_workers.plan import SamplingSpec
 
-__all__ = ["EndReason", "Ended", "LedgerEntry", "SequenceRequest", "SequenceState", "Status"]
+__all__ = ["EndReason", "Ended", "SequenceRequest", "SequenceState", "Status"]
 
 
 class Status(Enum):
@@ -57,15 +60,7 @@ class SequenceRequest:
     priority: int = 0
     user: str = ""
     tenant: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerEntry:
-    """Tokens of a sequence that a launched step computes."""
-
-    step: int
-    epoch: int
-    num_tokens: int
+    weight: float = 1.0  # of the tenant: its share of the service against others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,29 +84,38 @@ class SequenceState:
     """A live sequence. Written by launch, commit and the events between steps alone."""
 
     __slots__ = (
-        "arrived_at", "blocks", "bypassed", "cached_prompt_tokens", "chain", "discarded", "epoch", "first_granted_at",
-        "first_token_at", "last_token_at", "ledger", "limit", "num_computed", "num_prompt", "num_published", "order",
+        "_slots", "_tokens", "arrived_at", "blocks", "bypassed", "cached_prompt_tokens", "chain", "charged",
+        "first_granted_at", "first_token_at", "last_token_at", "level", "limit", "num_prompt", "num_stale", "order",
         "preempted_at", "preemptions", "prompt_logprobs_next", "recompute_until", "request", "row",
-        "stalled_before_first_token", "stalled_s", "status", "tokens",
+        "stalled_before_first_token", "stalled_s", "status", "tenant", "ticket",
     )  # fmt: skip
 
     def __init__(
-        self, request: SequenceRequest, *, order: int, limit: int, chain: HashChain | None, now: float
+        self,
+        request: SequenceRequest,
+        slots: SlotTable,
+        *,
+        order: int,
+        tenant: int,
+        limit: int,
+        chain: HashChain | None,
+        now: float,
     ) -> None:
         self.request = request
+        self._slots = slots
         self.order = order  # of arrival: the older, the smaller
-        self.limit = limit  # most tokens, prompt included
+        self.tenant = tenant  # its number in the tenants' accounts
+        self.limit = limit  # most tokens, prompt included: it ends when it has as many
+        self.level = request.priority  # class, raised with age
+        self.ticket = -1  # its place in the queue; -1 = not queued
+        self.charged = False  # whether its tenant was charged for the prompt
         self.chain = chain  # None when the prefix cache is not used
-        self.tokens = array("i", [*request.prompt_ids, *request.resume_ids])
+        self._tokens = array("i", [*request.prompt_ids, *request.resume_ids])
         self.num_prompt = len(request.prompt_ids)
-        self.num_computed = 0  # tokens whose KV is there, by committed steps
-        self.num_published = 0  # blocks of `blocks` that are published or shared
-        self.ledger: deque[LedgerEntry] = deque()
         self.blocks: list[int] = []
-        self.row = -1
-        self.epoch = 1  # counts up when its KV is lost
+        self.row = -1  # while it runs
         self.status = Status.WAITING
-        self.discarded = False  # aborted while in flight: the result is dropped at commit
+        self.num_stale = 0  # launched steps that computed it before it lost its KV; their tokens are still to come
         self.bypassed = 0  # how often it was overtaken because it did not fit
         self.cached_prompt_tokens = -1  # hits of the first admission; -1 before
         self.recompute_until = 0  # tokens that had been computed before a preemption
@@ -126,33 +130,64 @@ class SequenceState:
         self.stalled_before_first_token = 0.0
 
     @property
+    def tokens(self) -> array[int]:
+        """Prompt and output so far."""
+        self.gather()
+        return self._tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of prompt and output so far."""
+        return len(self._tokens) if self.row < 0 else int(self._slots.length[self.row])
+
+    @property
     def num_output(self) -> int:
         """Tokens of output, resumed ones included."""
-        return len(self.tokens) - self.num_prompt
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose KV is there, by committed steps."""
+        return 0 if self.row < 0 else int(self._slots.computed[self.row])
 
     @property
     def num_in_flight(self) -> int:
         """Tokens that launched steps compute."""
-        return sum(entry.num_tokens for entry in self.ledger)
+        return 0 if self.row < 0 else int(self._slots.planned[self.row] - self._slots.computed[self.row])
 
     @property
     def want(self) -> int:
-        """Tokens that are neither computed nor in flight."""
-        return len(self.tokens) - self.num_computed - self.num_in_flight
+        """Tokens to compute that no launched step computes; those being sampled count."""
+        if self.row < 0:
+            return len(self._tokens)
+        return int(self._slots.expected[self.row] - self._slots.planned[self.row])
 
     @property
     def samples(self) -> bool:
         """Whether it generates; False for prompt log-probabilities only."""
         return self.request.max_output_tokens != 0
 
+    def gather(self) -> None:
+        """Take over the tokens that the slot table still holds."""
+        if self.row >= 0 and len(self._tokens) < self._slots.length[self.row]:
+            self._tokens.frombytes(self._slots.tokens_since(self.row, len(self._tokens)))
+
+    def append_late(self, token_id: int) -> None:
+        """A token of a step that was launched before the KV was lost."""
+        self._tokens.append(token_id)
+
+    def leave_row(self) -> None:
+        """Stop running; tokens and output stay."""
+        self.gather()
+        self._note_last_token()
+        self._slots.leave(self.row)
+        self.row = -1
+        self.blocks = []
+
     def lose_kv(self, now: float) -> None:
         """Forget everything computed; tokens and output stay."""
         self.recompute_until = max(self.recompute_until, self.num_computed)
-        self.num_computed = self.num_published = 0
-        self.blocks = []
-        self.row = -1
-        self.epoch += 1
-        self.ledger.clear()
+        self.leave_row()
         self.status = Status.WAITING
         if self.preempted_at < 0:
             self.preempted_at = now
@@ -162,13 +197,22 @@ class SequenceState:
         if self.preempted_at >= 0:
             self.stalled_s += now - self.preempted_at
             self.preempted_at = -1.0
+        self.token_came(now)
+
+    def token_came(self, now: float) -> None:
+        """A token came, perhaps late."""
         if self.first_token_at < 0:
             self.first_token_at = now
             self.stalled_before_first_token = self.stalled_s
         self.last_token_at = now
 
+    def _note_last_token(self) -> None:
+        if self.row >= 0:
+            self.last_token_at = max(self.last_token_at, float(self._slots.last_token_at[self.row]))
+
     def ended(self, reason: EndReason, now: float, *, detail: str = "", stop_token_id: int = -1) -> Ended:
         """The terminal event, with the times added up."""
+        self._note_last_token()
         if self.preempted_at >= 0:
             self.stalled_s += now - self.preempted_at
             self.preempted_at = -1.0

@@ -7,14 +7,18 @@ Events between steps (`submit`, `abort`, `reset_worker`, `flush_prefix_cache`) a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
 from pawl_server.kv.block_pool import BlockPool
 from pawl_server.scheduler.admission import Refusal, SchedulerLimits, refuse, token_limit
 from pawl_server.scheduler.explain import SequenceView, count_reasons, describe
+from pawl_server.scheduler.fairness import Prices, TenantAccounts
+from pawl_server.scheduler.ledger import LedgerEntry
+from pawl_server.scheduler.queues import WaitingQueue
 from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest, SequenceState, Status
+from pawl_server.scheduler.slots import SlotTable
 
 __all__ = ["Counts", "SchedulerState", "SequenceView"]
 
@@ -42,13 +46,20 @@ class SchedulerState:
         self.epoch = epoch
         self.step = 0  # last launched
         self.pool = BlockPool(limits.num_blocks)
+        self.slots = SlotTable(limits.max_running, limits.block_size)
+        self.accounts = TenantAccounts(Prices())
+        self.queue = WaitingQueue(self.accounts, limits.ageing_s)
+        self.ledger: deque[LedgerEntry] = deque()  # launched steps, oldest first
         self.live: dict[Hashable, SequenceState] = {}
-        self.running: dict[int, SequenceState] = {}  # by order of arrival number, in admission order
-        self.waiting: dict[int, deque[SequenceState]] = {}  # by priority; entries not WAITING are tombstones
-        self.num_waiting = 0
+        self.running: dict[int, SequenceState] = {}  # by order of arrival, in the order of admission
         self.free_rows = list(range(limits.max_running - 1, -1, -1))
         self.rows_to_free: list[int] = []  # rows whose sequence is gone, not yet told to the worker
         self._next_order = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait."""
+        return len(self.queue)
 
     def submit(self, request: SequenceRequest, now: float) -> Refusal | None:
         """Take a sequence, or say why not."""
@@ -59,16 +70,21 @@ class SchedulerState:
             return refusal
         chain = None
         if self.limits.prefix_cache and not request.bypass_prefix_cache:
-            chain = HashChain(root_hash(self.root, request.cache_key), self.limits.block_size)
+            chain = HashChain(root_hash(self.root, request.cache_key), self.limits.block_size, request.tenant)
         sequence = SequenceState(
-            request, order=self._next_order, limit=token_limit(request, self.limits), chain=chain, now=now
+            request,
+            self.slots,
+            order=self._next_order,
+            tenant=self.accounts.enter(request.tenant, request.weight),
+            limit=token_limit(request, self.limits),
+            chain=chain,
+            now=now,
         )
         self._next_order += 1
         if chain is not None:
-            chain.extend(sequence.tokens, len(sequence.tokens) // self.limits.block_size)
+            chain.extend(sequence.tokens, sequence.num_tokens // self.limits.block_size)
         self.live[request.handle] = sequence
-        self.waiting.setdefault(request.priority, deque()).append(sequence)
-        self.num_waiting += 1
+        self.queue.push(sequence, now)
         return None
 
     def abort(self, handle: Hashable, detail: str, now: float) -> Ended | None:
@@ -77,42 +93,45 @@ class SchedulerState:
         if sequence is None:
             return None
         ended = sequence.ended(EndReason.ABORTED, now, detail=detail)
-        if sequence.ledger:
-            sequence.discarded = True
-            del self.live[handle]
-        else:
-            self.remove(sequence)
+        self.remove(sequence)
         return ended
 
     def remove(self, sequence: SequenceState) -> None:
-        """Take a sequence that is not in flight out of every table and give its blocks back."""
+        """Take a sequence out of every table and give its blocks back.
+
+        A launched step may still write them: steps run in order, so whoever gets the blocks writes after it.
+        """
         if sequence.status is Status.WAITING:
-            self.num_waiting -= 1
+            self.queue.take(sequence)
         else:
             self.pool.release(sequence.blocks)
             self.rows_to_free.append(sequence.row)
             del self.running[sequence.order]
-        sequence.blocks = []
+            sequence.leave_row()
         sequence.status = Status.ENDED
-        self.live.pop(sequence.request.handle, None)
+        del self.live[sequence.request.handle]
+        self.accounts.leave(sequence.tenant)
 
     def requeue(self, sequence: SequenceState, now: float) -> None:
-        """Put a sequence that lost its KV in front of its class."""
+        """Put a sequence whose blocks are given back by the caller in front of its class."""
         del self.running[sequence.order]
+        for entry in self.ledger:
+            if entry.holds(sequence.row, self.slots):
+                entry.stale[sequence.row] = sequence
+                sequence.num_stale += 1
         sequence.lose_kv(now)
         if sequence.chain is not None:
-            sequence.chain.extend(sequence.tokens, len(sequence.tokens) // self.limits.block_size)
-        self.waiting.setdefault(sequence.request.priority, deque()).appendleft(sequence)
-        self.num_waiting += 1
+            sequence.chain.extend(sequence.tokens, sequence.num_tokens // self.limits.block_size)
+        self.queue.push(sequence, now)
 
     def reset_worker(self, epoch: int, now: float) -> None:
         """The worker lost its KV: every running sequence starts again, in its old order.
 
-        Nothing may be in flight: void the step first.
+        Nothing may be in flight: void the steps first.
         """
         self.epoch = epoch
         self.step = 0
-        for sequence in reversed(list(self.running.values())):
+        for sequence in list(self.running.values()):
             self.pool.release(sequence.blocks)
             self.requeue(sequence, now)
         self.pool.flush()
@@ -125,14 +144,7 @@ class SchedulerState:
 
     def has_work(self) -> bool:
         """Whether a step could be planned or is in flight."""
-        return bool(self.running) or self.num_waiting > 0
-
-    def waiting_in_order(self) -> Iterator[SequenceState]:
-        """Waiting sequences, highest class first, each class in its order."""
-        for priority in sorted(self.waiting, reverse=True):
-            for sequence in self.waiting[priority]:
-                if sequence.status is Status.WAITING:
-                    yield sequence
+        return bool(self.running) or len(self.queue) > 0
 
     def counts(self) -> Counts:
         """A copy of the totals."""
@@ -141,7 +153,7 @@ class SchedulerState:
             running=len(self.running),
             waiting=self.num_waiting,
             waiting_by_reason=count_reasons(self),
-            waiting_tokens=sum(len(s.tokens) for s in self.waiting_in_order()),
+            waiting_tokens=self.queue.num_tokens,
             free_blocks=self.pool.num_available - self.pool.num_cached,
             cached_blocks=self.pool.num_cached,
             used_blocks=self.pool.num_used,

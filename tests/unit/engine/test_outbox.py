@@ -14,8 +14,7 @@ def _kinds(frames: list[engine_pb2.ConnectResponse]) -> list[str | None]:
 async def test_steps_of_a_stalled_connection_merge_into_one_frame() -> None:
     outbox = Outbox(1)
     for step in range(5):
-        outbox.add_token(7, step, 100 + step, None)
-        outbox.add_token(8, step, 200 + step, None)
+        outbox.add_tokens([7, 8], [step, step], [100 + step, 200 + step])
         outbox.step_done(step + 1)
     frames = await outbox.take()
     assert _kinds(frames) == ["tokens"]
@@ -31,7 +30,7 @@ async def test_prompt_logprobs_come_first_then_tokens_then_ends_then_the_latest_
     outbox.handles.add(7)
     outbox.set_load(engine_pb2.EngineLoad(step=1))
     outbox.add_end(engine_pb2.End(handle=7))
-    outbox.add_token(7, 0, 1, None)
+    outbox.add_tokens([7], [0], [1])
     outbox.add_prompt_logprobs(engine_pb2.PromptLogprobs(handle=7))
     outbox.step_done(1)
     outbox.set_load(engine_pb2.EngineLoad(step=2))
@@ -43,12 +42,12 @@ async def test_prompt_logprobs_come_first_then_tokens_then_ends_then_the_latest_
 
 async def test_logprobs_stay_with_their_token() -> None:
     outbox = Outbox(1)
-    outbox.add_token(1, 0, 11, None)
-    outbox.add_token(2, 0, 12, engine_pb2.PositionLogprobs(token_id=12, logprob=-0.5, rank=1))
+    position = engine_pb2.PositionLogprobs(token_id=12, logprob=-0.5, rank=1)
+    outbox.add_tokens([1, 2], [0, 0], [11, 12], [None, position])
     outbox.step_done(1)
     (frame,) = await outbox.take()
     assert [position.rank for position in frame.tokens.logprobs] == [0, 1]
-    outbox.add_token(1, 1, 13, None)
+    outbox.add_tokens([1], [1], [13])
     outbox.step_done(2)
     (frame,) = await outbox.take()
     assert list(frame.tokens.logprobs) == []
@@ -58,7 +57,7 @@ async def test_a_long_backlog_is_cut_into_frames(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(outbox_module, "MAX_FRAME_TOKENS", 4)
     outbox = Outbox(1)
     for index in range(10):
-        outbox.add_token(1, index, index, engine_pb2.PositionLogprobs(token_id=index, rank=1))
+        outbox.add_tokens([1], [index], [index], [engine_pb2.PositionLogprobs(token_id=index, rank=1)])
     outbox.step_done(1)
     frames = await outbox.take()
     assert [list(frame.tokens.indices) for frame in frames] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

@@ -82,6 +82,8 @@ def test_shards_types_and_old_names_give_the_same_weights(tmp_path: Path) -> Non
     assert torch.equal(mlp_of(whole, 1).up.unpack(), mlp_of(sharded, 1).up.unpack())
     stored = load_file(tmp_path / "whole" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     assert torch.equal(mlp_of(whole, 0).down.unpack(), stored.float())
+    assert whole.embedding.tokens.dtype is torch.bfloat16  # widened row by row, when it is looked up
+    assert whole.embedding.dtype is torch.float32
     old = make_gpt2(tmp_path / "old")
     change_tensors(old, lambda tensors: _rename(tensors, "transformer.", ""))
     change_tensors(old, lambda tensors: tensors.update({"h.0.attn.bias": torch.ones(1, 1, 4, 4)}))

@@ -83,6 +83,16 @@ def test_formats_give_the_same_bits(kernels: CpuKernels) -> None:
     assert torch.equal(narrow(x), wide(x)[:, :64])
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_weight_is_packed_from_the_type_it_is_stored_in(kernels: CpuKernels, stored: torch.dtype) -> None:
+    """Every 16-bit value, the smallest and those that are no numbers included, comes back as it was widened."""
+    assert kernels.linear_dtype(stored, torch.float32) is stored
+    weight = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(stored).view(256, 256)
+    packed = kernels.pack_linear(weight, None)
+    assert packed.num_bytes == kernels.packed_bytes((256, 256), stored, torch.float32)
+    assert torch.equal(packed.unpack().view(torch.int32), weight.float().view(torch.int32))
+
+
 @dataclass(frozen=True)
 class _Step:
     """Heads, what turns and is normalised, the rule, and sequences as (tokens before, tokens in this step)."""

@@ -23,8 +23,11 @@ GREEDY = SamplingSpec(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def worker(llama_folder: Path) -> Worker:
-    """A small worker: 4 rows, contexts of 128, 12 blocks of 32."""
-    return Worker.load(WorkerOptions(str(llama_folder), max_running=4, max_context=128, num_blocks=12))
+    """A small worker: 4 rows, contexts of 128, 12 blocks of 32, 4 of them in host memory beside."""
+    options = WorkerOptions(
+        str(llama_folder), max_running=4, max_context=128, num_blocks=12, host_kv_bytes=4 * 32 * 2 * 2 * 2 * 16 * 4
+    )
+    return Worker.load(options)
 
 
 @pytest.fixture
@@ -51,6 +54,8 @@ def test_facts(worker: Worker, llama_folder: Path) -> None:
     assert (facts.vocab_size, facts.max_context, facts.eos_token_ids) == (257, 128, (256,))
     assert (facts.block_size, facts.num_blocks, facts.kernels, facts.data_type) == (32, 12, "cpu", "float32")
     assert facts.num_parameters == sum(p.numel() for p in load_reference(llama_folder).parameters())
+    assert facts.num_host_blocks == 4
+    assert facts.restore_fixed_s + facts.restore_block_s > 0
     assert facts.kv_bytes == 13 * 32 * 2 * 2 * 2 * 16 * 4
     assert facts.revision.startswith("sha256:")
 
@@ -89,6 +94,14 @@ def test_plans_and_results_survive_the_wire(fresh: Worker) -> None:
         (plan(new=[sequence(num_computed=4)]), "4 computed"),
         (plan(new=[sequence(num_prompt_tokens=5)]), "5 of the prompt"),
         (plan(new=[sequence(sampling=SamplingSpec(logit_bias={999: 1.0}))]), "outside the vocabulary"),
+        (plan(copies=[(0, 2)]), r"block 0 is copied or swapped, not in \[1, 12\]"),
+        (plan(copies=[(2, 13)]), "block 13 is copied"),
+        (plan(copies=[(2, 3), (4, 3)]), "written twice"),
+        (plan(copies=[(2, 3), (3, 4)]), "a copy reads a block that another copy writes"),
+        (plan(swap_out=[(2, 4)]), r"host block 4 is swapped, not in \[0, 4\)"),
+        (plan(swap_out=[(2, 0), (3, 0)]), "written twice"),
+        (plan(swap_in=[(-1, 2)]), "host block -1 is swapped"),
+        (plan(swap_in=[(0, 2)], copies=[(3, 2)]), "written twice"),
     ],
 )
 def test_plans_that_break_the_contract_change_nothing(fresh: Worker, broken: StepPlan, message: str) -> None:
@@ -110,6 +123,24 @@ def test_rows_are_freed_reused_and_empty_steps_are_allowed(fresh: Worker) -> Non
     long = driver.start([5] * 20)
     driver.generate([long], 60)
     assert len(long.blocks) == 3
+
+
+def test_a_plan_moves_blocks_before_it_computes(fresh: Worker) -> None:
+    """A prefix of two blocks is swapped out, its blocks given to others, then swapped in and forked."""
+    prompt = [7, 200, 31, 8] * 20
+    sequences = {
+        "alone": sequence(token_ids=prompt, num_prompt_tokens=80, block_ids=[1, 2, 3]),
+        "other": sequence(token_ids=[9] * 80, num_prompt_tokens=80, block_ids=[1, 2, 4]),
+        "restored": sequence(token_ids=prompt, num_prompt_tokens=80, num_computed=64, block_ids=[7, 8, 9]),
+        "forked": sequence(1, token_ids=prompt, num_prompt_tokens=80, num_computed=72, block_ids=[7, 8, 11]),
+    }
+    alone = fresh.execute(plan(new=[sequences["alone"]], num_tokens=[80])).token_ids
+    fresh.execute(plan(step=2, freed_rows=[0], new=[sequences["other"]], num_tokens=[80], swap_out=[(1, 3), (2, 0)]))
+    restored = fresh.execute(
+        plan(step=3, freed_rows=[0], new=[sequences["restored"]], num_tokens=[16], swap_in=[(3, 7), (0, 8)])
+    )
+    forked = fresh.execute(plan(step=4, new=[sequences["forked"]], rows=[1], num_tokens=[8], copies=[(9, 11)]))
+    assert restored.token_ids == forked.token_ids == alone
 
 
 def test_prompt_scores_and_logprobs_equal_transformers(fresh: Worker, llama_folder: Path) -> None:

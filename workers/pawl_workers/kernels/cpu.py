@@ -27,6 +27,7 @@ _MOST_DIM = 512
 _NO_WINDOW = 1 << 62
 
 
+_NARROW = (torch.bfloat16, torch.float16)
 _FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in linear.c
 
 
@@ -52,7 +53,7 @@ class _Workspace:
 class CpuLinear:
     """A linear layer whose weight lies in panels of 16 output features.
 
-    In bf16 or fp16 where every value is exact in it, which halves the bytes a step reads; else in fp32.
+    In bf16 or fp16 if it comes so, or if every value is exact in it, which halves the bytes a step reads; else in fp32.
     """
 
     __slots__ = ("_format", "_library", "_packed", "_workspace", "bias", "in_features", "out_features")
@@ -61,7 +62,9 @@ class CpuLinear:
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.contiguous()
         self._library, self._workspace = library, workspace
-        dtype = next((narrow for narrow in (torch.bfloat16, torch.float16) if _is_exact(weight, narrow)), torch.float32)
+        dtype = weight.dtype
+        if dtype is torch.float32:
+            dtype = next((narrow for narrow in _NARROW if _is_exact(weight, narrow)), dtype)
         self._format = _FORMATS[dtype]
         source = weight.to(dtype).contiguous()
         num_panels = -(-self.out_features // _PANEL)
@@ -170,6 +173,14 @@ class CpuKernels:
     def supports(shape: AttentionShape) -> bool:
         """Whether heads of this width can be served."""
         return shape.head_dim % 2 == 0 and shape.head_dim <= _MOST_DIM
+
+    def linear_dtype(self, stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
+        """16 bits stay as they are stored: the kernels widen them exactly."""
+        return stored if stored in _NARROW else computed
+
+    def packed_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
+        """Whole panels in the stored type, or, for fp32, at most in that."""
+        return -(-shape[0] // _PANEL) * _PANEL * shape[1] * self.linear_dtype(stored, computed).itemsize
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
         """Pack into panels."""

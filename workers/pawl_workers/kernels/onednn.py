@@ -7,6 +7,8 @@ on), not promised: the tests hold it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -62,6 +64,14 @@ class OneDnnKernels:
     def __init__(self) -> None:
         available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no types here
         self._has_onednn = bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+    def linear_dtype(self, stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
+        """The model's own."""
+        return computed
+
+    def packed_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
+        """As many as the weight's."""
+        return math.prod(shape) * computed.itemsize
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> OneDnnLinear | ReferenceLinear:
         """Pack for oneDNN; without it, keep the tensors (results may then depend on the batch)."""

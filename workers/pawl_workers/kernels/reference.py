@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +112,14 @@ class ReferenceKernels:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+
+    def linear_dtype(self, stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
+        """The model's own."""
+        return computed
+
+    def packed_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
+        """As many as the weight's."""
+        return math.prod(shape) * computed.itemsize
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
         """Keep the tensors."""

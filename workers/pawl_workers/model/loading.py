@@ -1,14 +1,14 @@
 """Loads a checkpoint: reads safetensors in file order and packs each linear layer as soon as it is whole.
 
-Peak memory is the packed weights and the layers whose parts are still arriving. Refuses pickles, missing
-tensors, left-over tensors, wrong shapes and models that do not fit, before or without reading them.
+Peak memory is the packed weights, one tensor, and merged layers that wait for a part in the next file. Refuses
+pickles, missing tensors, left-over tensors, wrong shapes and models that do not fit, before or without reading them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from torch import Tensor
 from pawl_workers.errors import CheckpointError, OutOfMemoryError
 from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.families import Family, find_family
-from pawl_workers.model.slots import Slots, slot_shapes
-from pawl_workers.model.source import weight_files
+from pawl_workers.model.headers import StoredTensor, folder_headers
+from pawl_workers.model.slots import Slot, Slots, held_bytes, slot_shapes
 from pawl_workers.model.spec import ModelSpec, TensorTarget
 from pawl_workers.model.weights import Packer, Weights
 
-__all__ = ["CheckpointConfig", "load_weights", "read_config"]
+__all__ = ["CheckpointConfig", "Reading", "load_weights", "plan_reading", "read_config"]
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -86,77 +86,51 @@ def _read_json(path: Path) -> Mapping[str, object] | None:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    file: Path
-    name: str
+    stored: StoredTensor
     target: TensorTarget
-    shape: tuple[int, ...]
-    stored_bytes: int
 
 
-def load_weights(
-    config: CheckpointConfig,
-    packer: Packer,
-    device: torch.device,
-    dtype: torch.dtype,
-    available_bytes: int,
-    on_progress: Progress | None = None,
-) -> Weights:
-    """Load and pack all weights.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What will be read and where it goes: every stored tensor, in the order of the files, and the slots it fills."""
 
-    Args:
-        config: of the checkpoint.
-        packer: the kernel backend.
-        device: where the weights go.
-        dtype: what they are converted to.
-        available_bytes: memory the packed weights may take.
-        on_progress: called with (bytes read, bytes to read) after each tensor.
+    entries: tuple[_Entry, ...]
+    slots: Mapping[str, Slot]
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are read."""
+        return sum(math.prod(entry.stored.shape) for entry in self.entries)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that are read."""
+        return sum(entry.stored.num_bytes for entry in self.entries)
+
+    def held_bytes(self, spec: ModelSpec, packer: Packer, dtype: torch.dtype) -> int:
+        """Bytes that the packed weights will take: exact for 16-bit weights, else the most."""
+        return held_bytes(self.slots, packer, dtype, tied_head=spec.tied_head)
+
+
+def plan_reading(config: CheckpointConfig, stored: Sequence[StoredTensor]) -> Reading:
+    """Match what is stored with what the model needs.
 
     Raises:
-        CheckpointError: tensors are missing, left over, or of the wrong shape or type.
-        OutOfMemoryError: the weights need more than `available_bytes`.
+        CheckpointError: tensors are missing, left over, stored twice, or of the wrong shape or type.
     """
-    spec = config.spec
-    shapes = slot_shapes(spec)
-    entries = _plan_reading(config, shapes)
-    element_bytes = torch.empty(0, dtype=dtype).element_size()
-    needed = sum(math.prod(entry.shape) for entry in entries) * element_bytes
-    if spec.tied_head:  # the head is packed; the embedding stays as it is for look-ups
-        needed += spec.vocab_size * spec.hidden_size * element_bytes
-    if needed > available_bytes:
-        raise OutOfMemoryError(
-            f"{config.folder}: the weights need {needed / 1e9:.2f} GB as {dtype}, "
-            f"{available_bytes / 1e9:.2f} GB is available on {device}"
-        )
-    slots = Slots({entry.target.slot: shapes[entry.target.slot] for entry in entries}, packer, device, dtype)
-    total = sum(entry.stored_bytes for entry in entries)
-    done = 0
-    for entry, tensor in _read(entries):
-        slots.put(entry.target, tensor)
-        done += entry.stored_bytes
-        if on_progress is not None:
-            on_progress(done, total)
-    num_parameters = sum(math.prod(entry.shape) for entry in entries)
-    return slots.assemble(spec, num_parameters)
-
-
-def _plan_reading(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[_Entry]:
+    shapes = slot_shapes(config.spec)
     names = config.family.names(config.spec)
     prefix, ignored = config.family.prefix, config.family.ignored
     entries: list[_Entry] = []
     left_over: list[str] = []
-    for path in weight_files(config.folder):
-        for stored, shape, kind, num_bytes in _read_header(path):
-            name = stored if stored in names else prefix + stored
-            if name in names:
-                if kind not in _DTYPES:
-                    raise CheckpointError(f"{path.name}: {stored} is stored as {kind}, known: {', '.join(_DTYPES)}")
-                target = names[name]
-                wanted = _part_shape(shapes[target.slot], target)
-                if shape != wanted:
-                    raise CheckpointError(f"{path.name}: {stored} has shape {shape}, config.json wants {wanted}")
-                entries.append(_Entry(path, stored, target, shape, num_bytes))
-            elif not (stored.endswith(ignored) or (config.spec.tied_head and stored == "lm_head.weight")):
-                left_over.append(stored)
+    for tensor in stored:
+        name = tensor.name if tensor.name in names else prefix + tensor.name
+        if name in names:
+            target = names[name]
+            _check(tensor, _part_shape(shapes[target.slot], target))
+            entries.append(_Entry(tensor, target))
+        elif not (tensor.name.endswith(ignored) or (config.spec.tied_head and tensor.name == "lm_head.weight")):
+            left_over.append(tensor.name)
     found = {(entry.target.slot, entry.target.row) for entry in entries}
     missing = [name for name, target in names.items() if (target.slot, target.row) not in found]
     for problem, listed in (("missing", missing), ("not known", left_over)):
@@ -167,33 +141,77 @@ def _plan_reading(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]
             )
     if len(found) < len(entries):
         raise CheckpointError(f"{config.folder}: a tensor is stored twice")
-    return entries
+    return Reading(tuple(entries), _slots(entries, shapes))
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
-    """Read names, shapes, types and sizes, in the order in which the data lies in the file."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < 1 << 27 else None
-        if not isinstance(header, dict):
-            raise CheckpointError(f"{path}: not a safetensors file")
-        header.pop("__metadata__", None)
-        tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
-        for name, entry in tensors:
-            begin, end = entry["data_offsets"]
-            yield name, tuple(entry["shape"]), entry["dtype"], end - begin
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+def _check(tensor: StoredTensor, wanted: tuple[int, ...]) -> None:
+    where = f"{tensor.file.name}: {tensor.name}"
+    if tensor.kind not in _DTYPES:
+        raise CheckpointError(f"{where} is stored as {tensor.kind}, known: {', '.join(_DTYPES)}")
+    if tensor.shape != wanted:
+        raise CheckpointError(f"{where} has shape {tensor.shape}, config.json wants {wanted}")
 
 
-def _read(entries: list[_Entry]) -> Iterator[tuple[_Entry, Tensor]]:
-    for path in dict.fromkeys(entry.file for entry in entries):
+def _slots(entries: Sequence[_Entry], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+    """The slots, each of a type that holds all of its parts."""
+    slots: dict[str, Slot] = {}
+    for entry in entries:
+        name, kind = entry.target.slot, _DTYPES[entry.stored.kind]
+        before = slots.get(name)
+        slots[name] = Slot(shapes[name], kind if before is None else torch.promote_types(before.stored, kind))
+    return slots
+
+
+def load_weights(
+    config: CheckpointConfig,
+    packer: Packer,
+    device: torch.device,
+    dtype: torch.dtype,
+    available_bytes: int,
+    on_progress: Progress | None = None,
+    *,
+    reading: Reading | None = None,
+) -> Weights:
+    """Load and pack all weights.
+
+    Args:
+        config: of the checkpoint.
+        packer: the kernel backend.
+        device: where the weights go.
+        dtype: the model's type.
+        available_bytes: memory the packed weights may take.
+        on_progress: called with (bytes read, bytes to read) after each tensor.
+        reading: of this checkpoint, if it is planned already.
+
+    Raises:
+        CheckpointError: tensors are missing, left over, or of the wrong shape or type.
+        OutOfMemoryError: the weights need more than `available_bytes`.
+    """
+    if reading is None:
+        reading = plan_reading(config, folder_headers(config.folder))
+    needed = reading.held_bytes(config.spec, packer, dtype)
+    if needed > available_bytes:
+        raise OutOfMemoryError(
+            f"{config.folder}: the weights need {needed / 1e9:.2f} GB as {dtype}, "
+            f"{available_bytes / 1e9:.2f} GB is available on {device}"
+        )
+    slots = Slots(reading.slots, packer, device, dtype)
+    done, total = 0, reading.stored_bytes
+    for entry, tensor in _read(reading.entries):
+        slots.put(entry.target, tensor)
+        done += entry.stored.num_bytes
+        if on_progress is not None:
+            on_progress(done, total)
+    return slots.assemble(config.spec, reading.num_parameters)
+
+
+def _read(entries: Sequence[_Entry]) -> Iterator[tuple[_Entry, Tensor]]:
+    for path in dict.fromkeys(entry.stored.file for entry in entries):
         try:
             with safe_open(path, framework="pt") as file:
                 for entry in entries:
-                    if entry.file == path:
-                        yield entry, file.get_tensor(entry.name)
+                    if entry.stored.file == path:
+                        yield entry, file.get_tensor(entry.stored.name)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: {error}") from error
 

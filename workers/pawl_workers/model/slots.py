@@ -5,7 +5,9 @@ Knows shapes and merging; reads no files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from pawl_workers.model.weights import (
     Weights,
 )
 
-__all__ = ["Slots", "slot_shapes"]
+__all__ = ["Slot", "Slots", "held_bytes", "slot_shapes"]
 
 _LINEARS = ("qkv", "attention_output", "up", "down", "router", "head")
 _NORMS = ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
@@ -72,25 +74,69 @@ def _mlp_shapes(spec: ModelSpec, inner: int, at: str) -> list[tuple[str, int, in
     return [(f"{at}up", up, spec.hidden_size), (f"{at}down", spec.hidden_size, inner)]
 
 
-class Slots:
-    """Collects tensors by slot; a linear layer is packed, and its tensors dropped, once it is whole."""
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A slot that will be filled: the shape of the whole, and a type that holds every value as it is stored."""
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], packer: Packer, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._shapes = shapes  # of the slots that will be filled
+    shape: tuple[int, ...]
+    stored: torch.dtype
+
+
+def _is_linear(name: str) -> bool:
+    path, _, kind = name.rpartition(".")
+    return kind == "weight" and path.rpartition(".")[2] in _LINEARS
+
+
+def _waiting_dtype(name: str, slot: Slot, packer: Packer, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a slot's tensor waits, and stays if it is not packed: the narrowest that loses nothing."""
+    if _is_linear(name):
+        return packer.linear_dtype(slot.stored, dtype)
+    if name == "embedding" and torch.promote_types(slot.stored, dtype) is dtype:
+        return slot.stored  # its rows are widened when they are looked up
+    return dtype
+
+
+def held_bytes(slots: Mapping[str, Slot], packer: Packer, dtype: torch.dtype, *, tied_head: bool) -> int:
+    """Bytes that the weights of these slots will take, packed: exact for 16-bit weights, else the most.
+
+    Args:
+        slots: all that will be filled.
+        packer: the kernel backend.
+        dtype: the model's type.
+        tied_head: the embedding is packed, too, as the head.
+    """
+    total = 0
+    for name, slot in slots.items():
+        if _is_linear(name):
+            total += packer.packed_bytes(slot.shape, slot.stored, dtype)
+        else:
+            total += math.prod(slot.shape) * _waiting_dtype(name, slot, packer, dtype).itemsize
+        if name == "embedding" and tied_head:
+            total += packer.packed_bytes(slot.shape, slot.stored, dtype)
+    return total
+
+
+class Slots:
+    """Collects tensors by slot; a linear layer is packed, and its tensors dropped, once it is whole.
+
+    Nothing is allocated for a slot before the first of its tensors arrives.
+    """
+
+    def __init__(self, slots: Mapping[str, Slot], packer: Packer, device: torch.device, dtype: torch.dtype) -> None:
+        self._slots = slots  # all that will be filled
         self._packer = packer
         self._device, self._dtype = device, dtype
         self._tensors: dict[str, Tensor] = {}
-        self._missing_rows = {slot: shape[0] for slot, shape in shapes.items()}
+        self._missing_rows = {name: slot.shape[0] for name, slot in slots.items()}
         self._linears: dict[str, PackedLinear] = {}
 
     def put(self, target: TensorTarget, tensor: Tensor) -> None:
         """Store one tensor of the checkpoint, converted and in its place among those it is merged with."""
-        slot, shape = target.slot, self._shapes[target.slot]
+        slot, shape = target.slot, self._slots[target.slot].shape
         whole = self._tensors.get(slot)
         if whole is None:
-            whole = self._tensors[slot] = torch.empty(shape, dtype=self._dtype, device=self._device)
+            dtype = _waiting_dtype(slot, self._slots[slot], self._packer, self._dtype)
+            whole = self._tensors[slot] = torch.empty(shape, dtype=dtype, device=self._device)
         num_rows = target.num_rows or shape[0]
         if target.transposed:
             tensor = tensor.t()
@@ -110,7 +156,7 @@ class Slots:
         """Put the slots together; every slot must be filled."""
         embedding = self._tensors["embedding"]
         layers = tuple(self._layer(spec, i) for i in range(spec.num_layers))
-        head = self._packer.pack_linear(embedding, None) if spec.tied_head else self._linears["head"]
+        head = self._tied_head(embedding) if spec.tied_head else self._linears["head"]
         final_norm = self._norm(spec, "final_norm")
         if final_norm is None:
             raise AssertionError("every family has a final norm")
@@ -119,13 +165,17 @@ class Slots:
         kept = [*self._tensors.values(), *biases]
         return Weights(
             spec=spec,
-            embedding=EmbeddingWeights(embedding, self._tensors.get("positions"), spec.embedding_scale),
+            embedding=EmbeddingWeights(embedding, self._tensors.get("positions"), self._dtype, spec.embedding_scale),
             layers=layers,
             final_norm=final_norm,
             head=HeadWeights(head, spec.logit_divisor, spec.logit_softcap),
             num_parameters=num_parameters,
             num_bytes=sum(linear.num_bytes for linear in packed) + sum(tensor.nbytes for tensor in kept),
         )
+
+    def _tied_head(self, embedding: Tensor) -> PackedLinear:
+        dtype = self._packer.linear_dtype(embedding.dtype, self._dtype)
+        return self._packer.pack_linear(embedding.to(dtype), None)
 
     def _layer(self, spec: ModelSpec, index: int) -> LayerWeights:
         at, layer = f"layers.{index}.", spec.layers[index]

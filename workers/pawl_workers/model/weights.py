@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from pawl_workers.model.spec import Activation, ModelSpec, NormKind, QueryKeyNorm
@@ -94,8 +95,24 @@ class PackedActivation(Protocol):
 class Packer(Protocol):
     """Turns what a checkpoint holds into the form of a kernel backend."""
 
+    def linear_dtype(self, stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
+        """Say in which type `pack_linear` takes a weight.
+
+        Args:
+            stored: the checkpoint's type.
+            computed: the model's.
+
+        Returns:
+            One that holds what is wanted of the stored values: `stored` itself spares a wider copy.
+        """
+        ...
+
+    def packed_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
+        """Return the most that a packed weight of this shape, [out, in], takes; types as for `linear_dtype`."""
+        ...
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Pack a weight [out, in] and a bias [out]."""
+        """Pack a weight [out, in], in the type of `linear_dtype`, and a bias [out], in the model's type."""
         ...
 
     def pack_norm(self, weights: NormWeights) -> PackedNorm:
@@ -188,10 +205,14 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingWeights:
-    """Token vectors [V, D], their scale and, for learned positions, position vectors [max_context, D]."""
+    """Token vectors [V, D], their scale and, for learned positions, position vectors [max_context, D].
+
+    `tokens` may be of a narrower type than the model's, `dtype`, which then holds each of its values.
+    """
 
     tokens: Tensor
     positions: Tensor | None
+    dtype: torch.dtype
     scale: float = 1.0
 
 

@@ -17,7 +17,7 @@ def embed(batch: Batch, w: EmbeddingWeights) -> Tensor:
     Returns:
         [T, D], model dtype.
     """
-    x = functional.embedding(batch.token_ids, w.tokens)
+    x = functional.embedding(batch.token_ids, w.tokens).to(w.dtype)
     if w.scale != 1.0:
         x = x * w.scale
     if w.positions is not None:

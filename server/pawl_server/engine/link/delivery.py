@@ -18,8 +18,13 @@ from pawl_server.internal.v1 import engine_pb2
 from pawl_server.scheduler.admission import Refusal
 from pawl_server.scheduler.committer import Committed
 from pawl_server.scheduler.sequence import Ended
+from pawl_workers.plan import TokenLogprobs
 
 __all__ = ["Delivery"]
+
+
+def _position(logprobs: TokenLogprobs | None) -> engine_pb2.PositionLogprobs | None:
+    return None if logprobs is None else to_position(logprobs)
 
 
 class Delivery:
@@ -41,13 +46,19 @@ class Delivery:
     def emit(self, committed: Committed, step: int) -> None:
         """Hand on the tokens and ends of a step: one frame of tokens per connection."""
         touched: set[Outbox] = set()
-        tokens = zip(committed.handles, committed.indices, committed.token_ids, committed.logprobs, strict=True)
-        for key, index, token_id, logprobs in tokens:
-            outbox, handle = self._find(key)
-            if outbox is not None:
-                position = None if logprobs is None else to_position(logprobs)
-                outbox.add_token(handle, index, token_id, position)
-                touched.add(outbox)
+        keys = cast("list[SequenceKey]", committed.handles)
+        for connection in {connection for connection, _ in keys}:
+            outbox = self._outboxes.get(connection)
+            if outbox is None:
+                continue
+            touched.add(outbox)
+            mine = [place for place, key in enumerate(keys) if key[0] == connection]
+            outbox.add_tokens(
+                [keys[place][1] for place in mine],
+                [committed.indices[place] for place in mine],
+                [committed.token_ids[place] for place in mine],
+                [_position(committed.logprobs[place]) for place in mine] if committed.logprobs else (),
+            )
         for key, scored in committed.prompt_logprobs:
             outbox, handle = self._find(key)
             if outbox is not None:

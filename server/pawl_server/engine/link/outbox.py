@@ -7,6 +7,7 @@ the tokens of the live sequences.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from pawl_server.engine.link.protocol import MAX_FRAME_TOKENS
 from pawl_server.internal.v1 import engine_pb2
@@ -35,13 +36,20 @@ class Outbox:
         self._ends: list[engine_pb2.End] = []
         self._load: engine_pb2.EngineLoad | None = None
 
-    def add_token(self, handle: int, index: int, token_id: int, logprobs: engine_pb2.PositionLogprobs | None) -> None:
-        """Queue one token. Call `step_done` after the last one of a step."""
-        if logprobs is not None:
-            self._logprobs[len(self._handles)] = logprobs
-        self._handles.append(handle)
-        self._indices.append(index)
-        self._token_ids.append(token_id)
+    def add_tokens(
+        self,
+        handles: Sequence[int],
+        indices: Sequence[int],
+        token_ids: Sequence[int],
+        logprobs: Sequence[engine_pb2.PositionLogprobs | None] = (),
+    ) -> None:
+        """Queue tokens, as parallel arrays; no log-probabilities when nobody asked. Call `step_done` after a step."""
+        for place, position in enumerate(logprobs, start=len(self._handles)):
+            if position is not None:
+                self._logprobs[place] = position
+        self._handles += handles
+        self._indices += indices
+        self._token_ids += token_ids
 
     def add_prompt_logprobs(self, frame: engine_pb2.PromptLogprobs) -> None:
         """Queue a stretch of prompt log-probabilities. Sent before the tokens."""

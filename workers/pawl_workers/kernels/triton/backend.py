@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,14 @@ class TritonKernels:
     def tile_rows(self) -> int:
         """Query rows of an extend tile."""
         return self._tuning.extend_rows
+
+    def linear_dtype(self, stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
+        """The model's own."""
+        return computed
+
+    def packed_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
+        """As many as the weight's."""
+        return math.prod(shape) * computed.itemsize
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
         """Keep the tensors: cuBLAS takes them as they are."""

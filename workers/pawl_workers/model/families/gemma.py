@@ -34,7 +34,6 @@ def _base(config: ConfigReader, architecture: str) -> ModelSpec:
         base,
         embedding_scale=base.hidden_size**0.5,
         attention_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=config.optional_number("attn_logit_softcapping"),
         logit_softcap=config.optional_number("final_logit_softcapping"),
     )
 
@@ -43,7 +42,11 @@ def _gemma2(config: ConfigReader) -> ModelSpec:
     base = _base(config, "Gemma2ForCausalLM")
     window = config.optional_integer("sliding_window")
     windows = layer_windows(config, base.num_layers, window, lambda layer: layer % 2 == 0)
-    return replace(base, layers=tuple(LayerSpec(w) for w in windows))
+    return replace(
+        base,
+        layers=tuple(LayerSpec(w) for w in windows),
+        attention_softcap=config.optional_number("attn_logit_softcapping"),
+    )
 
 
 def _gemma3(config: ConfigReader) -> ModelSpec:

@@ -37,7 +37,7 @@ def _qwen3_moe(config: ConfigReader) -> ModelSpec:
         layers=tuple(layers),
         query_key_norm=QueryKeyNorm.HEAD,
         experts=ExpertSpec(
-            num_experts=config.integer("num_experts", 128),
+            num_experts=config.integer("num_local_experts", config.integer("num_experts", 128)),  # transformers 5, 4
             num_active=config.integer("num_experts_per_tok", 8),
             intermediate_size=config.integer("moe_intermediate_size", 768),
             normalised=config.flag("norm_topk_prob", False),

@@ -1,0 +1,105 @@
+"""`python -m pawl_loadtest.peers`: pawl against other engines, same weights, same prompts, same lengths, in turns.
+
+Makes a checkpoint of a named shape with random weights, exports it to each engine's format, compares each engine's
+greedy tokens with those of transformers in fp32, times them in turns, one process at a time, and prints tables of
+medians, spread, ratios and the share of what this machine, measured in the same run, can do. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from pawl_loadtest.arguments import positive
+from pawl_loadtest.peers.checkpoint import WEIGHTS, make_checkpoint
+from pawl_loadtest.peers.driver import EngineError
+from pawl_loadtest.peers.environments import EnvironmentUnavailable, cache_folder, interpreter
+from pawl_loadtest.peers.machine import measure_machine
+from pawl_loadtest.peers.report import Run, as_json, as_tables
+from pawl_loadtest.peers.rounds import Course, read_reference, run_rounds
+from pawl_loadtest.peers.shapes import SHAPES
+from pawl_loadtest.peers.variants import TABLES, VARIANTS, Variant, choose_variants
+from pawl_loadtest.peers.workloads import NAMED, Workload, parse_workloads
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m pawl_loadtest.peers", description=__doc__)
+    add = parser.add_argument
+    known = ", ".join(dict.fromkeys(variant.environment for variant in VARIANTS))
+    add("--shape", choices=SHAPES, default="smollm2-135m", help="default: %(default)s")
+    add("--weights", choices=WEIGHTS, default="bfloat16", help="what the weights are exact in; default: %(default)s")
+    add("--peers", nargs="*", default=["all"], help=f"all, or by environment ({known}) or by a row's name; pawl always")
+    add("--workloads", nargs="*", default=list(NAMED), help=f"{', '.join(NAMED)}, or REQUESTSxPROMPT/OUTPUT")
+    add("--kv", nargs="*", choices=TABLES, default=list(TABLES), dest="tables", help="which tables; default: all")
+    add("--rounds", type=positive, default=5)
+    add("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="default: this process's cores")
+    add("--check-tokens", type=positive, default=16, help="greedy tokens to compare; default: %(default)s")
+    add("--quick", action="store_true", help="whether everything runs: one round of a few requests and tokens")
+    add("--peers-dir", type=Path, default=cache_folder(), help="environments and checkpoints; default: %(default)s")
+    add("--json", type=Path, help="write every figure here")
+    return parser
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and return the exit code: 1 when pawl did not run or disagrees with the reference, 2 for usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        variants = choose_variants(options.peers, options.tables)
+        workloads = parse_workloads(options.workloads)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    try:
+        run = _run(options, variants, workloads)
+    except (EngineError, EnvironmentUnavailable) as error:
+        sys.stderr.write(f"error: the reference: {error}\n")
+        return 1
+    sys.stdout.write(as_tables(run) + "\n")
+    if options.json:
+        settings = {name: str(value) for name, value in vars(options).items()}
+        options.json.write_text(as_json(run, settings), encoding="utf-8")
+    pawl = next(outcome for outcome in run.outcomes if outcome.variant.name == "pawl")
+    return 0 if pawl.failure is None and pawl.agreement is not None and pawl.agreement.agrees else 1
+
+
+def _run(options: argparse.Namespace, variants: Sequence[Variant], workloads: Sequence[Workload]) -> Run:
+    shape = SHAPES[options.shape]
+    if options.quick:
+        workloads = list(dict.fromkeys(workload.smaller() for workload in workloads))
+    rounds = 1 if options.quick else options.rounds
+    logs = options.peers_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    load_average = os.getloadavg()[0]
+    _say("measuring the machine")
+    machine = measure_machine(options.threads, 2 * (shape.layer_weights + shape.head_weights), quick=options.quick)
+    _say(f"making {shape.name}")
+    checkpoint = make_checkpoint(shape, options.peers_dir / "checkpoints", weights=options.weights)
+    course = Course(
+        checkpoint=checkpoint,
+        vocab_size=shape.vocab_size,
+        workloads=workloads,
+        rounds=rounds,
+        threads=options.threads,
+        check_tokens=options.check_tokens,
+        logs=logs,
+        interpreter=partial(interpreter, folder=options.peers_dir, say=_say),
+        say=_say,
+    )
+    _say("asking the reference")
+    outcomes = run_rounds(course, variants, read_reference(course))
+    return Run(shape, options.weights, rounds, workloads, options.tables, machine, load_average, outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The least time that a workload takes on a machine, from bytes and floating-point operations alone.
+
+A step multiplies every weight with every token and reads every weight once, whichever of the two takes longer;
+attention reads every earlier token's KV once and computes on it, whichever takes longer. Matrix products and attention
+do not overlap, so their times add. Nothing else is counted: no dispatch, no sampling, no norms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pawl_loadtest.peers.shapes import Shape
+from pawl_loadtest.peers.workloads import Workload
+
+__all__ = ["Bound", "MachineLimits", "Precision", "bound"]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineLimits:
+    """What was measured: fp32 operations per second in registers, and bytes per second read."""
+
+    flops: float
+    read_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Bytes that a weight and a number of the KV cache take as the engine stores them."""
+
+    weight_bytes: float
+    kv_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Least seconds, by part."""
+
+    prefill_linear_s: float
+    prefill_attention_s: float
+    decode_linear_s: float
+    decode_attention_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole workload."""
+        return self.prefill_linear_s + self.prefill_attention_s + self.decode_linear_s + self.decode_attention_s
+
+    @property
+    def attention_share(self) -> float:
+        """Of those seconds."""
+        return (self.prefill_attention_s + self.decode_attention_s) / self.seconds
+
+
+def bound(shape: Shape, workload: Workload, precision: Precision, limits: MachineLimits) -> Bound:
+    """The least time of a workload.
+
+    The prefill yields each request's first token, so `output_tokens - 1` decode steps follow. In the prefill the head
+    is computed for the last token of each prompt alone, and attention is causal: half of the square.
+    """
+    requests, prompt = workload.requests, workload.prompt_tokens
+    layer, head = shape.layer_weights, shape.head_weights
+    weights_s = (layer + head) * precision.weight_bytes / limits.read_bytes
+    kv_token_bytes = shape.kv_per_token * precision.kv_bytes
+
+    prefill_flops = 2 * requests * (prompt * layer + head)
+    causal_pairs = prompt * (prompt + 1) // 2
+    steps = workload.output_tokens - 1
+    # The step that computes output token i attends to the prompt, the i tokens before it, and itself.
+    pairs = sum(prompt + step for step in range(1, workload.output_tokens))
+    return Bound(
+        prefill_linear_s=max(prefill_flops / limits.flops, weights_s),
+        prefill_attention_s=_attention_s(shape, requests, prompt, causal_pairs, kv_token_bytes, limits),
+        decode_linear_s=steps * max(2 * requests * (layer + head) / limits.flops, weights_s),
+        decode_attention_s=_attention_s(shape, requests, pairs, pairs, kv_token_bytes, limits),
+    )
+
+
+def _attention_s(
+    shape: Shape, requests: int, tokens_read: int, pairs: int, kv_token_bytes: float, limits: MachineLimits
+) -> float:
+    bytes_s = requests * tokens_read * kv_token_bytes / limits.read_bytes
+    return max(bytes_s, requests * pairs * shape.attention_per_pair / limits.flops)

@@ -1,0 +1,115 @@
+"""The peers' virtual environments: made once under a cache folder, reported when they cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["ENVIRONMENTS", "Environment", "EnvironmentUnavailable", "cache_folder", "interpreter"]
+
+# The CPU build: without its suffix pip takes one with gigabytes of CUDA. Where the index that pip is set to has none,
+# name one that has in PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS; otherwise the peer is reported as not available.
+_TORCH = "torch==2.13.0+cpu"
+_INSTALL_TIMEOUT_S = 3600.0
+_STAMP = ".pawl-ready"
+
+
+class EnvironmentUnavailable(Exception):
+    """The peer cannot be installed or imported here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What pip installs, in order, and the module that must import afterwards."""
+
+    module: str
+    steps: tuple[tuple[str, ...], ...]
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """Changes when what is installed does."""
+        return hashlib.sha256(repr((sys.version, self.module, self.steps, self.variables)).encode()).hexdigest()
+
+
+ENVIRONMENTS: Mapping[str, Environment] = {
+    "transformers": Environment("transformers", ((_TORCH,), ("transformers==5.23.0",))),
+}
+"""By name, with the versions that the published figures were measured with."""
+
+
+def cache_folder() -> Path:
+    """Where environments and checkpoints lie unless told otherwise."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "pawl" / "peers"
+
+
+def interpreter(name: str, folder: Path, say: Callable[[str], None]) -> Path:
+    """The interpreter of an environment; makes and fills it if need be.
+
+    Args:
+        name: `pawl` for this one, or a key of `ENVIRONMENTS`. A peer that this interpreter has too is not installed.
+        folder: that holds the environments.
+        say: told before something takes long.
+
+    Raises:
+        EnvironmentUnavailable: it cannot be made.
+    """
+    if name == "pawl" or (name == "transformers" and importlib.util.find_spec("transformers")):
+        return Path(sys.executable)
+    environment = ENVIRONMENTS[name]
+    home = folder / name
+    python = home / "bin" / "python"
+    stamp = home / _STAMP
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == environment.fingerprint():
+        return python
+    say(f"installing {name} into {home}")
+    log = folder / f"{name}.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if home.exists():
+            shutil.rmtree(home)
+        _run([sys.executable, "-m", "venv", str(home)], log, {})
+        for step in environment.steps:
+            command = [str(python), "-m", "pip", "install", "--constraint", str(_constraints(folder)), *step]
+            _run(command, log, environment.variables)
+        _run([str(python), "-c", f"import {environment.module}"], log, environment.variables)
+    except OSError as error:
+        raise EnvironmentUnavailable(f"cannot write {folder}: {error}") from error
+    stamp.write_text(environment.fingerprint(), encoding="utf-8")
+    return python
+
+
+def _constraints(folder: Path) -> Path:
+    path = folder / "constraints.txt"
+    path.write_text(f"{_TORCH}\n", encoding="utf-8")
+    return path
+
+
+def _run(command: list[str], log: Path, variables: Mapping[str, str]) -> None:
+    with log.open("a", encoding="utf-8") as output:
+        output.write(f"$ {' '.join(command)}\n")
+        output.flush()
+        try:
+            done = subprocess.run(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | dict(variables),
+                timeout=_INSTALL_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise EnvironmentUnavailable(
+                f"{' '.join(command[-2:])} took more than {_INSTALL_TIMEOUT_S:.0f} s"
+            ) from error
+    if done.returncode != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        errors = [line for line in lines if line.startswith("ERROR:")] or lines
+        raise EnvironmentUnavailable(f"{errors[-1]} (log: {log})")

@@ -1,0 +1,102 @@
+"""Pawl in this process: the production scheduler, the paged KV cache and a worker, step after step, without gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+from pawl_loadtest.peers.workloads import Workload
+from pawl_server.kv.block_hash import CacheRoot
+from pawl_server.scheduler.admission import SchedulerLimits
+from pawl_server.scheduler.committer import commit, launch
+from pawl_server.scheduler.planner import plan_step
+from pawl_server.scheduler.sequence import SequenceRequest
+from pawl_server.scheduler.state import SchedulerState
+from pawl_workers.plan import SamplingSpec
+from pawl_workers.worker import Worker, WorkerFacts, WorkerOptions
+
+__all__ = ["InProcess"]
+
+
+class InProcess:
+    """A loaded model and a scheduler, without a prefix cache.
+
+    Args:
+        checkpoint: its folder.
+        threads: compute threads.
+        workloads: what it will be asked at most.
+        options: of `WorkerOptions`, by field name, beyond those above.
+
+    Raises:
+        ValueError: this pawl's `WorkerOptions` has no such option.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        threads: int,
+        workloads: Sequence[Workload],
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        known = {field.name for field in fields(WorkerOptions)}
+        for name in options or {}:
+            if name not in known:
+                raise ValueError(f"not available: this pawl's workers have no option {name!r}")
+        max_requests = max(workload.requests for workload in workloads)
+        max_context = max(workload.prompt_tokens + workload.output_tokens for workload in workloads)
+        values: dict[str, object] = {
+            "model": checkpoint,
+            "num_threads": threads,
+            "max_context": max_context,
+            "max_running": max_requests,
+            "max_batch_tokens": max(512, max_requests),
+            "num_blocks": max(map(_num_blocks, workloads)),
+        }
+        self._worker = Worker.load(WorkerOptions(**(values | dict(options or {}))))  # type: ignore[arg-type]
+        self.facts: WorkerFacts = self._worker.facts
+        self._limits = SchedulerLimits(
+            num_blocks=self.facts.num_blocks,
+            block_size=self.facts.block_size,
+            max_running=max_requests,
+            max_batch_tokens=self.facts.max_batch_tokens,
+            max_context=max_context,
+            max_prefill_chunk=512,
+            max_partial_prefills=max_requests,
+            prefix_cache=False,
+        )
+        self._epoch = 1
+
+    def run(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[list[int]]:
+        """Greedy tokens of each prompt, exactly `output_tokens` of them."""
+        self._epoch += 1
+        self._worker.reset(self._epoch)
+        root = CacheRoot("bench", self.facts.data_type, self._limits.block_size)
+        state = SchedulerState(self._limits, root, epoch=self._epoch)
+        output: dict[object, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            output[number] = []
+            refusal = state.submit(
+                SequenceRequest(
+                    handle=number,
+                    request_id=str(number),
+                    prompt_ids=prompt,
+                    cache_key=b"",
+                    sampling=SamplingSpec(temperature=0.0),
+                    max_output_tokens=output_tokens,
+                ),
+                0.0,
+            )
+            if refusal is not None:
+                raise RuntimeError(refusal.message)
+        while (plan := plan_step(state, self._limits, 0.0)) is not None:
+            wire = plan.wire()
+            launch(state, plan)
+            committed = commit(state, plan, self._worker.execute(wire), 0.0)
+            for handle, token_id in zip(committed.handles, committed.token_ids, strict=True):
+                output[handle].append(token_id)
+        return list(output.values())
+
+
+def _num_blocks(workload: Workload) -> int:
+    """Blocks of 16 tokens, the smallest there are, so that nothing is preempted whatever the kernels' block size."""
+    return workload.requests * (-(-(workload.prompt_tokens + workload.output_tokens) // 16) + 1)

@@ -1,0 +1,126 @@
+"""What this machine can do: multiply-adds in registers, matrix products, reading. Measured, never looked up.
+
+A C program (`machine.c`) measures the first and the last; where it cannot be built, torch stands in, which is further
+from the true limit and said so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from pawl_loadtest.peers.bounds import MachineLimits
+
+__all__ = ["Machine", "measure_machine"]
+
+_SOURCE = Path(__file__).with_name("machine.c")
+_TIMEOUT_S = 300.0
+_LARGE_BYTES = 2 << 30  # beyond any cache
+_QUICK_BYTES = 128 << 20
+_TORCH = """
+import json, sys, time, torch
+threads, sizes = int(sys.argv[1]), [int(size) for size in sys.argv[2:]]
+torch.set_num_threads(threads)
+def best(run):
+    run()
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)
+a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+read = {}
+for size in sizes:
+    values = torch.ones(size // 4)
+    read[str(size)] = size / best(values.sum)
+print(json.dumps({"gemm": 2 * 2048**3 / best(lambda: a @ b), "read": read}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Operations and bytes per second.
+
+    Attributes:
+        threads: how many measured together.
+        peaks: fp32 operations per second by what computed them: `AVX2` and `AVX-512` in registers, or `gemm` where
+            those could not be measured.
+        gemm: of torch's product of two 2048 x 2048 fp32 matrices.
+        read: bytes per second by bytes read over and over.
+        note: how it was measured.
+    """
+
+    threads: int
+    peaks: Mapping[str, float]
+    gemm: float
+    read: Mapping[str, float]
+    note: str
+
+    def limits(self, peak: str) -> MachineLimits:
+        """The limits that bounds are worked out with: one of the peaks, and the fastest reading seen."""
+        return MachineLimits(self.peaks[peak], max(self.read.values()))
+
+    def lines(self) -> list[str]:
+        """For a reader."""
+        peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in self.peaks.items())
+        read = ", ".join(f"{rate / 1e9:.1f} GB/s of {int(size) / 1e6:.0f} MB" for size, rate in self.read.items())
+        return [
+            f"peak, GFLOP/s fp32: {peaks} ({self.note}); torch sgemm 2048: {self.gemm / 1e9:.0f}",
+            f"read: {read}",
+        ]
+
+
+class _FromTorch(msgspec.Struct):
+    gemm: float
+    read: dict[str, float]
+
+
+class _FromC(msgspec.Struct):
+    fma_avx2: float
+    read: dict[str, float]
+    fma_avx512: float | None = None
+
+
+_Measured = TypeVar("_Measured", _FromTorch, _FromC)
+
+
+def measure_machine(threads: int, working_set_bytes: int, *, quick: bool = False) -> Machine:
+    """Measure with so many threads, reading more than caches hold and, in case one does, as much as a model's weights.
+
+    Args:
+        threads: that measure together.
+        working_set_bytes: of the weights.
+        quick: read 128 MiB alone.
+    """
+    sizes = [_QUICK_BYTES] if quick else sorted({_LARGE_BYTES, max(_QUICK_BYTES, working_set_bytes // 4096 * 4096)})
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    torch = _run([sys.executable, "-c", _TORCH, str(threads), *map(str, sizes)], environment, _FromTorch)
+    try:
+        with tempfile.TemporaryDirectory(prefix="pawl-machine-") as folder:
+            program = Path(folder) / "machine"
+            compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or "cc"
+            flags = ["-std=gnu11", "-O2", "-fopenmp", "-o", str(program)]
+            subprocess.run([compiler, *flags, str(_SOURCE)], check=True, capture_output=True, timeout=_TIMEOUT_S)
+            native = _run([str(program), *map(str, sizes)], environment, _FromC)
+    except (OSError, subprocess.SubprocessError) as error:
+        note = f"from torch alone, below the true limit: {error}"
+        return Machine(threads, {"gemm": torch.gemm}, torch.gemm, torch.read, note)
+    peaks = {"AVX2": native.fma_avx2}
+    if native.fma_avx512 is not None:
+        peaks["AVX-512"] = native.fma_avx512
+    return Machine(threads, peaks, torch.gemm, native.read, "fused multiply-adds in registers")
+
+
+def _run(command: list[str], environment: Mapping[str, str], result: type[_Measured]) -> _Measured:
+    done = subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S, env=environment)
+    return msgspec.json.decode(done.stdout, type=result)

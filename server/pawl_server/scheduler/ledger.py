@@ -1,0 +1,44 @@
+"""What is in flight: one entry per launched step, settled or voided as a whole. Counters are derived from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pawl_server.scheduler.sequence import SequenceState
+from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
+
+__all__ = ["LedgerEntry"]
+
+
+@dataclass(slots=True)
+class LedgerEntry:
+    """A launched step, in parallel arrays over its sequences, [S].
+
+    Attributes:
+        step: number of the step.
+        epoch: incarnation of the worker.
+        rows: of the slot table.
+        generations: of the rows at launch; another one now means that their owner has left.
+        num_tokens: tokens computed.
+        num_samples: tokens that come out, 0 in mid-prompt.
+        stale: by row, those who lost their KV since; what was sampled for them still counts.
+    """
+
+    step: int
+    epoch: int
+    rows: IntArray
+    generations: IntArray
+    num_tokens: IntArray
+    num_samples: IntArray
+    stale: dict[int, SequenceState] = field(default_factory=dict)
+
+    def alive(self, slots: SlotTable) -> BoolArray:
+        """Which of its sequences still run where they ran, [S]."""
+        return np.asarray(slots.generation[self.rows] == self.generations, dtype=np.bool_)
+
+    def holds(self, row: int, slots: SlotTable) -> bool:
+        """Whether the sequence that runs in a row now is computed by this step."""
+        found = np.flatnonzero(self.rows == row)
+        return len(found) > 0 and bool(self.generations[found[0]] == slots.generation[row])

@@ -1,0 +1,124 @@
+"""Every model family, over drawn configurations: logits, greedy tokens and scores equal those of transformers."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pawl_workers.batch import AttentionShape
+from pawl_workers.kernels.cpu import CpuKernels
+from pawl_workers.model.loading import read_config
+from pawl_workers.worker import Worker, WorkerOptions
+from tests.fakes.families import FAMILIES, Draft, write_checkpoint
+from tests.fakes.logit_runner import LogitRunner
+from tests.fakes.worker_driver import WorkerDriver
+
+TOLERANCE = 1e-4  # of a logit, absolute
+LOSS_TOLERANCE = 1e-5  # nats, the mean over a prompt's tokens
+TIE = 1e-5  # logits this close are equal to float32, and either token is greedy
+NUM_TOKENS = 64
+
+BOUNDED = (Phase.explicit, Phase.reuse, Phase.generate)  # drafts are small as they are: nothing to shrink for minutes
+
+Prompt = list[int]
+
+
+@st.composite
+def prompts(draw: st.DrawFn, draft: Draft) -> Prompt:
+    """Random tokens, longer than a tile of 64 queries, than two blocks and than most windows."""
+    vocab_size = draft.values["vocab_size"]
+    assert isinstance(vocab_size, int)
+    return Random(draw(st.integers(0, 1 << 30))).choices(range(vocab_size), k=draw(st.integers(66, 100)))
+
+
+def kernels_for(folder: Path) -> list[str]:
+    """The backends that serve a checkpoint: compiled ones want even head dimensions."""
+    spec = read_config(folder).spec
+    compiled = CpuKernels.supports(AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim))
+    return ["reference", "onednn", *(["cpu"] if compiled else [])]
+
+
+def reference_logits(model: PreTrainedModel, token_ids: Prompt) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0]
+    return logits
+
+
+def check_logits(name: str, data: st.DataObject) -> None:
+    draft = data.draw(FAMILIES[name])
+    token_ids = data.draw(prompts(draft))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(token_ids) - 1), max_size=4)))
+    chunks = [end - begin for begin, end in zip([0, *cuts], [*cuts, len(token_ids)], strict=True)]
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        wanted = reference_logits(write_checkpoint(folder, draft), token_ids)
+        assert wanted.std(dim=-1).min() > 0.3, "flat logits hide mistakes"
+        assert len(wanted.argmax(dim=-1).unique()) > 5, "every position has the same best token"
+        for kernels in kernels_for(folder):
+            found = LogitRunner(folder, kernels, max_running=1).alone(token_ids, chunks)
+            assert (found - wanted).abs().max() < TOLERANCE, kernels
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=8, phases=BOUNDED)
+@given(data=st.data())
+def test_every_position_equals_transformers(name: str, data: st.DataObject) -> None:
+    """All logits of a prompt, in drawn chunks, on every backend."""
+    check_logits(name, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=200, phases=BOUNDED)
+@given(data=st.data())
+def test_every_position_equals_transformers_at_length(name: str, data: st.DataObject) -> None:
+    """The same over many more configurations."""
+    check_logits(name, data)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=2, phases=BOUNDED)
+@given(data=st.data())
+def test_greedy_tokens_and_scores_equal_transformers(name: str, data: st.DataObject) -> None:
+    """64 tokens, each the best of what transformers computes afresh from all before it, and the prompt's loss."""
+    draft = data.draw(FAMILIES[name])
+    prompt = data.draw(prompts(draft))
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        model = write_checkpoint(folder, draft)
+        with torch.no_grad():
+            inputs = torch.tensor([prompt])
+            loss = float(model(inputs, labels=inputs, use_cache=False).loss)
+        for kernels in kernels_for(folder):
+            driver = WorkerDriver(Worker.load(WorkerOptions(str(folder), kernels=kernels, max_running=1)))
+            generation = driver.start(prompt, prompt_logprobs=0)
+            driver.generate([generation], NUM_TOKENS, chunk=41)
+            logits = reference_logits(model, generation.token_ids[:-1])[len(prompt) - 1 :]
+            chosen = logits.gather(1, torch.tensor(generation.output).unsqueeze(1)).squeeze(1)
+            assert len(generation.output) == NUM_TOKENS
+            assert (logits.amax(dim=-1) - chosen).max() < TIE, kernels
+            scored = [entry.logprob for part in generation.prompt for entry in part.positions]
+            assert len(scored) == len(prompt) - 1
+            assert abs(-sum(scored) / len(scored) - loss) < LOSS_TOLERANCE, kernels
+
+
+@settings(max_examples=5, phases=BOUNDED)
+@given(data=st.data())
+def test_short_contexts_turn_by_the_short_factors(data: st.DataObject) -> None:
+    """A server whose context fits the original one serves long-rope models by their short factors, as transformers."""
+    draft = data.draw(FAMILIES["phi3-longrope"])
+    token_ids = data.draw(prompts(draft))[:48]
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        wanted = reference_logits(write_checkpoint(folder, draft), token_ids)
+        for kernels in kernels_for(folder):
+            runner = LogitRunner(folder, kernels, max_running=1, max_context=48)
+            assert (runner.alone(token_ids) - wanted).abs().max() < TOLERANCE, kernels

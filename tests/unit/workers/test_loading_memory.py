@@ -1,0 +1,80 @@
+"""What loading takes at its worst: the packed weights and the one tensor that is arriving."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pawl_workers.kernels.cpu import CpuKernels
+from pawl_workers.kernels.onednn import OneDnnKernels
+from pawl_workers.model.headers import folder_headers
+from pawl_workers.model.loading import load_weights, plan_reading, read_config
+from pawl_workers.model.weights import Packer, Weights
+from tests.fakes.checkpoints import make_gpt2, make_llama
+
+CPU = torch.device("cpu")
+SLACK_BYTES = 64 << 10  # norms being widened, and what torch keeps of small tensors
+
+
+def peak_of(work: Callable[[], Weights], folder: Path) -> tuple[Weights, int]:
+    """Run it; return the most bytes that torch had given out at once, but for the mapped files of the folder."""
+    mapped = {path.stat().st_size for path in folder.rglob("*.safetensors")}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        made = work()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    changes = sorted(
+        (event["ts"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]" and abs(event["args"]["Bytes"]) not in mapped
+    )
+    live = peak = 0
+    for _, change in changes:
+        live += change
+        peak = max(peak, live)
+    return made, peak
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shard_size", ["5GB", "1MB"])
+def test_no_more_than_packed_weights_and_one_tensor(
+    stored: torch.dtype, tied: bool, shard_size: str, tmp_path: Path
+) -> None:
+    """Six layers, merged projections included; no wider copy is ever made of what is stored in 16 bits.
+
+    Where a file ends amid the parts of a merged projection, those wait beside the tensor that arrives.
+    """
+    folder = make_llama(
+        tmp_path / "model", dtype=stored, max_shard_size=shard_size, num_hidden_layers=6, hidden_size=256,
+        intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=2048,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    config, kernels = read_config(folder), CpuKernels()
+    reading = plan_reading(config, folder_headers(folder))
+    sizes = {name: math.prod(slot.shape) * slot.stored.itemsize for name, slot in reading.slots.items()}
+    waiting = 0 if shard_size == "5GB" else sizes["layers.0.qkv.weight"] + sizes["layers.0.up.weight"]
+    weights, peak = peak_of(
+        lambda: load_weights(config, kernels, CPU, torch.float32, 1 << 40, reading=reading), tmp_path
+    )
+    assert weights.num_bytes <= peak <= weights.num_bytes + max(sizes.values()) + waiting + SLACK_BYTES
+    assert weights.num_bytes == reading.held_bytes(config.spec, kernels, torch.float32)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+@pytest.mark.parametrize("packer", [CpuKernels, OneDnnKernels])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_what_will_be_held_is_known_before_it_is_read(
+    make: Callable[..., Path], packer: Callable[[], Packer], stored: torch.dtype, tmp_path: Path
+) -> None:
+    """From headers alone, to the byte."""
+    config = read_config(make(tmp_path, dtype=stored))
+    reading = plan_reading(config, folder_headers(tmp_path))
+    weights = load_weights(config, packer(), CPU, torch.float32, 1 << 40)
+    assert reading.held_bytes(config.spec, packer(), torch.float32) == weights.num_bytes
+    assert reading.num_parameters == weights.num_parameters

@@ -1,0 +1,50 @@
+"""Headers: which tensors a checkpoint stores, of which shape and type and where, without reading any of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pawl_workers.errors import CheckpointError
+from pawl_workers.model.source import weight_files
+
+__all__ = ["StoredTensor", "folder_headers"]
+
+_MOST_HEADER_BYTES = 1 << 27
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a safetensors file, as the file's header describes it. `kind` is the type's name there."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    num_bytes: int
+
+
+def folder_headers(folder: Path) -> list[StoredTensor]:
+    """Read the headers of a checkpoint's files: file after file, in the order in which the data lies in each.
+
+    Raises:
+        CheckpointError: there are no weights, or a file is broken.
+    """
+    return [tensor for path in weight_files(folder) for tensor in _file_header(path)]
+
+
+def _file_header(path: Path) -> Iterator[StoredTensor]:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < _MOST_HEADER_BYTES else None
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{path}: not a safetensors file")
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+            begin, end = entry["data_offsets"]
+            yield StoredTensor(path, name, tuple(entry["shape"]), entry["dtype"], end - begin)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
