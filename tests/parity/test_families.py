@@ -61,7 +61,7 @@ def check_logits(name: str, data: st.DataObject) -> None:
         folder = Path(made)
         wanted = reference_logits(write_checkpoint(folder, draft), token_ids)
         assert wanted.std(dim=-1).min() > 0.3, "flat logits hide mistakes"
-        assert len(wanted.argmax(dim=-1).unique()) > 5, "every position has the same best token"
+        assert len(set(wanted.argmax(dim=-1).tolist())) > 5, "every position has the same best token"
         for kernels in kernels_for(folder):
             found = LogitRunner(folder, kernels, max_running=1).alone(token_ids, chunks)
             assert (found - wanted).abs().max() < TOLERANCE, kernels
