@@ -14,7 +14,7 @@ from pawl_workers.batch import AttentionShape
 from pawl_workers.forward import forward
 from pawl_workers.kernels import choose_backend
 from pawl_workers.kv_cache import KvCache
-from pawl_workers.model.loading import load_weights, read_config
+from pawl_workers.model.loading import CheckpointConfig, load_weights, read_config
 from pawl_workers.model.rotary import rotary_table
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
 from pawl_workers.prepare import BatchSettings, build_batch
@@ -36,8 +36,9 @@ class LogitRunner:
         max_running: int = 24,
         seed: int = 0,
         max_context: int | None = None,
+        config: CheckpointConfig | None = None,
     ) -> None:
-        config = read_config(folder)
+        config = config or read_config(folder)
         self.spec = spec = config.spec
         device, dtype = torch.device("cpu"), torch.float32
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
@@ -104,6 +105,13 @@ class LogitRunner:
     def blocks(self, row: int) -> tuple[int, ...]:
         """Return the blocks of a row."""
         return tuple(self._table.blocks_of(row).tolist())
+
+    def keys(self, row: int, layer: int, num_tokens: int) -> Tensor:
+        """Return the cached keys of a row's first tokens in one layer, [tokens, K, head_dim]."""
+        blocks = self.cache[layer].keys[list(self.blocks(row))]  # [blocks, K, block_size, head_dim]
+        if self.kernels.name == "cpu":  # whose keys lie transposed in a block, padded
+            blocks = blocks.transpose(2, 3)[..., : self.spec.head_dim]
+        return blocks.transpose(1, 2).flatten(0, 1)[:num_tokens]
 
     def step(self, grants: Mapping[int, int]) -> dict[int, Tensor]:
         """Compute the next tokens of some rows and return their logits, [tokens, V], by row."""

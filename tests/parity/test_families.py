@@ -19,6 +19,7 @@ from pawl_workers.model.loading import read_config
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.families import FAMILIES, Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner
+from tests.fakes.reference_trace import explain_mismatch
 from tests.fakes.worker_driver import WorkerDriver
 
 TOLERANCE = 1e-4  # of a logit, absolute
@@ -59,12 +60,14 @@ def check_logits(name: str, data: st.DataObject) -> None:
     chunks = [end - begin for begin, end in zip([0, *cuts], [*cuts, len(token_ids)], strict=True)]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        wanted = reference_logits(write_checkpoint(folder, draft), token_ids)
+        model = write_checkpoint(folder, draft)
+        wanted = reference_logits(model, token_ids)
         assert wanted.std(dim=-1).min() > 0.3, "flat logits hide mistakes"
         assert len(set(wanted.argmax(dim=-1).tolist())) > 5, "every position has the same best token"
         for kernels in kernels_for(folder):
-            found = LogitRunner(folder, kernels, max_running=1).alone(token_ids, chunks)
-            assert (found - wanted).abs().max() < TOLERANCE, kernels
+            runner = LogitRunner(folder, kernels, max_running=1)
+            found = runner.alone(token_ids, chunks)
+            assert (found - wanted).abs().max() < TOLERANCE, explain_mismatch(runner, model, token_ids)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -104,7 +107,10 @@ def test_greedy_tokens_and_scores_equal_transformers(name: str, data: st.DataObj
             logits = reference_logits(model, generation.token_ids[:-1])[len(prompt) - 1 :]
             chosen = logits.gather(1, torch.tensor(generation.output).unsqueeze(1)).squeeze(1)
             assert len(generation.output) == NUM_TOKENS
-            assert (logits.amax(dim=-1) - chosen).max() < TIE, kernels
+            if (logits.amax(dim=-1) - chosen).max() > TIE:
+                pytest.fail(
+                    explain_mismatch(LogitRunner(folder, kernels, max_running=1), model, generation.token_ids[:-1])
+                )
             scored = [entry.logprob for part in generation.prompt for entry in part.positions]
             assert len(scored) == len(prompt) - 1
             assert abs(-sum(scored) / len(scored) - loss) < LOSS_TOLERANCE, kernels

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests.fakes.checkpoints import NAMED, load_reference
 from tests.fakes.logit_runner import LogitRunner
+from tests.fakes.reference_trace import explain_mismatch
 
 TOLERANCE = 1e-4
 Checkpoint = Callable[[str], Path]
@@ -30,7 +32,7 @@ def random_chunks(seed: int, length: int) -> list[int]:
     return chunks
 
 
-def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> Tensor:
+def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(torch.tensor([token_ids])).logits[0]
     return logits
@@ -45,7 +47,8 @@ def test_every_position_equals_transformers(checkpoint: Checkpoint, name: str, k
     for seed in range(2):
         token_ids = random_tokens(seed, 150 + 7 * seed)
         found = runner.alone(token_ids, random_chunks(seed, len(token_ids)))
-        assert (found - reference_logits(model, token_ids)).abs().max() < TOLERANCE
+        worst = (found - reference_logits(model, token_ids)).abs().max()
+        assert worst < TOLERANCE, explain_mismatch(runner, model, token_ids)
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "onednn", "reference"])
