@@ -1,0 +1,174 @@
+"""`python -m pawl_loadtest.scheduler_bench`: what the scheduler costs a step, without a model.
+
+Fills the scheduler with sequences that decode, answers each plan with a token per row, and times plan, wire form,
+launch and commit of the steps in which everybody decodes. Block boundaries are staggered by the lengths of the
+prompts, so blocks are taken and prefixes published as in service. Cases are run in turn, several rounds; a line gives
+the median of all steps, the spread of the rounds' medians, and the 99th percentile. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pawl_server.kv.block_hash import CacheRoot
+from pawl_server.scheduler.admission import SchedulerLimits
+from pawl_server.scheduler.committer import commit, launch
+from pawl_server.scheduler.planner import plan_step
+from pawl_server.scheduler.sequence import SequenceRequest
+from pawl_server.scheduler.state import SchedulerState
+from pawl_workers.plan import SamplingSpec, StepPlan, StepResult
+
+__all__ = ["CASES", "Case", "Trace", "decode_steps", "main"]
+
+BLOCK_SIZE = 16
+_EOS = 2
+_TOKEN = 7  # what the stub samples: never the end
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Sequences that run, and sequences that wait behind them."""
+
+    running: int
+    waiting: int
+
+
+CASES = (Case(64, 0), Case(256, 0), Case(1024, 0), Case(256, 1_000), Case(256, 100_000))
+GOALS_US = {64: 150, 256: 300, 1024: 1000}
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Prompts of a case: lengths spread over two blocks, random tokens, the same for everybody who is measured."""
+
+    case: Case
+    seed: int = 1
+
+    def prompts(self) -> Iterator[list[int]]:
+        """One prompt for each sequence."""
+        draw = random.Random(self.seed)  # noqa: S311 (a seeded trace, not a secret)
+        for _ in range(self.case.running + self.case.waiting):
+            yield [draw.randrange(1000) for _ in range(draw.randint(BLOCK_SIZE, 3 * BLOCK_SIZE))]
+
+
+@dataclass(slots=True)
+class _Stub:
+    """A worker without a model: a token for each row that has reached its end."""
+
+    behind: dict[int, int] = field(default_factory=dict)  # tokens not computed, by row
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for new in plan.new:
+            self.behind[new.row] = len(new.token_ids) - new.num_computed
+        rows = []
+        for row, count in zip(plan.rows, plan.num_tokens, strict=True):
+            self.behind[row] -= count
+            if not self.behind[row]:
+                self.behind[row] = 1
+                rows.append(row)
+        return StepResult(plan.step, plan.epoch, rows, [_TOKEN] * len(rows), [], [], [], 0.0, 0.0, 0.0)
+
+
+def decode_steps(trace: Trace, num_steps: int) -> list[float]:
+    """Seconds of plan, wire form, launch and commit of each step in which everybody decodes.
+
+    Raises:
+        RuntimeError: a sequence is refused, or not everybody gets to run.
+    """
+    case = trace.case
+    most_tokens = 4 * BLOCK_SIZE + num_steps
+    limits = SchedulerLimits(
+        num_blocks=case.running * (most_tokens // BLOCK_SIZE + 2) + 64, block_size=BLOCK_SIZE,
+        max_running=case.running, max_batch_tokens=case.running + 4096, max_context=2 * most_tokens,
+        max_prefill_chunk=512, max_partial_prefills=case.running, max_waiting=case.running + case.waiting,
+    )  # fmt: skip
+    state = SchedulerState(limits, CacheRoot("bench", "float32", BLOCK_SIZE))
+    for number, prompt in enumerate(trace.prompts()):
+        request = SequenceRequest(
+            handle=(1, number), request_id=str(number), prompt_ids=prompt, sampling=SamplingSpec(),
+            max_output_tokens=most_tokens, cache_key=b"bench", eos_token_ids=frozenset({_EOS}),
+        )  # fmt: skip
+        refusal = state.submit(request, 0.0)
+        if refusal is not None:
+            raise RuntimeError(refusal.message)
+    stub = _Stub()
+    seconds: list[float] = []
+    gc.collect()
+    gc.freeze()
+    try:
+        while len(seconds) < num_steps:
+            begin = time.perf_counter()
+            plan = plan_step(state, limits, 0.0)
+            if plan is None:
+                raise RuntimeError(f"nothing to plan with {len(state.running)} of {case.running} running")
+            wire = plan.wire()
+            launch(state, plan)
+            launched = time.perf_counter()
+            result = stub.execute(wire)
+            answered = time.perf_counter()
+            commit(state, plan, result, 0.0)
+            end = time.perf_counter()
+            if plan.num_decodes == case.running:
+                seconds.append(end - answered + launched - begin)
+    finally:
+        gc.unfreeze()
+    return seconds
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Steps of one case, by round, in microseconds."""
+
+    case: Case
+    rounds: list[list[float]] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Over all steps."""
+        return statistics.median(step for steps in self.rounds for step in steps)
+
+    def line(self) -> str:
+        """One row of the table."""
+        medians = [statistics.median(steps) for steps in self.rounds]
+        every = sorted(step for steps in self.rounds for step in steps)
+        goal = GOALS_US[self.case.running]
+        return (
+            f"{self.case.running:>8}{self.case.waiting:>9}{self.median:>10.0f}"
+            f"{f'{min(medians):.0f}-{max(medians):.0f}':>14}{every[int(0.99 * len(every))]:>8.0f}{goal:>7}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; exit code 1 when a median misses its goal."""
+    parser = argparse.ArgumentParser("python -m pawl_loadtest.scheduler_bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200, help="measured steps of a round")
+    parser.add_argument("--running", type=int, nargs="*", help="only the cases with so many running")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args(arguments)
+    cases = [case for case in CASES if not options.running or case.running in options.running]
+    outcomes = [Outcome(case) for case in cases]
+    for _ in range(options.rounds):
+        for outcome in outcomes:
+            outcome.rounds.append([1e6 * step for step in decode_steps(Trace(outcome.case), options.steps)])
+    sys.stdout.write(
+        f"a decode step without a model, {options.rounds} rounds of {options.steps} steps, microseconds\n"
+        f"{'running':>8}{'waiting':>9}{'median':>10}{'of rounds':>14}{'p99':>8}{'goal':>7}\n"
+    )
+    sys.stdout.write("".join(outcome.line() + "\n" for outcome in outcomes))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes]) + "\n", encoding="utf-8")
+    return 0 if all(outcome.median <= GOALS_US[outcome.case.running] for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
