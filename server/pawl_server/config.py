@@ -60,6 +60,9 @@ class EngineSettings:
     max_batch_tokens: int = _setting(512, "most tokens computed in a step", common=True)
     max_prefill_chunk: int = _setting(256, "most prompt tokens of one sequence in a step")
     max_partial_prefills: int = _setting(4, "most sequences in mid-prompt at once")
+    target_gap_s: float = _setting(
+        0.0, "time between the tokens of a stream that prompts beside it should not exceed; 0 = no target"
+    )
     max_waiting: int = _setting(4096, "most sequences waiting inside a replica")
     num_blocks: int = _setting(0, "KV blocks; 0 = what kv_memory_fraction gives", common=True)
     kv_memory_fraction: float = _setting(0.25, "share of the free memory for the KV cache, (0, 0.95]", common=True)

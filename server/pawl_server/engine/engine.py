@@ -27,6 +27,7 @@ from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.metrics import EngineMetrics, MetricsServer, serve_metrics
 from pawl_server.scheduler.admission import SchedulerLimits
+from pawl_server.scheduler.budget import StepBudget
 from pawl_server.scheduler.state import SchedulerState
 
 __all__ = ["Engine", "Progress"]
@@ -129,6 +130,7 @@ class Engine:
             self._executor,
             self._watchdog,
             meter,
+            budget=StepBudget(spec.engine.target_gap_s) if spec.engine.target_gap_s > 0 else None,
             check_every=spec.engine.check_every,
         )
         service = EngineService(self._loop, _welcome(spec, facts, limits), spec.heartbeat_timeout_s)

@@ -27,6 +27,7 @@ from pawl_server.engine.watchdog import Watchdog
 from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.block_pool import PoolError
 from pawl_server.scheduler.admission import Refusal, SchedulerLimits
+from pawl_server.scheduler.budget import StepBudget
 from pawl_server.scheduler.committer import Committed, commit, launch, void
 from pawl_server.scheduler.invariants import InvariantError, check_invariants
 from pawl_server.scheduler.planner import Plan, plan_step
@@ -57,6 +58,7 @@ class EngineLoop:
         executor: computes steps.
         watchdog: watches over each of them.
         meter: is told of each of them.
+        budget: how many prompt tokens a step takes beside decodes; None = as many as `limits` allow.
         clock: monotonic seconds.
         check_every: check the scheduler's invariants every n steps; 0 = never.
     """
@@ -69,6 +71,7 @@ class EngineLoop:
         watchdog: Watchdog,
         meter: Meter,
         *,
+        budget: StepBudget | None = None,
         clock: Callable[[], float] = time.monotonic,
         check_every: int = 0,
     ) -> None:
@@ -77,6 +80,7 @@ class EngineLoop:
         self.executor = executor
         self.watchdog = watchdog
         self.meter = meter
+        self.budget = budget
         self.clock = clock
         self.num_steps = 0  # committed, over all epochs
         self._check_every = check_every
@@ -117,7 +121,7 @@ class EngineLoop:
         """One click of the ratchet; waits for work when there is none."""
         self._drain()
         planned_at = self.clock()
-        plan = plan_step(self.state, self._step_limits(), now=planned_at)
+        plan = plan_step(self.state, self._step_limits(), planned_at, self.budget)
         if plan is None:
             await self._wait_for_work()
             return
@@ -252,6 +256,8 @@ class EngineLoop:
                 log.exception("after step %d the scheduler contradicts itself", self.num_steps)
         now = self.clock()
         worker_s = result.prepare_s + result.forward_s + result.sample_s
+        if self.budget is not None:
+            self.budget.observe(plan.num_tokens, plan.num_pairs, worker_s)
         self.meter.step(
             StepRecord(
                 kind=plan.kind,

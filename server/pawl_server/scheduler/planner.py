@@ -15,6 +15,7 @@ import numpy as np
 
 from pawl_server.kv.draft import BlockDraft
 from pawl_server.scheduler.admission import SchedulerLimits, blocks_for
+from pawl_server.scheduler.budget import StepBudget
 from pawl_server.scheduler.preemption import victims_in_order
 from pawl_server.scheduler.queues import Cursor
 from pawl_server.scheduler.sequence import SequenceRequest, SequenceState
@@ -52,6 +53,8 @@ class Plan:
         victims: sequences that lose their KV.
         bypassed: waiting sequences that did not fit, each with the number of admissions planned before it.
         num_decodes: of `rows`, those that compute one token and sample.
+        num_pairs: (query, key) pairs of the step's attention.
+        budget: tokens that the step may still take.
     """
 
     step: int
@@ -62,6 +65,7 @@ class Plan:
     rows: IntArray = field(default_factory=lambda: _NO_ROWS)
     grants: IntArray = field(default_factory=lambda: _NO_ROWS)
     num_decodes: int = 0
+    num_pairs: int = 0
     append_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
     victims: list[SequenceState] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
@@ -119,15 +123,23 @@ def _new_sequence(admission: Admission) -> NewSequence:
     )
 
 
-def plan_step(state: SchedulerState, limits: SchedulerLimits, now: float) -> Plan | None:
+def plan_step(
+    state: SchedulerState, limits: SchedulerLimits, now: float, budget: StepBudget | None = None
+) -> Plan | None:
     """Plan the next step; None when there is nothing to compute, or nothing before the steps in flight are settled.
 
     Preempts only what it must: first for decodes; and when nobody at all could go on, until the oldest of the
     highest class can.
+
+    Args:
+        state: read, not written.
+        limits: what the step may hold.
+        now: seconds.
+        budget: how many prompt tokens may stand beside decodes; None = as many as `limits` allow.
     """
     forced: list[SequenceState] = []
     while True:
-        plan = _attempt(state, limits, now, forced)
+        plan = _attempt(state, limits, now, budget, forced)
         if plan.num_sequences:
             return plan
         if state.ledger:
@@ -140,7 +152,13 @@ def plan_step(state: SchedulerState, limits: SchedulerLimits, now: float) -> Pla
         forced = [*plan.victims, state.slots.owner(order[0])]
 
 
-def _attempt(state: SchedulerState, limits: SchedulerLimits, now: float, forced: Sequence[SequenceState]) -> Plan:
+def _attempt(
+    state: SchedulerState,
+    limits: SchedulerLimits,
+    now: float,
+    budget: StepBudget | None,
+    forced: Sequence[SequenceState],
+) -> Plan:
     freed = list(state.rows_to_free)
     plan = Plan(
         step=state.step + 1,
@@ -158,7 +176,13 @@ def _attempt(state: SchedulerState, limits: SchedulerLimits, now: float, forced:
         _preempt(plan, victim, want)
     decodes = want == 1
     _grant_decodes(plan, slots, want, decodes)
-    partial = _grant_prefills(plan, slots, limits, np.flatnonzero(want > 1))
+    behind = np.flatnonzero(want > 1)
+    if len(behind) > 1:
+        behind = behind[np.lexsort((slots.order[behind], -slots.level[behind]))]
+    if budget is not None:
+        context = int(slots.planned[behind[0]]) if len(behind) else 0
+        plan.budget = budget.prompt_tokens(plan.num_decodes, plan.num_pairs, context, plan.budget)
+    partial = _grant_prefills(plan, slots, limits, behind)
     if not plan.victims and len(state.queue) and plan.budget > 0 and plan.free_rows:
         with state.queue.cursor() as cursor:
             _admit(plan, state, limits, cursor, partial)
@@ -194,7 +218,13 @@ def _grant_decodes(plan: Plan, slots: SlotTable, want: IntArray, decodes: BoolAr
     plan.rows = np.flatnonzero(decodes)
     plan.num_decodes = len(plan.rows)
     plan.grants = np.ones(plan.num_decodes, dtype=np.int64)
+    plan.num_pairs = int(slots.planned[plan.rows].sum()) + plan.num_decodes
     plan.budget -= plan.num_decodes
+
+
+def _pairs(context: int, num_tokens: int) -> int:
+    """(Query, key) pairs of tokens that stand after `context` others."""
+    return num_tokens * context + num_tokens * (num_tokens + 1) // 2
 
 
 @dataclass(slots=True)
@@ -206,11 +236,11 @@ class _Partial:
 
 
 def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows: IntArray) -> _Partial:
-    """A chunk for each that is in mid-prompt, oldest of the highest class first, as far as budget and blocks go."""
+    """A chunk for each that is in mid-prompt, in the order given, as far as budget and blocks go."""
     partial = _Partial()
     granted: list[tuple[int, int]] = []
     size = limits.block_size
-    for row in rows[np.lexsort((slots.order[rows], -slots.level[rows]))].tolist() if len(rows) else ():
+    for row in rows.tolist():
         planned, capacity = int(slots.planned[row]), int(slots.capacity[row])
         want = int(slots.expected[row]) - planned
         room = capacity + plan.draft.num_available * size - planned
@@ -223,6 +253,7 @@ def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows:
         else:
             granted.append((row, chunk))
             plan.budget -= chunk
+            plan.num_pairs += _pairs(planned, chunk)
         if blocks:
             plan.append_blocks.append((row, blocks))
         if chunk < want:
@@ -280,3 +311,4 @@ def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: C
         plan.admissions.append(Admission(sequence, plan.free_rows.pop(), hits, blocks, chunk, computed, price))
         cursor.charge(sequence, price)
         plan.budget -= chunk
+        plan.num_pairs += _pairs(computed, chunk)
