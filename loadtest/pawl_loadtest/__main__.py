@@ -11,12 +11,12 @@ from pathlib import Path
 
 from pawl import AsyncClient, PawlError
 from pawl_loadtest.arguments import positive
-from pawl_loadtest.arrivals import parse_arrivals
-from pawl_loadtest.lengths import WORKLOADS, Lognormal, Workload
 from pawl_loadtest.measure import summarize
 from pawl_loadtest.prompts import PromptSource
 from pawl_loadtest.report import as_json, as_table
 from pawl_loadtest.runner import Job, run_jobs
+from pawl_server.sim.arrivals import parse_arrivals
+from pawl_server.sim.lengths import WORKLOADS, Lognormal, Workload
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,9 +33,9 @@ from locust import User, constant, events, stats, task  # noqa: E402
 from locust.runners import WorkerRunner  # noqa: E402
 
 from pawl import Client, Delta, PawlError, Stop  # noqa: E402
-from pawl_loadtest.arrivals import parse_arrivals  # noqa: E402
 from pawl_loadtest.measure import Record  # noqa: E402
 from pawl_loadtest.prompts import PromptSource  # noqa: E402
+from pawl_server.sim.arrivals import parse_arrivals  # noqa: E402
 
 _numbers = itertools.count()
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pawl_loadtest.arrivals import Arrivals, parse_arrivals
-from pawl_loadtest.lengths import WORKLOADS, Lognormal
 from pawl_loadtest.measure import Record, percentile, summarize
 from pawl_loadtest.report import as_json, as_table
+from pawl_server.sim.arrivals import Arrivals, parse_arrivals
+from pawl_server.sim.lengths import WORKLOADS, Lognormal
 
 
 @pytest.mark.parametrize("variation", [0.5, 1.0, 3.0])

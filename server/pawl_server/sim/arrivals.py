@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Arrivals", "gamma_arrivals", "parse_arrivals", "poisson_arrivals"]
+__all__ = ["Arrivals", "OnOff", "gamma_arrivals", "parse_arrivals", "poisson_arrivals"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,36 @@ class Arrivals:
     def split(self, workers: int, index: int) -> Arrivals:
         """The share of one of several load generators; Poisson shares add up to the whole process."""
         return Arrivals(self.rate / workers, self.variation, seed=self.seed * 1009 + index + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class OnOff:
+    """A Poisson process that is switched on and off: exponential spells with these means, in seconds.
+
+    `rate` is the mean over both; while it is on, arrivals come at `rate * (on_s + off_s) / on_s` per second.
+    """
+
+    rate: float
+    on_s: float
+    off_s: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.rate, self.on_s, self.off_s) <= 0:
+            raise ValueError(f"rate = {self.rate}, on_s = {self.on_s}, off_s = {self.off_s}: must be above 0")
+
+    def due_times(self) -> Iterator[float]:
+        """Seconds after the start at which each request is due; endless, never falling."""
+        draw = random.Random(self.seed)  # noqa: S311 (a schedule, not a secret)
+        rate_on = self.rate * (self.on_s + self.off_s) / self.on_s
+        begins = 0.0
+        while True:
+            ends = begins + draw.expovariate(1 / self.on_s)
+            due = begins + draw.expovariate(rate_on)
+            while due < ends:
+                yield due
+                due += draw.expovariate(rate_on)
+            begins = ends + draw.expovariate(1 / self.off_s)
 
 
 def poisson_arrivals(rate: float, seed: int = 0) -> Arrivals:
