@@ -55,6 +55,7 @@ def plan_memory(
     num_blocks: int | None,
     kv_bytes: int | None,
     memory_fraction: float,
+    most_kv_bytes: int | None = None,
 ) -> MemoryPlan:
     """Decide how many KV blocks there are.
 
@@ -67,22 +68,47 @@ def plan_memory(
         num_blocks: the number wanted, if it was given.
         kv_bytes: the bytes wanted for KV, if they were given.
         memory_fraction: else the share of what remains for KV.
+        most_kv_bytes: bounds that share.
 
     Raises:
         OutOfMemoryError: not even one block fits, or what was asked for does not.
     """
     remaining = available - weights - activations
     if num_blocks is None:
-        budget = kv_bytes if kv_bytes is not None else int(remaining * memory_fraction)
+        budget = int(remaining * memory_fraction) if kv_bytes is None else kv_bytes
+        if kv_bytes is None and most_kv_bytes is not None:
+            budget = min(budget, most_kv_bytes)
         num_blocks = budget // block_bytes - 1  # one for the null block
         if kv_bytes is None:
             num_blocks = min(num_blocks, most_blocks)
     used = (num_blocks + 1) * block_bytes
     if num_blocks < 1 or used > remaining:
+        least = (max(num_blocks, 1) + 1) * block_bytes
         raise OutOfMemoryError(
-            f"{available / 1e9:.2f} GB is available; the weights take {weights / 1e9:.2f} GB, a step "
-            f"{activations / 1e9:.2f} GB, which leaves {max(remaining, 0) / 1e9:.2f} GB for KV blocks of "
-            f"{block_bytes / 1e6:.2f} MB; {max(num_blocks, 1)} and the null block do not fit. "
-            "Lower num_blocks or kv_bytes, raise memory_fraction, or lower max_batch_tokens"
+            f"weights {_size(weights)} + activations of a step {_size(activations)} + KV {_size(least)} "
+            f"({max(num_blocks, 1)} and the null block of {_size(block_bytes)}) = "
+            f"{_size(weights + activations + least)} do not fit into {_size(available)}"
+            f"{_share(remaining, memory_fraction, kv_bytes)}. "
+            f"{_remedy(weights, activations, 2 * block_bytes, available)}"
         )
     return MemoryPlan(weights, activations, used, remaining - used, num_blocks)
+
+
+def _share(remaining: int, memory_fraction: float, kv_bytes: int | None) -> str:
+    """What KV may have, where that is less than what is left."""
+    if kv_bytes is not None:
+        return f" of memory, with kv_bytes {_size(kv_bytes)}"
+    rest = f", where KV may take {memory_fraction:g} of what weights and activations leave" if remaining > 0 else ""
+    return f" of memory{rest}"
+
+
+def _remedy(weights: int, activations: int, least_kv: int, available: int) -> str:
+    if weights >= available:
+        return "Use a smaller model, one stored in 16 bits, or a machine or memory limit with more"
+    if weights + activations + least_kv > available:
+        return "Lower max_batch_tokens or max_running, or raise the memory limit"
+    return "Lower num_blocks, or raise kv_bytes or the memory fraction of KV"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

@@ -7,7 +7,6 @@ scheduler can send every sequence again.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,48 +14,28 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pawl_workers.batch import AttentionShape, IntArray
-from pawl_workers.errors import PlanError, WorkerError
+from pawl_workers.batch import IntArray
+from pawl_workers.errors import PlanError
 from pawl_workers.forward import StepOutput, forward
 from pawl_workers.host_cache import HostCache
-from pawl_workers.kernels import Kernels, choose_backend
 from pawl_workers.kv_cache import KvCache
-from pawl_workers.memory import MemoryPlan, activation_bytes, available_bytes, plan_memory
-from pawl_workers.model.loading import CheckpointConfig, load_weights, read_config
+from pawl_workers.memory import MemoryPlan
+from pawl_workers.model.loading import load_weights
 from pawl_workers.model.rotary import rotary_table
-from pawl_workers.model.source import checkpoint_revision, resolve_checkpoint
+from pawl_workers.model.source import checkpoint_revision
 from pawl_workers.model.weights import Weights
+from pawl_workers.options import WorkerOptions
 from pawl_workers.parallel import set_num_threads
 from pawl_workers.plan import RowFailure, StepPlan, StepResult
 from pawl_workers.prepare import BatchSettings, build_batch
 from pawl_workers.rows import RowTable
 from pawl_workers.self_test import SelfTest, run_self_test
+from pawl_workers.start_plan import StartPlan, plan_start
 
 __all__ = ["Progress", "Worker", "WorkerFacts", "WorkerOptions"]
 
 Progress = Callable[[str, float, float], None]
 """Called with a phase (`weights` or `memory`), bytes done and bytes in all."""
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
-    """What a worker is started with."""
-
-    model: str  # a folder, a hub id, or `demo`
-    device: str = "cpu"
-    dtype: str = "auto"  # auto: float32 on cpu, bfloat16 on cuda
-    kernels: str = "auto"
-    num_threads: int = 1
-    max_context: int | None = None  # None: the model's
-    max_running: int = 64  # rows
-    max_batch_tokens: int = 512
-    num_blocks: int | None = None  # None: from kv_bytes or memory_fraction
-    memory_fraction: float = 0.5  # share of the memory left beside weights and activations that KV may take
-    kv_bytes: int | None = None
-    host_kv_bytes: int = 0  # second tier of KV blocks in host memory; 0 = none
-    revision: str | None = None  # of a hub id
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +70,18 @@ class Worker:
 
     def __init__(
         self,
-        options: WorkerOptions,
-        config: CheckpointConfig,
+        plan: StartPlan,
         weights: Weights,
-        kernels: Kernels,
         facts: WorkerFacts,
         settings: BatchSettings,
     ) -> None:
         self.facts = facts
-        self._options, self._config, self._weights, self._settings = options, config, weights, settings
-        device, dtype = settings.device, settings.dtype
+        self._config, self._weights, self._settings = plan.config, weights, settings
         with torch.inference_mode():
-            self._cache = KvCache.allocate(weights.spec, kernels, facts.num_blocks, device, dtype)
-            self._host = HostCache(self._cache, facts.num_host_blocks, device, dtype)
+            self._cache = KvCache.allocate(
+                weights.spec, settings.kernels, facts.num_blocks, settings.device, settings.dtype
+            )
+            self._host = HostCache(self._cache, facts.num_host_blocks, settings.device, settings.dtype)
             if facts.num_host_blocks:
                 fixed_s, block_s = self._host.measure(facts.num_blocks)
                 self.facts = dataclasses.replace(facts, restore_fixed_s=fixed_s, restore_block_s=block_s)
@@ -133,47 +111,28 @@ class Worker:
         started = time.perf_counter()
         report = on_progress or (lambda phase, done, total: None)
         set_num_threads(options.num_threads)
-        device, dtype = _device(options.device), _dtype(options)
-        config = read_config(resolve_checkpoint(options.model, options.revision))
-        spec = config.spec
-        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        kernels = choose_backend(device, dtype, shape, options.kernels)
-        element_bytes = torch.empty(0, dtype=dtype).element_size()
-        available = available_bytes(device)
+        plan = plan_start(options)
+        plan.divide_memory()  # refuses what cannot fit before anything is read
         with torch.inference_mode():
             weights = load_weights(
-                config,
-                kernels,
-                device,
-                dtype,
-                available,
+                plan.config,
+                plan.kernels,
+                plan.device,
+                plan.dtype,
+                plan.available_bytes,
                 lambda done, total: report("weights", done, total),
+                reading=plan.reading,
             )
-        max_context = min(spec.max_context, options.max_context or spec.max_context)
-        per_sequence = -(-max_context // kernels.block_size)
-        activations = activation_bytes(spec, options.max_batch_tokens, options.max_running, element_bytes)
-        block_bytes = spec.num_layers * element_bytes * sum(map(math.prod, kernels.cache_shapes(1, shape)))
-        memory = plan_memory(
-            available=available,
-            weights=weights.num_bytes,
-            activations=activations,
-            block_bytes=block_bytes,
-            most_blocks=options.max_running * per_sequence,
-            num_blocks=options.num_blocks,
-            kv_bytes=options.kv_bytes,
-            memory_fraction=options.memory_fraction,
-        )
+        memory = plan.divide_memory(weights.num_bytes)
         settings = BatchSettings(
-            kernels=kernels,
-            shape=shape,
-            rotaries=tuple(rotary_table(rotary, max_context, device) for rotary in spec.rotaries),
-            device=device,
-            dtype=dtype,
+            kernels=plan.kernels,
+            shape=plan.shape,
+            rotaries=tuple(rotary_table(rotary, plan.max_context, plan.device) for rotary in weights.spec.rotaries),
+            device=plan.device,
+            dtype=plan.dtype,
         )
-        facts = _facts(
-            options, config, weights, memory, settings, max_context, options.host_kv_bytes // block_bytes, started
-        )
-        worker = cls(options, config, weights, kernels, facts, settings)
+        facts = _facts(plan, weights, memory, started)
+        worker = cls(plan, weights, facts, settings)
         report("memory", float(memory.kv_bytes), float(memory.kv_bytes))
         return worker
 
@@ -289,55 +248,27 @@ class Worker:
             self.reset(epoch)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise WorkerError(f"there is no device {name!r}; known: cpu, cuda, cuda:N") from error
-    if device.type not in {"cpu", "cuda"}:
-        raise WorkerError(f"device {name!r} is not supported; known: cpu, cuda, cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise WorkerError("this torch finds no CUDA device; use --device cpu")
-    return device
-
-
-def _dtype(options: WorkerOptions) -> torch.dtype:
-    if options.dtype == "auto":
-        return torch.float32 if options.device == "cpu" else torch.bfloat16
-    if options.dtype not in _DTYPES:
-        raise WorkerError(f"dtype {options.dtype!r} is not supported; known: auto, {', '.join(_DTYPES)}")
-    return _DTYPES[options.dtype]
-
-
-def _facts(
-    options: WorkerOptions,
-    config: CheckpointConfig,
-    weights: Weights,
-    memory: MemoryPlan,
-    settings: BatchSettings,
-    max_context: int,
-    num_host_blocks: int,
-    started: float,
-) -> WorkerFacts:
+def _facts(plan: StartPlan, weights: Weights, memory: MemoryPlan, started: float) -> WorkerFacts:
+    options = plan.options
     return WorkerFacts(
-        architectures=config.architectures,
+        architectures=plan.config.architectures,
         vocab_size=weights.spec.vocab_size,
-        max_context=max_context,
-        eos_token_ids=config.eos_token_ids,
-        data_type=str(settings.dtype).removeprefix("torch."),
-        revision=checkpoint_revision(config.folder),
-        block_size=settings.kernels.block_size,
+        max_context=plan.max_context,
+        eos_token_ids=plan.config.eos_token_ids,
+        data_type=str(plan.dtype).removeprefix("torch."),
+        revision=checkpoint_revision(plan.config.folder),
+        block_size=plan.kernels.block_size,
         num_blocks=memory.num_blocks,
         weight_bytes=memory.weight_bytes,
         kv_bytes=memory.kv_bytes,
         activation_bytes=memory.activation_bytes,
         num_parameters=weights.num_parameters,
-        kernels=settings.kernels.name,
-        device=str(settings.device),
+        kernels=plan.kernels.name,
+        device=str(plan.device),
         num_threads=options.num_threads,
         max_running=options.max_running,
         max_batch_tokens=options.max_batch_tokens,
-        num_host_blocks=num_host_blocks,
+        num_host_blocks=options.host_kv_bytes // plan.block_bytes,
         restore_fixed_s=0.0,
         restore_block_s=0.0,
         load_s=time.perf_counter() - started,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from pawl_server.config import EngineSettings, ModelSettings
 from pawl_server.engine.executor import EngineWorker
 from pawl_server.engine.spec import EngineSpec
 
-__all__ = ["LoadProgress", "LoadWorker", "load_torch_worker"]
+if TYPE_CHECKING:
+    from pawl_workers.options import WorkerOptions
+
+__all__ = ["LoadProgress", "LoadWorker", "load_torch_worker", "worker_options"]
 
 LoadProgress = Callable[[str, int, int], None]  # phase, done, total
 LoadWorker = Callable[[EngineSpec, LoadProgress], EngineWorker]
@@ -25,27 +30,30 @@ def load_torch_worker(spec: EngineSpec, on_progress: LoadProgress) -> EngineWork
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # but not so soon asleep as to miss the next layer
+    from pawl_workers.worker import Worker  # noqa: PLC0415 (imports torch)
+
+    options = worker_options(spec.model, spec.engine, num_threads)
+    return Worker.load(options, lambda phase, done, total: on_progress(phase, int(done), int(total)))
+
+
+def worker_options(model: ModelSettings, engine: EngineSettings, num_threads: int) -> WorkerOptions:
+    """What settings mean to a worker on this machine."""
     import torch  # noqa: PLC0415 (heavy)
 
-    from pawl_workers.memory import available_bytes  # noqa: PLC0415 (imports torch)
-    from pawl_workers.worker import Worker, WorkerOptions  # noqa: PLC0415 (imports torch)
+    from pawl_workers.options import WorkerOptions  # noqa: PLC0415 (imports torch)
 
-    cuda = spec.model.device == "cuda" or (spec.model.device == "auto" and torch.cuda.is_available())
-    fraction, most = spec.engine.kv_memory_fraction, spec.engine.kv_max_bytes
-    if most:
-        # The share is of what weights and activations leave, which is less: so this is at most `most` bytes.
-        fraction = min(fraction, most / available_bytes(torch.device("cuda" if cuda else "cpu")))
-    options = WorkerOptions(
-        model=spec.model.model,
-        revision=spec.model.revision or None,
+    cuda = model.device == "cuda" or (model.device == "auto" and torch.cuda.is_available())
+    return WorkerOptions(
+        model=model.model,
+        revision=model.revision or None,
         device="cuda" if cuda else "cpu",
-        dtype=spec.model.dtype,
-        kernels=spec.model.kernels,
+        dtype=model.dtype,
+        kernels=model.kernels,
         num_threads=num_threads,
-        max_context=spec.model.max_context or None,
-        max_running=spec.engine.max_running,
-        max_batch_tokens=spec.engine.max_batch_tokens,
-        num_blocks=spec.engine.num_blocks or None,
-        memory_fraction=fraction,
+        max_context=model.max_context or None,
+        max_running=engine.max_running,
+        max_batch_tokens=engine.max_batch_tokens,
+        num_blocks=engine.num_blocks or None,
+        memory_fraction=engine.kv_memory_fraction,
+        most_kv_bytes=engine.kv_max_bytes or None,
     )
-    return Worker.load(options, lambda phase, done, total: on_progress(phase, int(done), int(total)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from pawl_workers.errors import CheckpointError
 from pawl_workers.model.source import weight_files
 
-__all__ = ["StoredTensor", "folder_headers"]
+__all__ = ["StoredTensor", "folder_headers", "hub_headers"]
 
 _MOST_HEADER_BYTES = 1 << 27
 
@@ -33,6 +33,31 @@ def folder_headers(folder: Path) -> list[StoredTensor]:
         CheckpointError: there are no weights, or a file is broken.
     """
     return [tensor for path in weight_files(folder) for tensor in _file_header(path)]
+
+
+def hub_headers(model: str, revision: str | None) -> list[StoredTensor]:
+    """Read the headers of a checkpoint on the hub, by ranges of its files: no weights are fetched.
+
+    Raises:
+        CheckpointError: the hub does not have them, or cannot be reached.
+    """
+    # Imported here: only models that are not on this machine need the hub.
+    from httpx import HTTPError  # noqa: PLC0415 - what the hub's client is made of
+    from huggingface_hub import get_safetensors_metadata  # noqa: PLC0415 - as above
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError  # noqa: PLC0415 - as above
+
+    try:
+        metadata = get_safetensors_metadata(model, revision=revision)
+    except (HTTPError, OSError, ValueError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise CheckpointError(
+            f"could not read the headers of {model} on the hub ({type(error).__name__}: {error}); "
+            "check the name and the network, or give a local folder"
+        ) from error
+    return [
+        StoredTensor(Path(file), name, tuple(info.shape), info.dtype, info.data_offsets[1] - info.data_offsets[0])
+        for file, content in sorted(metadata.files_metadata.items())
+        for name, info in sorted(content.tensors.items(), key=lambda item: item[1].data_offsets[0])
+    ]
 
 
 def _file_header(path: Path) -> Iterator[StoredTensor]:

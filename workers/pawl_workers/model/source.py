@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pawl_workers.errors import CheckpointError
 
-__all__ = ["DEMO_MODEL", "checkpoint_revision", "resolve_checkpoint", "weight_files"]
+__all__ = ["DEMO_MODEL", "checkpoint_revision", "is_hub_id", "resolve_checkpoint", "weight_files"]
 
 DEMO_MODEL = "demo"
 """The name of the packaged model."""
@@ -48,6 +48,11 @@ def resolve_checkpoint(model: str | None, revision: str | None = None, *, tokeni
     if model.startswith((".", "/", "~")) or _HUB_ID.fullmatch(model) is None:
         raise CheckpointError(f"there is no folder {model}, and it is not a hub id such as owner/name")
     return _fetch(model, revision, _TOKENIZER_PATTERNS if tokenizer_only else _WEIGHT_PATTERNS)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name of a model stands for one on the hub."""
+    return model != DEMO_MODEL and not Path(model).expanduser().is_dir() and _HUB_ID.fullmatch(model) is not None
 
 
 def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
