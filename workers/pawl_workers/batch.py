@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from pawl_workers.sampling.state import RowSampler
+from pawl_workers.sampling.batch import IntArray, SamplingBatch
 
 __all__ = [
     "AttentionLayout",
@@ -22,8 +20,6 @@ __all__ = [
     "SamplingBatch",
     "SequenceArrays",
 ]
-
-IntArray = NDArray[np.int64]
 
 
 class AttentionLayout:
@@ -63,15 +59,6 @@ class SequenceArrays:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingBatch:
-    """The rows that sample: what each wants, the position of its new token, and its output tokens so far."""
-
-    rows: list[RowSampler]
-    positions: list[int]
-    num_output_tokens: list[int]
-
-
-@dataclass(frozen=True, slots=True)
 class PromptRows:
     """Prompt positions of one row to be scored: token `target_ids[i]` stands after token row `first + i`."""
 
@@ -91,7 +78,7 @@ class Batch:
         positions: [T] int64.
         rotary: cosines and signed sines, each [T, 1, rotary_dim], of each of the model's rotary embeddings.
         attention: the backend's layout.
-        last: token rows whose logits are sampled from, [S'] int64, in the order of `sampling.rows`.
+        last: token rows whose logits are sampled from, [S'] int64, in the order of `sampling`.
         sampling: how.
         prompts: prompt positions to be scored.
     """

@@ -48,5 +48,5 @@ def forward(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput:
         fired = mlp(norm(x, w.mlp_norm), w.mlp)  # features ignite
         x = add(x, norm(fired, w.mlp_output_norm), w.residual_scale)
     scores = logits(norm(x[batch.last], weights.final_norm), weights.head)  # [S, V]  every direction is scored
-    prompts = score(x, weights.final_norm, weights.head, batch.prompts)  # only where log-probabilities are wanted
+    prompts = score(x, weights.final_norm, weights.head, batch)  # only where log-probabilities are wanted
     return StepOutput(sample(scores, batch.sampling), prompts, x)  # [S]  one token is chosen

@@ -11,6 +11,7 @@ from pawl_workers.batch import AttentionShape, Batch, IntArray, PromptRows, Samp
 from pawl_workers.kernels import Kernels
 from pawl_workers.model.rotary import RotaryTable, rotary_angles
 from pawl_workers.rows import RowTable
+from pawl_workers.sampling.batch import Sampler
 
 __all__ = ["BatchSettings", "build_batch"]
 
@@ -57,16 +58,22 @@ def build_batch(
         rotary=tuple(rotary_angles(table, device_positions, settings.dtype) for table in settings.rotaries),
         attention=settings.kernels.lay_out(arrays, settings.shape),
         last=torch.from_numpy((starts + num_tokens - 1)[sampling]).to(device),
-        sampling=_sampling(table, sampling_rows),
+        sampling=_sampling(table, sampling_rows, settings.kernels.sampler),
         prompts=_prompts(table, rows, num_tokens, starts),
     )
     return batch, sampling_rows
 
 
-def _sampling(table: RowTable, rows: IntArray) -> SamplingBatch:
-    samplers = [table.samplers[row] for row in rows.tolist()]
+def _sampling(table: RowTable, rows: IntArray, sampler: Sampler) -> SamplingBatch:
     positions = table.num_tokens[rows]
-    return SamplingBatch(samplers, positions.tolist(), (positions - table.num_prompt[rows]).tolist())
+    return SamplingBatch(
+        sampler=sampler,
+        table=table.sampling,
+        rows=rows,
+        positions=positions,
+        num_output=positions - table.num_prompt[rows],
+        drafts=np.zeros((len(rows), 0), dtype=np.int64),
+    )
 
 
 def _prompts(table: RowTable, rows: IntArray, num_tokens: IntArray, starts: IntArray) -> list[PromptRows]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pawl_workers.batch import IntArray
 from pawl_workers.errors import PlanError
 from pawl_workers.plan import NewSequence, StepPlan
-from pawl_workers.sampling.state import RowSampler
+from pawl_workers.sampling.table import SamplingTable
 
 __all__ = ["RowTable"]
 
@@ -26,7 +26,7 @@ class RowTable:
         prompt_alternatives: -1 when no prompt log-probabilities are wanted, [rows].
         prompt_from: first prompt position wanted, [rows].
         samples, known, failed: [rows] bool; a failed row is computed no more until it is freed.
-        samplers: of the known rows.
+        sampling: how each row samples.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RowTable:
         )
         self.prompt_alternatives, self.prompt_from = (np.full(max_running, value, dtype=np.int64) for value in (-1, 1))
         self.samples, self.known, self.failed = (np.zeros(max_running, dtype=np.bool_) for _ in range(3))
-        self.samplers: dict[int, RowSampler] = {}
+        self.sampling = SamplingTable(max_running)
 
     def check(self, plan: StepPlan) -> None:
         """Check a plan against the table.
@@ -163,7 +163,7 @@ class RowTable:
         """Free, add, then append blocks. The plan has been checked."""
         for row in plan.freed_rows:
             self.known[row] = False
-            del self.samplers[row]
+            self.sampling.free(row)
         for sequence in plan.new:
             self._add(sequence)
         for row, block_ids in plan.append_blocks:
@@ -181,14 +181,13 @@ class RowTable:
         self.prompt_alternatives[row] = sequence.prompt_logprobs
         self.prompt_from[row] = sequence.prompt_logprobs_from
         self.samples[row], self.known[row], self.failed[row] = sequence.samples, True, False
-        self.samplers[row] = RowSampler(sequence.sampling, ids[:num_prompt], ids[num_prompt:])
+        self.sampling.add(row, sequence.sampling, ids[:num_prompt], ids[num_prompt:])
 
-    def append_tokens(self, rows: list[int], token_ids: list[int]) -> None:
-        """Append a sampled token to each of these rows."""
+    def append_tokens(self, rows: IntArray, token_ids: IntArray) -> None:
+        """Append a sampled token to each of some distinct rows."""
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
-        for row, token_id in zip(rows, token_ids, strict=True):
-            self.samplers[row].observe(token_id)
+        self.sampling.observe(rows, token_ids)
 
     def blocks_of(self, row: int) -> NDArray[np.int64]:
         """Return the block ids of a row."""

@@ -20,6 +20,7 @@ from pawl_workers.model.rotary import rotary_angles
 from pawl_workers.model.weights import LayerWeights, MlpWeights, PackedLinear, PackedNorm, Weights
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult, TokenLogprobs
 from pawl_workers.prepare import BatchSettings
+from pawl_workers.sampling.table import SamplingTable
 
 __all__ = ["SelfTest", "run_self_test"]
 
@@ -149,6 +150,7 @@ def _reference(weights: Weights, settings: BatchSettings, token_ids: list[int], 
         sequence_of_token=np.zeros(num_tokens, dtype=np.int64),
         block_tables=np.arange(1, num_blocks + 1)[None, :],
     )
+    none = np.zeros(0, dtype=np.int64)
     tensor_positions = torch.from_numpy(positions).to(device)
     targets = np.array(token_ids[num_prompt:])
     batch = Batch(
@@ -157,7 +159,7 @@ def _reference(weights: Weights, settings: BatchSettings, token_ids: list[int], 
         rotary=tuple(rotary_angles(table, tensor_positions, settings.dtype) for table in settings.rotaries),
         attention=kernels.lay_out(arrays, settings.shape),
         last=torch.zeros(0, dtype=torch.int64, device=device),
-        sampling=SamplingBatch([], [], []),
+        sampling=SamplingBatch(kernels.sampler, SamplingTable(0), none, none, none, none.reshape(0, 0)),
         prompts=[PromptRows(0, num_prompt - 1, num_prompt, targets, 1)],
     )
     return forward(batch, _unpacked(weights), cache).prompts[0].positions

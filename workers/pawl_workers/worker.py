@@ -201,19 +201,15 @@ class Worker:
         forward_s: float,
     ) -> StepResult:
         sampled = output.sampled
-        result_rows, token_ids, kept = [], [], []
-        for i, (row, token_id) in enumerate(zip(sampling_rows.tolist(), sampled.token_ids, strict=True)):
-            if token_id is not None and row not in failed:
-                result_rows.append(row)
-                token_ids.append(token_id)
-                kept.append(i)
-        self._table.append_tokens(result_rows, token_ids)
+        kept = np.flatnonzero((sampled.token_ids >= 0) & ~self._table.failed[sampling_rows])
+        rows, token_ids = sampling_rows[kept], sampled.token_ids[kept]
+        self._table.append_tokens(rows, token_ids)
         return StepResult(
             step=plan.step,
             epoch=plan.epoch,
-            rows=result_rows,
-            token_ids=token_ids,
-            logprobs=[sampled.logprobs[i] for i in kept] if sampled.logprobs else [],
+            rows=rows.tolist(),
+            token_ids=token_ids.tolist(),
+            logprobs=[sampled.logprobs[i] for i in kept.tolist()] if sampled.logprobs else [],
             prompt_logprobs=[entry for entry in output.prompts if entry.row not in failed],
             failures=failures,
             prepare_s=prepare_s,

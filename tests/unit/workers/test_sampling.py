@@ -1,16 +1,13 @@
-"""Noise, penalties, filters and log-probabilities of one row, against naive oracles and transformers."""
+"""Noise, penalties, masks and log-probabilities, of the compiled sampler and of the one in torch."""
 
 from __future__ import annotations
 
-import math
 import random
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -20,37 +17,35 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from pawl_workers.kernels.cpu_sampler import CpuSampler
+from pawl_workers.kernels.native.library import load_library
+from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.plan import SamplingSpec
-from pawl_workers.sampling.filters import choose, kept_tokens
-from pawl_workers.sampling.logprobs import describe_tokens
+from pawl_workers.sampling.batch import NOT_FINITE, NOTHING_LEFT, Sampler, SamplingBatch, TokenMasks
 from pawl_workers.sampling.noise import philox, uniform
-from pawl_workers.sampling.state import RowSampler
+from pawl_workers.sampling.table import SamplingTable
+from pawl_workers.stages.sample import sample
+from tests.fakes.sampling_oracle import as_words, make_batch, random_scores
+
+INFINITY = float("inf")
 
 
-def random_scores(seed: int, size: int = 300, scale: float = 3.0) -> NDArray[np.float32]:
-    return (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
+@pytest.fixture(params=["cpu", "torch"])
+def sampler(request: pytest.FixtureRequest) -> Sampler:
+    return CpuSampler(load_library()) if request.param == "cpu" else TorchSampler()
 
 
-def naive_distribution(
-    scores: NDArray[np.float32], temperature: float, top_k: int, top_p: float, min_p: float
-) -> dict[int, float]:
-    """Sort the whole vocabulary and apply each filter as it is defined, in plain Python."""
-    weights = {i: math.exp((float(s) - float(scores.max())) / temperature) for i, s in enumerate(scores)}
-    best_first = sorted(weights, key=lambda i: (-float(scores[i]), i))
-    if top_k:
-        best_first = best_first[:top_k]
-    if top_p < 1.0:
-        total, reached = sum(weights[i] for i in best_first), 0.0
-        kept: list[int] = []
-        for i in best_first:
-            if kept and reached >= top_p * total:
-                break
-            kept.append(i)
-            reached += weights[i]
-        best_first = kept
-    best_first = [i for i in best_first if weights[i] >= min_p]
-    total = sum(weights[i] for i in best_first)
-    return {i: weights[i] / total for i in best_first}
+def table_of(*specs: SamplingSpec) -> SamplingTable:
+    table = SamplingTable(len(specs))
+    for row, spec in enumerate(specs):
+        table.add(row, spec, [0], [])
+    return table
+
+
+def choose(sampler: Sampler, scores: torch.Tensor, spec: SamplingSpec, positions: range = range(1)) -> list[int]:
+    """One row of logits, drawn from at several positions."""
+    batch = make_batch(sampler, table_of(spec), [0] * len(positions), positions)
+    return [int(token_id) for token_id in sampler.choose(scores.expand(len(positions), -1).contiguous(), batch)]
 
 
 @pytest.mark.parametrize(
@@ -69,48 +64,81 @@ def test_philox_gives_the_published_vectors(
     counter: tuple[int, int, int, int], key: tuple[int, int], wanted: tuple[int, int, int, int]
 ) -> None:
     """The known-answer vectors of Random123, the authors' implementation."""
-    assert philox(counter, key) == wanted
+    c0, c1, c2, c3, k0, k1 = (np.array([word], dtype=np.uint64) for word in (*counter, *key))
+    assert tuple(int(word[0]) for word in philox((c0, c1, c2, c3), (k0, k1))) == wanted
 
 
 def test_uniform_is_a_function_and_uniform() -> None:
     """The same pair gives the same number; many pairs fill [0, 1) evenly (chi-square, 15 degrees)."""
-    draws = [uniform(seed, position) for seed in range(40) for position in range(200)]
-    assert draws == [uniform(seed, position) for seed in range(40) for position in range(200)]
-    assert len(set(draws)) == len(draws)
-    assert 0.0 <= min(draws) <= max(draws) < 1.0
-    counts = np.bincount((np.array(draws) * 16).astype(int), minlength=16)
+    seeds, positions = np.repeat(np.arange(40, dtype=np.uint64), 200), np.tile(np.arange(200), 40)
+    draws = uniform(seeds, positions)
+    order = np.random.default_rng(0).permutation(len(draws))
+    assert np.array_equal(uniform(seeds[order], positions[order]), draws[order])
+    assert len(set(draws.tolist())) == len(draws)
+    assert 0.0 <= draws.min() <= draws.max() < 1.0
+    counts = np.bincount((draws * 16).astype(int), minlength=16)
     assert ((counts - 500) ** 2 / 500).sum() < 37.7  # exceeded once in a thousand
-    assert uniform(2**63, 1) != uniform(0, 1) != uniform(2**32, 1)
+    large = np.array([0, 2**63, 2**32], dtype=np.uint64)
+    assert len(set(uniform(large, np.array([1, 1, 1])).tolist())) == 3
 
 
-@given(
-    seed=st.integers(0, 10_000),
-    scale=st.sampled_from([0.1, 1.0, 4.0, 12.0]),
-    temperature=st.sampled_from([0.2, 0.7, 1.0, 2.5]),
-    top_k=st.sampled_from([0, 1, 2, 40, 299, 300, 1000]),
-    top_p=st.sampled_from([0.01, 0.3, 0.9, 0.999, 1.0]),
-    min_p=st.sampled_from([0.0, 0.001, 0.2, 1.0]),
-    rounded=st.booleans(),
-)
-def test_filtered_distributions_equal_the_naive_one(
-    seed: int, scale: float, temperature: float, top_k: int, top_p: float, min_p: float, rounded: bool
-) -> None:
-    """Every combination of filters keeps the same tokens with the same probabilities; rounding makes ties."""
-    scores = random_scores(seed, scale=scale)
-    if rounded:
-        scores = (np.round(scores * 2) / 2).astype(np.float32)
-    wanted = naive_distribution(scores, temperature, top_k, top_p, min_p)
-    tempered = (scores - scores.max()) / np.float32(temperature)
-    ids, weights = kept_tokens(tempered, top_k, top_p, min_p)
-    kept = list(range(len(scores))) if ids is None else ids.tolist()
-    assert kept == sorted(wanted)
-    probabilities = weights / weights.sum()
-    assert np.allclose(probabilities, [wanted[i] for i in kept], rtol=1e-4, atol=1e-9)
+def test_draws_invert_the_cumulative_distribution_at_the_noise(sampler: Sampler) -> None:
+    """From 4,096 equal logits the token is the noise's place among them: both samplers have the noise of noise.py."""
+    seeds = [0, 1, 7, 2**32 + 5, 2**63 - 1, -3]
+    table = table_of(*(SamplingSpec(seed=seed) for seed in seeds))
+    rows, positions = np.repeat(np.arange(6), 50), np.tile(np.arange(50) * 91, 6)
+    chosen = sampler.choose(torch.zeros(300, 4096), make_batch(sampler, table, rows.tolist(), positions.tolist()))
+    assert chosen.tolist() == (uniform(table.seed[rows], positions) * 4096).astype(int).tolist()
+
+
+def test_choices_at_the_edges(sampler: Sampler) -> None:
+    """Ties, tiny temperatures, and no token without weight."""
+    scores = torch.tensor([-INFINITY, 1.0, -INFINITY, 1.0, -INFINITY])
+    mask = TokenMasks(as_words([[1, 3]], 5), np.zeros(60, dtype=np.int64))
+    flat = torch.tensor([1.0] * 5).expand(60, -1).contiguous()
+    table = table_of(SamplingSpec(), SamplingSpec(temperature=0.0), SamplingSpec(top_p=1e-9), SamplingSpec(top_k=1))
+    found = [
+        set(sampler.choose(flat, make_batch(sampler, table, [row] * 60, range(60), masks=mask)).tolist())
+        for row in range(4)
+    ]
+    assert found == [{1, 3}, {1}, {1}, {1}]
+    noisy = torch.from_numpy(random_scores(1))
+    assert choose(sampler, noisy, SamplingSpec(temperature=1e-40)) == [int(noisy.argmax())]
+    assert choose(sampler, noisy, SamplingSpec(min_p=1.0)) == [int(noisy.argmax())]
+    assert choose(sampler, scores[1:2], SamplingSpec(top_p=0.5)) == [0]
+    spread = torch.tensor([3e38, -3e38, 3e38])
+    assert set(choose(sampler, spread, SamplingSpec(top_p=0.9), range(40))) == {0, 2}
+
+
+def test_failures_leave_the_others_alone(sampler: Sampler) -> None:
+    """Rows that are not finite, or that nothing is left of; the others have the tokens they have alone."""
+    good = torch.from_numpy(np.stack([random_scores(seed, 70) for seed in range(5)]))
+    scores = good.clone()
+    scores[1, 69], scores[2, 3] = float("nan"), INFINITY
+    spec = SamplingSpec(top_p=0.9, seed=4, logprobs=1)
+    words = as_words([[], [5, 66]], 70)[:, :2]  # a mask that ends early allows nothing behind its end
+    masks = TokenMasks(np.ascontiguousarray(words), np.array([-1, -1, -1, 0, 1]))
+    batch = make_batch(sampler, table_of(spec), [0] * 5, range(5), masks=masks)
+    chosen = sampler.choose(scores, batch)
+    assert chosen[1:].tolist() == [NOT_FINITE, NOT_FINITE, NOTHING_LEFT, 5]
+    assert chosen[0] == choose(sampler, good[0], spec)[0]
+    sampled = sample(scores, batch)
+    assert {i: message.split()[-1] for i, message in sampled.failures.items()} == {
+        1: "finite",
+        2: "finite",
+        3: "choose",
+    }
+    assert [entry is not None for entry in sampled.logprobs] == [True, False, False, False, True]
+    described = sampled.logprobs[4]
+    assert described is not None
+    # Untouched by the mask.
+    assert described.alternative_ids == [int(good[4].argmax())]
+    assert described.logprob == pytest.approx(float(good[4].log_softmax(-1)[5]), abs=1e-5)
 
 
 @pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (20, 1.0, 0.0), (0, 0.8, 0.0), (30, 0.9, 0.05)])
-def test_filters_agree_with_transformers(top_k: int, top_p: float, min_p: float) -> None:
-    """The chain of warpers of transformers keeps the same tokens."""
+def test_filters_agree_with_transformers(sampler: Sampler, top_k: int, top_p: float, min_p: float) -> None:
+    """Over a thousand draws exactly the tokens that the warpers of transformers keep are seen."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7)])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
@@ -118,83 +146,69 @@ def test_filters_agree_with_transformers(top_k: int, top_p: float, min_p: float)
         warpers.append(TopPLogitsWarper(top_p))
     if min_p:
         warpers.append(MinPLogitsWarper(min_p))
+    spec = SamplingSpec(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
+    for seed in range(5):
+        scores = torch.from_numpy(random_scores(seed, scale=1.5))
+        warped = warpers(torch.zeros(1, 1, dtype=torch.int64), scores[None])[0].softmax(-1)
+        seen = set(choose(sampler, scores, msgspec.structs.replace(spec, seed=seed), range(1000)))
+        assert seen <= set(warped.nonzero().squeeze(1).tolist())
+        assert seen >= set((warped > 0.02).nonzero().squeeze(1).tolist())
+
+
+def test_penalties_equal_transformers_and_their_definition(sampler: Sampler) -> None:
+    """Repetition counts prompt and output, against transformers; presence and frequency count the output alone."""
+    rng = random.Random(3)
     for seed in range(20):
-        scores = random_scores(seed)
-        warped = warpers(torch.zeros(1, 1, dtype=torch.int64), torch.from_numpy(scores)[None])[0]
-        wanted = warped.isfinite().nonzero().squeeze(1).tolist()
-        ids, weights = kept_tokens((scores - scores.max()) / np.float32(0.7), top_k, top_p, min_p)
-        assert (list(range(len(scores))) if ids is None else ids.tolist()) == wanted
-        assert np.allclose(weights / weights.sum(), warped.softmax(-1)[wanted].numpy(), rtol=1e-4, atol=1e-8)
+        prompt, output = rng.choices(range(100), k=30), rng.choices(range(100), k=40)
+        scores = torch.from_numpy(random_scores(seed, size=100))
+        wanted = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + output]), scores[None].clone())[0]
+        for token_id in set(output):
+            wanted[token_id] -= 0.4 + 0.25 * output.count(token_id)
+        wanted[3] += 2.0
+        table = SamplingTable(1)
+        spec = SamplingSpec(
+            repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.25, logit_bias={3: 2.0}, seed=seed
+        )
+        table.add(0, spec, prompt, output)
+        batch = make_batch(sampler, table, [0] * 500, range(500), num_output=[40] * 500)
+        before = scores.clone()
+        chosen = sampler.choose(scores.expand(500, -1).contiguous(), batch)
+        plain = make_batch(sampler, table_of(SamplingSpec(seed=seed)), [0] * 500, range(500))
+        assert (chosen == sampler.choose(wanted.expand(500, -1).contiguous(), plain)).mean() > 0.998  # but for rounding
+        assert torch.equal(scores, before)
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.1)])
-def test_draws_invert_the_cumulative_distribution(top_k: int, top_p: float, min_p: float) -> None:
-    """Evenly spaced noise yields each token in proportion to its probability, in order of ids."""
-    scores, num_draws = random_scores(4, size=50), 4000
-    wanted = naive_distribution(scores, 1.3, top_k, top_p, min_p)
-    drawn = [choose(scores, 1.3, top_k, top_p, min_p, (i + 0.5) / num_draws) for i in range(num_draws)]
-    assert drawn == sorted(drawn, key=lambda token_id: -1 if token_id is None else token_id)
-    for token_id in range(50):
-        assert abs(drawn.count(token_id) - wanted.get(token_id, 0.0) * num_draws) <= 1.5
+def test_suppression_ends_with_the_minimum(sampler: Sampler) -> None:
+    """Suppressed ids cannot be chosen until enough tokens were output, whatever their bias."""
+    spec = SamplingSpec(temperature=0.0, min_output_tokens=2, suppressed_ids=(1, 4), logit_bias={4: 50.0})
+    scores = torch.tensor([0.0, 9, 1, 2, 8]).expand(4, -1).contiguous()
+    batch = make_batch(sampler, table_of(spec), [0] * 4, range(4), num_output=[0, 1, 2, 3])
+    assert sampler.choose(scores, batch).tolist() == [3, 3, 4, 4]
+    only = SamplingSpec(temperature=0.0, min_output_tokens=1, suppressed_ids=tuple(range(5)))
+    assert sampler.choose(scores[:1], make_batch(sampler, table_of(only), [0], [0])).tolist() == [NOTHING_LEFT]
 
 
-def test_choices_at_the_edges() -> None:
-    """No noise reaches a token without weight; ties, tiny temperatures, and rows with nothing to choose."""
-    scores = np.array([-np.inf, 1.0, -np.inf, 1.0, -np.inf], dtype=np.float32)
-    assert {choose(scores, 1.0, 0, 1.0, 0.0, noise) for noise in (0.0, 0.49, 0.5, 1 - 2**-53)} == {1, 3}
-    assert choose(scores, 0.0, 0, 1.0, 0.0, 0.9) == 1
-    assert choose(random_scores(1), 1e-40, 0, 1.0, 0.0, 0.99) == int(random_scores(1).argmax())
-    assert choose(scores, 1.0, 0, 1e-9, 0.0, 0.999) == 1
-    assert choose(np.full(4, -np.inf, dtype=np.float32), 1.0, 0, 1.0, 0.0, 0.5) is None
-    assert choose(np.array([0.0, np.nan], dtype=np.float32), 1.0, 0, 1.0, 0.0, 0.5) is None
-
-
-@given(
-    prompt=st.lists(st.integers(0, 99), min_size=1, max_size=150),
-    output=st.lists(st.integers(0, 99), max_size=150),
-    split=st.integers(0, 150),
-)
-def test_penalties_equal_transformers_and_their_definition(prompt: list[int], output: list[int], split: int) -> None:
-    """State built at once or token by token; repetition against transformers, the others as defined."""
-    spec = SamplingSpec(
-        repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.25, logit_bias={3: 2.0, 98: -50.0}
-    )
-    sampler = RowSampler(spec, prompt, output[:split])
-    for token_id in output[split:]:
-        sampler.observe(token_id)
-    scores = random_scores(len(prompt), size=100)
-    before = scores.copy()
-    processor = RepetitionPenaltyLogitsProcessor(1.3)
-    wanted = processor(torch.tensor([prompt + output]), torch.from_numpy(scores)[None])[0].numpy().copy()
-    for token_id in set(output):
-        wanted[token_id] -= 0.4 + 0.25 * output.count(token_id)
-    wanted[3] += 2.0
-    wanted[98] -= 50.0
-    assert np.allclose(sampler.adjust(scores, len(output)), wanted, rtol=1e-5, atol=1e-5)
-    assert np.array_equal(scores, before)
-
-
-def test_suppression_ends_with_the_minimum() -> None:
-    """Suppressed ids cannot be chosen until enough tokens were output; rows without needs stay untouched."""
-    sampler = RowSampler(SamplingSpec(temperature=0.0, min_output_tokens=2, suppressed_ids=(1, 4)), [0], [])
-    scores = np.array([0, 9, 1, 2, 8], dtype=np.float32)
-    assert int(sampler.adjust(scores, 1).argmax()) == 3
-    assert sampler.adjust(scores, 2) is scores
-    assert not sampler.plain_greedy
-    plain = RowSampler(SamplingSpec(temperature=0.0), [0], [])
-    assert plain.plain_greedy
-    assert plain.adjust(scores, 0) is scores
-
-
-def test_logprobs_ranks_and_alternatives() -> None:
+def test_logprobs_ranks_and_alternatives(sampler: Sampler) -> None:
     """Against a sort of the log-softmax; equal logits share a rank and are listed by id."""
-    scores = torch.from_numpy(np.stack([np.round(random_scores(seed, size=40)) for seed in range(6)]))
-    chosen, counts = [random.Random(9).randrange(40) for _ in range(6)], [0, 1, 3, 10, 40, 100]
-    wanted = scores.double().log_softmax(-1)
-    for row, entry in enumerate(describe_tokens(scores, chosen, counts)):
-        best = sorted(range(40), key=lambda i: (-scores[row, i].item(), i))[: counts[row]]
-        assert entry.token_id == chosen[row]
-        assert entry.logprob == pytest.approx(wanted[row, chosen[row]].item(), abs=1e-5)
-        assert entry.rank == 1 + int((scores[row] > scores[row, chosen[row]]).sum())
-        assert entry.alternative_ids == best
-        assert entry.alternative_logprobs == pytest.approx(wanted[row, best].tolist(), abs=1e-5)
+    for size in (40, 200):
+        scores = torch.from_numpy(np.stack([np.round(random_scores(seed, size=size)) for seed in range(6)]))
+        rows, counts = np.array([0, 1, 1, 3, 4, 5]), np.array([0, 1, 3, 10, 40, 100])
+        chosen = np.array(random.Random(9).choices(range(size), k=6))
+        wanted = scores.double().log_softmax(-1)
+        described = sampler.describe(scores, rows, chosen, counts)
+        for i, entry in enumerate(described.entries(chosen, counts)):
+            row = rows[i]
+            best = sorted(range(size), key=lambda j: (-scores[row, j].item(), j))[: counts[i]]
+            assert entry.token_id == chosen[i]
+            assert entry.logprob == pytest.approx(wanted[row, chosen[i]].item(), abs=1e-5)
+            assert entry.rank == 1 + int((scores[row] > scores[row, chosen[i]]).sum())
+            assert entry.alternative_ids == best
+            assert entry.alternative_logprobs == pytest.approx(wanted[row, best].tolist(), abs=1e-5)
+
+
+def test_arrays_must_lie_in_one_piece() -> None:
+    """Their addresses go to C: a strided view is refused, not misread."""
+    batch = make_batch(TorchSampler(), table_of(SamplingSpec()), [0, 0, 0, 0], range(4))
+    strided = SamplingBatch(batch.sampler, batch.table, batch.rows[::2], batch.positions[::2], batch.rows, batch.drafts)
+    with pytest.raises(ValueError, match="in one piece"):
+        CpuSampler(load_library()).choose(torch.zeros(2, 8), strided)

@@ -211,7 +211,7 @@ def test_a_row_with_nothing_to_choose_fails(fresh: Worker) -> None:
         plan(new=[sequence(sampling=spec), sequence(1, block_ids=[2])], rows=[0, 1], num_tokens=[4, 4])
     )
     assert result.rows == [1]
-    assert [(f.row, f.message) for f in result.failures] == [(0, "bias and suppression leave no token to choose")]
+    assert [(f.row, f.message) for f in result.failures] == [(0, "bias, suppression and mask leave no token to choose")]
 
 
 def test_reset_forgets(fresh: Worker) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.errors import WorkerError
 from pawl_workers.model.weights import AttentionRule, Packer, QueryKeyNormWeights
+from pawl_workers.sampling.batch import Sampler
 from pawl_workers.staging import Staging
 
 __all__ = ["Kernels", "choose_backend"]
@@ -33,6 +34,11 @@ class Kernels(Packer, Protocol):
     @property
     def block_size(self) -> int:
         """Tokens of a KV block."""
+        ...
+
+    @property
+    def sampler(self) -> Sampler:
+        """Chooses and describes tokens."""
         ...
 
     def cache_shapes(self, num_blocks: int, shape: AttentionShape) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
+from pawl_workers.kernels.cpu_sampler import CpuSampler
 from pawl_workers.kernels.native.library import Library, load_library
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceNorm
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
@@ -168,6 +169,7 @@ class CpuKernels:
     def __init__(self) -> None:
         self._library = load_library()
         self._workspace = _Workspace()
+        self.sampler = CpuSampler(self._library)
 
     @staticmethod
     def supports(shape: AttentionShape) -> bool:

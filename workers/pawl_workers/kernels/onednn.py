@@ -17,6 +17,7 @@ from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels import gathered_attention
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceLinear, ReferenceNorm
 from pawl_workers.kernels.rotation import split_and_turn
+from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.model.spec import Activation
 from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
 
@@ -60,6 +61,7 @@ class OneDnnKernels:
 
     name = "onednn"
     block_size = 32
+    sampler = TorchSampler()
 
     def __init__(self) -> None:
         available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no types here

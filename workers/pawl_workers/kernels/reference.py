@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.rotation import split_and_turn
+from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.model.spec import Activation, NormKind
 from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
 
@@ -109,6 +110,7 @@ class ReferenceKernels:
 
     name = "reference"
     block_size = 16
+    sampler = TorchSampler()
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,52 +1,44 @@
-"""Log-probabilities, ranks and best alternatives of given tokens, from untouched logits."""
+"""How probable tokens were, as arrays and as entries of a step result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from pawl_workers.plan import TokenLogprobs
 
-__all__ = ["describe_tokens"]
+__all__ = ["TokenScores"]
 
 
-def describe_tokens(scores: Tensor, token_ids: Sequence[int], num_alternatives: Sequence[int]) -> list[TokenLogprobs]:
-    """Describe one token per row of logits.
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """N tokens, each under its own distribution.
 
-    Args:
-        scores: logits, [N, V].
-        token_ids: the token of each row.
-        num_alternatives: how many best tokens to list for each row; among equals the lower ids.
-
-    Returns:
-        Natural log-probabilities under the softmax of the logits in float32. The rank is one more than the
-        number of tokens with a higher logit.
+    Attributes:
+        logprobs: natural logarithms, [N] float32.
+        ranks: 1 = best, [N].
+        alternative_ids: best first, [N, most]; what lies past a token's own number is undefined.
+        alternative_logprobs: [N, most] float32.
     """
-    scores = scores.float()
-    logprobs = torch.log_softmax(scores, dim=-1)  # a row at a time: no row's bits depend on another
-    index = torch.tensor(token_ids, device=scores.device).unsqueeze(1)
-    chosen = logprobs.gather(1, index).squeeze(1).tolist()
-    ranks = ((scores > scores.gather(1, index)).sum(dim=-1) + 1).tolist()
-    described = []
-    for row, (token_id, count) in enumerate(zip(token_ids, num_alternatives, strict=True)):
-        best = _best_ids(scores[row], min(count, scores.shape[1])) if count > 0 else None
-        described.append(
-            TokenLogprobs(
-                token_id=token_id,
-                logprob=chosen[row],
-                rank=ranks[row],
-                alternative_ids=[] if best is None else best.tolist(),
-                alternative_logprobs=[] if best is None else logprobs[row, best].tolist(),
+
+    logprobs: NDArray[np.float32]
+    ranks: NDArray[np.int64]
+    alternative_ids: NDArray[np.int64]
+    alternative_logprobs: NDArray[np.float32]
+
+    def entries(self, token_ids: NDArray[np.int64], num_alternatives: NDArray[np.int64]) -> list[TokenLogprobs]:
+        """Give one entry per token, for a step result."""
+        return [
+            TokenLogprobs(token_id, logprob, rank, ids[:count], logprobs[:count])
+            for token_id, count, logprob, rank, ids, logprobs in zip(
+                token_ids.tolist(),
+                num_alternatives.tolist(),
+                self.logprobs.tolist(),
+                self.ranks.tolist(),
+                self.alternative_ids.tolist(),
+                self.alternative_logprobs.tolist(),
+                strict=True,
             )
-        )
-    return described
-
-
-def _best_ids(scores: Tensor, count: int) -> Tensor:
-    # topk leaves open which of several equal tokens it takes, so only its threshold is used.
-    threshold = scores.topk(count).values[-1]
-    ids = (scores >= threshold).nonzero().squeeze(1)
-    order = scores[ids].sort(descending=True, stable=True).indices
-    return ids[order[:count]]
+        ]

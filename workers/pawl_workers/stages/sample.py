@@ -1,33 +1,36 @@
-"""One token is chosen for each row that asked."""
+"""One token is chosen for each sample."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
-from pawl_workers.batch import SamplingBatch
 from pawl_workers.plan import TokenLogprobs
-from pawl_workers.sampling.filters import choose
-from pawl_workers.sampling.logprobs import describe_tokens
-from pawl_workers.sampling.noise import uniform
+from pawl_workers.sampling.batch import NOT_FINITE, NOTHING_LEFT, IntArray, SamplingBatch
 
 __all__ = ["Sampled", "sample"]
+
+_MESSAGES = {
+    NOT_FINITE: "the logits are not finite",
+    NOTHING_LEFT: "bias, suppression and mask leave no token to choose",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The chosen tokens, parallel to the rows that sampled.
+    """The chosen tokens, parallel to the samples of the batch.
 
     Attributes:
-        token_ids: a token each, or None for a row of `failures`.
-        logprobs: empty when no row asked, else parallel to `token_ids`.
+        token_ids: [S]; negative for a sample of `failures`.
+        logprobs: empty when no sample asked, else parallel to `token_ids`.
         failures: why there is no token, by index.
         sample_s: seconds spent here.
     """
 
-    token_ids: list[int | None]
+    token_ids: IntArray
     logprobs: list[TokenLogprobs | None]
     failures: dict[int, str]
     sample_s: float
@@ -36,47 +39,26 @@ class Sampled:
 def sample(scores: Tensor, sampling: SamplingBatch) -> Sampled:
     """Choose a token from each row of logits, [S, V] float32.
 
-    A row's token is a function of its logits, its sampling state and (seed, position) alone. Rows whose
-    logits are not finite fail and leave the others alone.
+    A token is a function of its logits, of its row's parameters and tokens, and of (seed, position) alone. Samples
+    whose logits are not finite fail and leave the others alone. Source of the order of operations: `SamplingSpec`.
     """
     started = time.perf_counter()
-    token_ids: list[int | None] = [None] * len(sampling.rows)
-    failures: dict[int, str] = {}
-    if sampling.rows:
-        # A sum is finite exactly when all logits are: they are far from the largest float.
-        finite = scores.sum(dim=-1).isfinite().tolist()
-        best = scores.argmax(dim=-1).tolist()  # the lowest id among equals
-        for i, row in enumerate(sampling.rows):
-            if not finite[i]:
-                failures[i] = "the logits are not finite"
-            elif row.plain_greedy:
-                token_ids[i] = best[i]
-            else:
-                token_ids[i] = _choose(scores[i], sampling, i)
-                if token_ids[i] is None:
-                    failures[i] = "bias and suppression leave no token to choose"
+    if not len(sampling):
+        return Sampled(np.zeros(0, dtype=np.int64), [], {}, time.perf_counter() - started)
+    token_ids = sampling.sampler.choose(scores, sampling)
+    failures = {i: _MESSAGES[int(token_ids[i])] for i in np.flatnonzero(token_ids < 0).tolist()}
     logprobs = _describe(scores, sampling, token_ids)
     return Sampled(token_ids, logprobs, failures, time.perf_counter() - started)
 
 
-def _choose(scores: Tensor, sampling: SamplingBatch, index: int) -> int | None:
-    row = sampling.rows[index]
-    spec = row.spec
-    adjusted = row.adjust(scores.cpu().numpy(), sampling.num_output_tokens[index])
-    noise = uniform(spec.seed, sampling.positions[index])
-    return choose(adjusted, spec.temperature, spec.top_k, spec.top_p, spec.min_p, noise)
-
-
-def _describe(scores: Tensor, sampling: SamplingBatch, token_ids: list[int | None]) -> list[TokenLogprobs | None]:
-    wanted = [
-        (i, token_id, row.spec.logprobs)
-        for i, (row, token_id) in enumerate(zip(sampling.rows, token_ids, strict=True))
-        if token_id is not None and row.spec.logprobs >= 0
-    ]
-    if not wanted:
+def _describe(scores: Tensor, sampling: SamplingBatch, token_ids: IntArray) -> list[TokenLogprobs | None]:
+    alternatives = sampling.table.alternatives[sampling.rows]
+    wanted = np.flatnonzero((alternatives >= 0) & (token_ids >= 0))
+    if not len(wanted):
         return []
-    indices, ids, counts = (list(column) for column in zip(*wanted, strict=True))
+    chosen, counts = token_ids[wanted], alternatives[wanted]
     described: list[TokenLogprobs | None] = [None] * len(token_ids)
-    for i, entry in zip(indices, describe_tokens(scores[indices], ids, counts), strict=True):
+    entries = sampling.sampler.describe(scores, wanted, chosen, counts).entries(chosen, counts)
+    for i, entry in zip(wanted.tolist(), entries, strict=True):
         described[i] = entry
     return described

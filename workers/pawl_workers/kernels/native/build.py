@@ -19,7 +19,7 @@ from pathlib import Path
 __all__ = ["BuildError", "find_or_build", "instruction_flags"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("linear.c", "attention.c", "elementwise.c")
+_SOURCES = ("linear.c", "attention.c", "elementwise.c", "sampling.c")
 _BUILT = _FOLDER / "built"
 # No -march=native: the machine that builds may not be the one that runs. Products and sums are fused where the source
 # says so and nowhere else, so that builds agree.

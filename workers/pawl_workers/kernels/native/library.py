@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -31,7 +32,10 @@ class Library:
     rms_norm: Function
     turn_and_write: Function
     silu_gate: Function
+    choose_tokens: Function
+    describe_tokens: Function
     scratch_bytes: int
+    sampling_scratch_bytes: Callable[[int], int]
 
 
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -43,6 +47,8 @@ _ARGUMENTS: dict[str, list[type[ctypes._SimpleCData]]] = {  # type: ignore[type-
     "rms_norm": [_P, _P, _P, _P, _N, _N, _F, _I],
     "turn_and_write": [_P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _F, _I, _I],
     "silu_gate": [_P, _P, _N, _N, _I],
+    "choose_tokens": [_P, _N, _N, _P, _P, _P, _P, _P, _P, _I],
+    "describe_tokens": [_P, _N, _N, _P, _P, _P, _N, _P, _P, _P, _P, _P, _I],
 }
 
 
@@ -64,4 +70,10 @@ def load_library() -> Library:
         function.argtypes, function.restype = types, None
         functions[name] = function
     loaded.pawl_scratch_bytes.restype = ctypes.c_int64
-    return Library(**functions, scratch_bytes=int(loaded.pawl_scratch_bytes()))
+    sampling_scratch_bytes = loaded.pawl_sampling_scratch_bytes
+    sampling_scratch_bytes.argtypes, sampling_scratch_bytes.restype = [_N], ctypes.c_int64
+    return Library(
+        **functions,
+        scratch_bytes=int(loaded.pawl_scratch_bytes()),
+        sampling_scratch_bytes=sampling_scratch_bytes,
+    )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.reference import ReferenceLinear, ReferenceNorm
+from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.kernels.triton.extend import extend
 from pawl_workers.kernels.triton.layout import TILE, Layout, lay_out_host
 from pawl_workers.kernels.triton.paged_decode import decode
@@ -34,6 +35,7 @@ class TritonKernels:
 
     name = "triton"
     block_size = TILE
+    sampler = TorchSampler()
 
     def __init__(self, dtype: torch.dtype, shape: AttentionShape, staging: Staging, *, strict: bool = False) -> None:
         self._staging = staging
