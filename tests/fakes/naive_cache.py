@@ -19,6 +19,7 @@ class NaiveBlock:
     prefix: Prefix | None = None
     tenant: str = ""
     pending_step: int | None = None
+    producer: int = 0
     freed_at: int = 0
     kept_until: float | None = None
 
@@ -118,11 +119,11 @@ class NaiveCache:
         block = self.blocks[number]
         block.prefix = block.pending_step = block.kept_until = None
 
-    def name(self, number: int, prefix: Prefix, tenant: str, step: int | None) -> None:
+    def name(self, number: int, prefix: Prefix, tenant: str, step: int, producer: int) -> None:
         """Say what a held block holds, or will hold when the step is done; the first to say so wins."""
         if all(block.prefix != prefix for block in self.blocks.values()):
             block = self.blocks[number]
-            block.prefix, block.tenant, block.pending_step = prefix, tenant, step
+            block.prefix, block.tenant, block.pending_step, block.producer = prefix, tenant, step, producer
             self.last_used[tenant] = self.now
 
     def release(self, table: list[int]) -> None:

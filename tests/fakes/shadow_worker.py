@@ -17,6 +17,9 @@ def _extend(digest: bytes, token_id: int) -> bytes:
     return hashlib.blake2b(digest + token_id.to_bytes(4, "little", signed=True), digest_size=8).digest()
 
 
+_SPOILED = b"spoiled"
+
+
 def _root(namespace: int) -> bytes:
     return b"root" + namespace.to_bytes(8, "little")
 
@@ -27,6 +30,7 @@ class _Row:
         self.blocks = list(new.block_ids)
         self.computed = new.num_computed
         self.new = new
+        self.failed = False
 
 
 class ShadowWorker:
@@ -68,14 +72,19 @@ class ShadowWorker:
             self.rows[known].blocks += blocks
         assert len(set(plan.rows)) == len(plan.rows)
         self._move(plan)
-        self._check_writers(plan)
+        # A row that failed is computed no more until it is freed, and is reported again.
+        failures = [RowFailure(row, "failed before") for row in plan.rows if self.rows[row].failed]
+        grants = [(row, n) for row, n in zip(plan.rows, plan.num_tokens, strict=True) if not self.rows[row].failed]
+        self._check_writers(grants)
         prompt_logprobs: list[PromptLogprobs] = []
         sampled: list[tuple[int, int]] = []
-        failures: list[RowFailure] = []
-        for number, count in zip(plan.rows, plan.num_tokens, strict=True):
+        for number, count in grants:
+            self._write(self.rows[number], count, spoiled=number in failing)
+        for number, count in grants:
             row = self.rows[number]
-            digest = self._compute(row, count)
+            digest = self._read(row, count)
             if number in failing:
+                row.failed = True
                 failures.append(RowFailure(number, "planted"))
                 continue
             prompt_logprobs += self._prompt_logprobs(number, row, count)
@@ -104,27 +113,38 @@ class ShadowWorker:
             if digest is not None:
                 self.slots[block, offset] = digest
 
-    def _check_writers(self, plan: StepPlan) -> None:
+    def _check_writers(self, grants: Sequence[tuple[int, int]]) -> None:
         """No two rows write one slot, and nobody writes the null block."""
         written = [
             self._slot(self.rows[number], position)
-            for number, count in zip(plan.rows, plan.num_tokens, strict=True)
+            for number, count in grants
             for position in range(self.rows[number].computed, self.rows[number].computed + count)
         ]
         assert len(written) == len(set(written)), "two sequences write one slot"
         assert all(block > 0 for block, _ in written), "the null block is written"
 
-    def _compute(self, row: _Row, count: int) -> bytes:
+    def _write(self, row: _Row, count: int, *, spoiled: bool) -> None:
+        """All rows write before any reads, as a layer does. What a failing row writes is worth nothing."""
         assert count >= 1
         assert row.computed + count <= len(row.tokens)
         digest = _root(row.new.sampling.seed)
         for position in range(row.computed + count):
             digest = _extend(digest, row.tokens[position])
             if position >= row.computed:
-                self.slots[self._slot(row, position)] = digest
-            assert self.slots.get(self._slot(row, position)) == digest, f"slot of position {position} is wrong"
+                self.slots[self._slot(row, position)] = _SPOILED if spoiled else digest
+
+    def _read(self, row: _Row, count: int) -> bytes:
+        """Check every slot; the digest of the whole prefix. Over spoiled slots all is spoiled: the token is wrong."""
+        digest, spoiled = _root(row.new.sampling.seed), False
+        for position in range(row.computed + count):
+            digest = _extend(digest, row.tokens[position])
+            found = self.slots.get(self._slot(row, position))
+            spoiled |= found == _SPOILED
+            assert spoiled or found == digest, f"slot of position {position} is wrong"
+            if spoiled and position >= row.computed:
+                self.slots[self._slot(row, position)] = _SPOILED
         row.computed += count
-        return digest
+        return bytes(byte ^ 0xFF for byte in digest) if spoiled else digest
 
     @staticmethod
     def _prompt_logprobs(number: int, row: _Row, count: int) -> list[PromptLogprobs]:

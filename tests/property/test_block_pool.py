@@ -36,7 +36,7 @@ class Sequence:
     table: list[int] = field(default_factory=list)
     computed: int = 0
     in_flight: tuple[int, int] | None = None  # step, tokens
-    own: list[int] = field(default_factory=list)  # blocks it took itself
+    number: int = 0
 
     @property
     def tenant(self) -> str:
@@ -55,7 +55,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = self.pool_class(NUM_BLOCKS, retained_share=0.5, half_life_s=HALF_LIFE_S, max_events=1000)
         self.model = NaiveCache(NUM_BLOCKS, BLOCK_SIZE, HALF_LIFE_S, int(0.5 * NUM_BLOCKS))
         self.going: list[Sequence] = []
-        self.step = 0
+        self.step = self.num_sequences = 0
         self.now = 0.0
         self.replica: set[bytes] = set()  # what a reader of the events believes is there
 
@@ -116,13 +116,14 @@ class PoolMachine(RuleBasedStateMachine):
         assert taken_empty == min(missing, empty), "a cached block went before an empty one"
         for block in blocks:
             self.model.take(block)
-        sequence.table, sequence.own, sequence.computed = hits + blocks, blocks, cached
+        self.num_sequences += 1
+        sequence.table, sequence.number, sequence.computed = hits + blocks, self.num_sequences, cached
         sequence.in_flight = (self.step, reach - cached)
         full = reach // BLOCK_SIZE
-        draft.announce(sequence.chain, sequence.table, len(hits), full)
+        draft.announce(sequence.chain, len(hits), sequence.table[len(hits) : full], sequence.number)
         for index in range(len(hits), full):
             prefix = (namespace, tuple(tokens[: (index + 1) * BLOCK_SIZE]))
-            self.model.name(sequence.table[index], prefix, sequence.tenant, self.step)
+            self.model.name(sequence.table[index], prefix, sequence.tenant, self.step, sequence.number)
         return sequence
 
     @precondition(lambda self: any(sequence.in_flight for sequence in self.going))
@@ -144,19 +145,19 @@ class PoolMachine(RuleBasedStateMachine):
     def fail(self, data: st.DataObject) -> None:
         """A producer fails; who relies on it, directly or not, starts again."""
         failed = [data.draw(st.sampled_from([s for s in self.going if s.in_flight]))]
-        broken: set[int] = set()
         while failed:
             sequence = failed.pop()
-            own = [block for block in sequence.own if self.pool.has_name(block) and not self.pool.hash_of(block)]
-            shared = self.pool.retract(own)
-            broken.update(shared)
+            assert sequence.in_flight is not None
+            own = [block for block in sequence.table if self.model.blocks[block].producer == sequence.number]
+            own = [block for block in own if self.model.blocks[block].pending_step is not None]
+            assert sorted(self.pool.retract(sequence.in_flight[0], sequence.number)) == sorted(own)
             assert not any(map(self.pool.has_name, own)), "what failed is still found"
             for block in own:
                 self.model.clear(block)
             self.pool.release(sequence.table)
             self.model.release(sequence.table)
             self.going.remove(sequence)
-            failed += [s for s in self.going if s not in failed and not broken.isdisjoint(s.table)]
+            failed += [s for s in self.going if s not in failed and s.in_flight and not set(own).isdisjoint(s.table)]
 
     @precondition(lambda self: any(sequence.in_flight is None for sequence in self.going))
     @rule(data=st.data(), keep=st.none() | st.floats(0.5, 30.0))

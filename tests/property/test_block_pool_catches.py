@@ -25,8 +25,8 @@ class FreesTwice(BlockPool):
 class PublishesBeforeCompute(BlockPool):
     """Takes what is announced for computed."""
 
-    def announce(self, block: int, chain: HashChain, index: int, step: int) -> None:
-        del step
+    def announce(self, block: int, chain: HashChain, index: int, step: int, producer: int = 0) -> None:
+        del step, producer
         self.publish(block, chain, index)
 
 
@@ -40,8 +40,8 @@ class EvictsParentsFirst(BlockPool):
 class KeepsWhatFailed(BlockPool):
     """Lets others find blocks whose producer failed."""
 
-    def retract(self, blocks: Sequence[int]) -> list[int]:  # type: ignore[override]
-        return [block for block in blocks if self.references(block) > 1]
+    def retract(self, step: int, producer: int | None = None) -> list[int]:
+        return self._index.announced_by(step, producer)
 
 
 class ForgetsNothing(BlockPool):

@@ -31,7 +31,7 @@ class Cache:
         draft.share(hits)
         blocks = draft.take(len(tokens) - len(hits))
         assert blocks is not None
-        draft.announce(chain, hits + blocks, len(hits), len(tokens))
+        draft.announce(chain, len(hits), blocks)
         draft.apply(self.step, now)
         self.pool.settle(self.step)
         if keep_s:

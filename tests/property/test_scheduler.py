@@ -21,6 +21,8 @@ from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import PromptLogprobs, SamplingSpec, StepResult
 from tests.fakes.shadow_worker import ShadowWorker, isolated_output
 
+_NOBODY = -1
+
 
 class Bench:
     """A scheduler, a shadow worker, and what each sequence has given so far. `depth` steps may be in flight."""
@@ -100,9 +102,14 @@ class Bench:
         """Settle the oldest step: every token sampled for a sequence that lives is delivered."""
         plan, result = self.in_flight.popleft()
         owners = self.owners.popleft()
-        live = [owners[row] for row in result.rows if owners[row] not in self.ended]
+        ended = set(self.ended)
         committed = commit(self.state, plan, result, self.now)
+        dropped = cast("set[int]", set(committed.requeued))
+        live = [owners[row] for row in result.rows if owners[row] not in ended | dropped | {_NOBODY}]
         assert sorted(cast("list[int]", committed.handles)) == sorted(live)
+        for later in self.owners:  # what they rely on failed, so that nothing more comes of these steps for them
+            for row in [row for row, handle in later.items() if handle in dropped]:
+                later[row] = _NOBODY
         self.apply(committed)
         return committed
 

@@ -161,31 +161,41 @@ class BlockPool:
                 owner.last_used = self.now
                 order.put_last(order.retained if block in self._retention else owner.ring, block)
 
-    def announce(self, block: int, chain: HashChain, index: int, step: int) -> None:
+    def announce(self, block: int, chain: HashChain, index: int, step: int, producer: int = 0) -> None:
         """Say that `step` fills a referenced block with what `chain` names; it can be shared from then on.
 
-        Steps are announced in their order. When another block has the name already, this one stays without.
+        Steps are announced in their order; `producer` says which sequence of the step fills it. When another block
+        has the name already, this one stays without.
 
         Raises:
             PoolError: nobody references the block, or it has another name.
         """
         self._check_publishable(block, chain, index)
-        if self._index.announce(block, chain, index, step):
+        if self._index.announce(block, chain, index, step, producer):
             self._own(block, chain)
 
     def settle(self, step: int) -> None:
         """The steps up to this one are done: what they announced is published."""
         self._index.settle(step)
 
-    def retract(self, blocks: Iterable[int]) -> list[int]:
-        """Take back what was announced of these blocks, whose producer failed; gives those who may have readers."""
-        shared = []
+    def retract(self, step: int, producer: int | None = None) -> list[int]:
+        """Take back what was announced of a step that failed, or of a producer that failed in it.
+
+        Returns:
+            The blocks. Whoever shares one has read what is not right, and must start again.
+        """
+        blocks = self._index.announced_by(step, producer)
         for block in blocks:
-            if self._index.is_pending(block):
-                self._forget(block)
-                if self._references[block] > 1:
-                    shared.append(block)
-        return shared
+            self._forget(block)
+        return blocks
+
+    def pending_steps(self) -> set[int]:
+        """Steps whose announcements are not settled."""
+        return {step for _, step in self._index.pending()}
+
+    def is_pending(self, block: int) -> bool:
+        """Whether the block can be shared though its step is not done."""
+        return self._index.is_pending(block)
 
     def publish(self, block: int, chain: HashChain, index: int) -> None:
         """Say that a referenced block holds what `chain` names, computed.

@@ -39,7 +39,7 @@ class BlockDraft:
         self._taken: list[int] = []
         self._evicted: set[int] = set()  # those taken that the pool still knows a name of
         self._pending: dict[bytes, int] = {}
-        self._announced: list[tuple[int, HashChain, int]] = []
+        self._announced: list[tuple[int, HashChain, int, int]] = []
         self.copies: list[tuple[int, int]] = []
 
     @property
@@ -159,16 +159,17 @@ class BlockDraft:
         self.copies += zip(blocks[num_full:], copy, strict=False)
         return [*blocks[:num_full], *copy]
 
-    def announce(self, chain: HashChain, blocks: Sequence[int], begin: int, end: int) -> None:
-        """Say that the step fills blocks `begin` to `end` of a sequence, whose names `chain` has already.
+    def announce(self, chain: HashChain, begin: int, blocks: Sequence[int], producer: int = 0) -> None:
+        """Say that the step fills blocks of a sequence, from its block `begin` on.
 
-        Those planned after this one share them; `apply` announces them to the pool.
+        Those planned after this one share them; `apply` announces them to the pool. Blocks that `chain` has no names
+        for, since their tokens are not known, are passed over.
         """
-        for index in range(begin, end):
-            name, block = chain.names[index], blocks[index]
+        for index, block in zip(range(begin, len(chain)), blocks, strict=False):
+            name = chain.names[index]
             if name not in self._pending and self._pool.lookup(name) is None:
                 self._pending[name] = block
-                self._announced.append((block, chain, index))
+                self._announced.append((block, chain, index, producer))
 
     def apply(self, step: int = 0, now: float = 0.0) -> None:
         """Change the pool: releases first, then shares, then takes, then announcements, those of `step`."""
@@ -182,5 +183,5 @@ class BlockDraft:
             pool.acquire([block for block in self._hits if block not in taken])
             pool.take(self._taken)
             pool.acquire([block for block in self._hits if block in taken])
-        for block, chain, index in self._announced:
-            pool.announce(block, chain, index, step)
+        for block, chain, index, producer in self._announced:
+            pool.announce(block, chain, index, step, producer)

@@ -9,11 +9,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from pawl_server.kv.block_hash import HashChain
 from pawl_server.kv.events import CacheEvents, PrefixRemoved, PrefixStored
 
 __all__ = ["PrefixIndex"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """What is announced of a block: the step that fills it, who in that step, and what it will be."""
+
+    step: int
+    producer: int
+    stored: PrefixStored
 
 
 class PrefixIndex:
@@ -27,7 +37,7 @@ class PrefixIndex:
         self.events = events
         self._names: list[bytes | None] = [None] * (num_blocks + 1)
         self._blocks: dict[bytes, int] = {}
-        self._pending: dict[int, tuple[int, PrefixStored]] = {}  # step that fills the block
+        self._pending: dict[int, _Pending] = {}
         self._unsettled: deque[tuple[int, int, bytes]] = deque()  # step, block, name; outdated entries are skipped
         self._num_removals = 0
 
@@ -48,8 +58,8 @@ class PrefixIndex:
 
     def pending(self) -> Iterator[tuple[int, int]]:
         """Blocks that are pending, and their steps."""
-        for block, (step, _) in self._pending.items():
-            yield block, step
+        for block, entry in self._pending.items():
+            yield block, entry.step
 
     def find(self, chain: HashChain) -> list[int]:
         """The longest beginning of a chain that is there: its blocks, in order. Not to be changed.
@@ -68,14 +78,15 @@ class PrefixIndex:
         chain.found = (self._num_removals, found)
         return found
 
-    def announce(self, block: int, chain: HashChain, index: int, step: int) -> bool:
+    def announce(self, block: int, chain: HashChain, index: int, step: int, producer: int) -> bool:
         """Say that `step` will fill the block; False when another block has the name, or the block has one."""
         name = chain.names[index]
         if name in self._blocks or self._names[block] is not None:
             return False
         self._blocks[name] = block
         self._names[block] = name
-        self._pending[block] = (step, PrefixStored(name, chain.parent(index), chain.root, chain.block_size))
+        stored = PrefixStored(name, chain.parent(index), chain.root, chain.block_size)
+        self._pending[block] = _Pending(step, producer, stored)
         self._unsettled.append((step, block, name))
         return True
 
@@ -85,13 +96,19 @@ class PrefixIndex:
         while unsettled and unsettled[0][0] <= step:
             announced, block, name = unsettled.popleft()
             entry = self._pending.get(block)
-            if entry is not None and entry[0] == announced and entry[1].name == name:
+            if entry is not None and entry.step == announced and entry.stored.name == name:
                 self._settle(block)
 
     def _settle(self, block: int) -> None:
-        _, stored = self._pending.pop(block)
+        entry = self._pending.pop(block)
         if self.events.wanted:
-            self.events.add(stored)
+            self.events.add(entry.stored)
+
+    def announced_by(self, step: int, producer: int | None) -> list[int]:
+        """Blocks that are pending until a step is done, of one producer or of all."""
+        return [
+            block for block, entry in self._pending.items() if entry.step == step and producer in (None, entry.producer)
+        ]
 
     def publish(self, block: int, chain: HashChain, index: int) -> bool:
         """Say that the block holds the prefix; False when another block has the name."""

@@ -39,6 +39,7 @@ class Committed:
     num_prompt_cached: int = 0
     num_recomputed: int = 0
     num_preempted: int = 0
+    requeued: list[Hashable] = field(default_factory=list)  # their step is dropped: a prefix they shared failed
 
 
 def launch(state: SchedulerState, plan: Plan) -> None:
@@ -104,8 +105,12 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
     committed.num_prompt_cached = sum(admission.num_computed for admission in plan.admissions)
     owned: BoolArray = np.zeros(len(state.slots.length), dtype=np.bool_)  # rows whose results still count, [rows]
     owned[entry.rows] = entry.alive(state.slots)
-    _advance(state, committed, entry.rows[owned[entry.rows]], entry.num_tokens[owned[entry.rows]])
+    for failure in result.failures:
+        _retract(state, committed, entry, failure.row, now)
+    owned[entry.rows] = entry.alive(state.slots)
+    state.pool.settle(plan.step)
     _fail(state, committed, entry, owned, result, now)
+    _advance(state, committed, entry.rows[owned[entry.rows]], entry.num_tokens[owned[entry.rows]])
     for scored in result.prompt_logprobs:
         sequence = state.slots.owner(scored.row) if owned[scored.row] else entry.stale.get(scored.row)
         if sequence is not None and sequence.status is not Status.ENDED:
@@ -117,6 +122,23 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
     _end_scored(state, committed, entry.rows[owned[entry.rows]], now)
     state.queue.promote(now)
     return committed
+
+
+def _retract(state: SchedulerState, committed: Committed, entry: LedgerEntry, row: int, now: float) -> None:
+    """A row failed: what it announced does not hold, and whoever relied on it starts again without a trace."""
+    broken = set(state.pool.retract(entry.step, row))
+    generation = entry.generations[entry.rows == row]
+    for later in state.ledger:
+        found = later.generations[later.rows == row]
+        if len(found) and (found == generation).all():
+            broken.update(state.pool.retract(later.step, row))
+    for sequence in list(state.running.values()) if broken else ():
+        if sequence.row != row and not broken.isdisjoint(sequence.blocks):
+            committed.requeued.append(sequence.request.handle)
+            state.start_again(sequence, now)
+    for unsure in (entry, *state.ledger):  # who lost his KV since may have shared it, too: he samples again
+        committed.requeued += [s.request.handle for s in unsure.stale.values() if s.status is not Status.ENDED]
+        unsure.drain()
 
 
 def _advance(state: SchedulerState, committed: Committed, rows: IntArray, num_tokens: IntArray) -> None:
@@ -215,12 +237,7 @@ def _deliver_late(
         sequence.token_came(now)
         state.accounts.charge_output(np.array([sequence.tenant], dtype=np.int64))
         _stop(state, committed, sequence, token_id, now)
-    _drain(entry)
-
-
-def _drain(entry: LedgerEntry) -> None:
-    for sequence in entry.stale.values():
-        sequence.num_stale -= 1
+    entry.drain()
 
 
 def _end_scored(state: SchedulerState, committed: Committed, rows: IntArray, now: float) -> None:
@@ -260,4 +277,5 @@ def void(state: SchedulerState, plan: Plan) -> None:
     rows = entry.rows[alive]
     state.slots.planned[rows] -= entry.num_tokens[alive]
     state.slots.expected[rows] -= entry.num_samples[alive]
-    _drain(entry)
+    entry.drain()
+    state.pool.retract(plan.step)

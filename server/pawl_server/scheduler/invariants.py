@@ -52,6 +52,8 @@ def check_invariants(state: SchedulerState) -> None:
     for sequence in running:
         _check_running(state, sequence)
     _check_ledger(state)
+    launched = {entry.step for entry in state.ledger}
+    _hold(state.pool.pending_steps() <= launched, "a block is announced by a step that is not in flight")
     _check_sharing(state)
 
 
@@ -86,7 +88,7 @@ def _check_ledger(state: SchedulerState) -> None:
 
 
 def _check_sharing(state: SchedulerState) -> None:
-    """A block is shared only at one index, when full and computed, by equal prefixes of equal namespaces."""
+    """A block is shared only at one index, when full and computed or announced, by equal prefixes of one namespace."""
     holders: dict[int, tuple[int, bytes, list[int]]] = {}
     size = state.limits.block_size
     for sequence in state.running.values():
@@ -96,4 +98,5 @@ def _check_sharing(state: SchedulerState) -> None:
             prefix = sequence.tokens[: (index + 1) * size].tolist()
             mine = (index, sequence.request.cache_key, prefix)
             _hold(holders.setdefault(block, mine) == mine, f"block {block} is shared by different prefixes")
-            _hold(index < sequence.num_computed // size, f"block {block} is shared before it is computed")
+            there = index < sequence.num_computed // size or state.pool.is_pending(block)
+            _hold(there, f"block {block} is shared before it is computed or announced")

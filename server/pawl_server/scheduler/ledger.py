@@ -42,3 +42,9 @@ class LedgerEntry:
         """Whether the sequence that runs in a row now is computed by this step."""
         found = np.flatnonzero(self.rows == row)
         return len(found) > 0 and bool(self.generations[found[0]] == slots.generation[row])
+
+    def drain(self) -> None:
+        """Nothing is owed any more to those who lost their KV since."""
+        for sequence in self.stale.values():
+            sequence.num_stale -= 1
+        self.stale.clear()

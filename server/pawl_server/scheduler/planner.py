@@ -254,6 +254,8 @@ def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows:
             granted.append((row, chunk))
             plan.budget -= chunk
             plan.num_pairs += _pairs(planned, chunk)
+        if chunk and slots.shares[row]:
+            _announce(plan, slots.owner(row), row, slots.owner(row).blocks[planned // size :] + blocks, planned, chunk)
         if blocks:
             plan.append_blocks.append((row, blocks))
         if chunk < want:
@@ -263,6 +265,16 @@ def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows:
         plan.rows = np.concatenate([plan.rows, np.array([row for row, _ in granted], dtype=np.int64)])
         plan.grants = np.concatenate([plan.grants, np.array([chunk for _, chunk in granted], dtype=np.int64)])
     return partial
+
+
+def _announce(
+    plan: Plan, sequence: SequenceState, row: int, blocks: Sequence[int], num_before: int, chunk: int
+) -> None:
+    """Let those planned after share the blocks, from that of token `num_before` on, which this chunk fills."""
+    if sequence.chain is not None:
+        size = sequence.chain.block_size
+        begin = num_before // size
+        plan.draft.announce(sequence.chain, begin, blocks[: (num_before + chunk) // size - begin], row)
 
 
 def _max_hits(sequence: SequenceState, block_size: int) -> int:
@@ -308,7 +320,9 @@ def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: C
         price = 0.0
         if not sequence.charged:
             price = state.accounts.prompt_cost(sequence.tenant, want, computed)
-        plan.admissions.append(Admission(sequence, plan.free_rows.pop(), hits, blocks, chunk, computed, price))
+        row = plan.free_rows.pop()
+        _announce(plan, sequence, row, blocks, computed, chunk)
+        plan.admissions.append(Admission(sequence, row, hits, blocks, chunk, computed, price))
         cursor.charge(sequence, price)
         plan.budget -= chunk
         plan.num_pairs += _pairs(computed, chunk)

@@ -112,10 +112,13 @@ class SchedulerState:
         del self.live[sequence.request.handle]
         self.accounts.leave(sequence.tenant)
 
-    def requeue(self, sequence: SequenceState, now: float) -> None:
-        """Put a sequence whose blocks are given back by the caller in front of its class."""
+    def requeue(self, sequence: SequenceState, now: float, *, owed: bool = True) -> None:
+        """Put a sequence whose blocks are given back by the caller in front of its class.
+
+        Tokens that launched steps sample for it are still `owed` to it, unless they are not right.
+        """
         del self.running[sequence.order]
-        for entry in self.ledger:
+        for entry in self.ledger if owed else ():
             if entry.holds(sequence.row, self.slots):
                 entry.stale[sequence.row] = sequence
                 sequence.num_stale += 1
@@ -123,6 +126,12 @@ class SchedulerState:
         if sequence.chain is not None:
             sequence.chain.extend(sequence.tokens, sequence.num_tokens // self.limits.block_size)
         self.queue.push(sequence, now)
+
+    def start_again(self, sequence: SequenceState, now: float) -> None:
+        """Queue a running sequence whose KV is not right; what is in flight of it is dropped."""
+        self.pool.release(sequence.blocks)
+        self.rows_to_free.append(sequence.row)
+        self.requeue(sequence, now, owed=False)
 
     def reset_worker(self, epoch: int, now: float) -> None:
         """The worker lost its KV: every running sequence starts again, in its old order.
