@@ -26,6 +26,7 @@ from triton.runtime.jit import KernelInterface
 
 from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.triton.backend import TritonKernels
+from pawl_workers.kernels.triton.draw import WORDS, draw
 from pawl_workers.kernels.triton.layout import Layout
 from pawl_workers.kernels.triton.rows import TritonRmsNorm
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
@@ -124,6 +125,8 @@ def main() -> None:
     norm.add(stream, stream)
     for activation in Activation:
         kernels.pack_activation(activation, gated=True)(stream)
+    _compile_instead("vocabulary")
+    draw(torch.zeros(2, 151_936), torch.zeros(2, WORDS, dtype=torch.int64), adjusted=False)
 
 
 if __name__ == "__main__":

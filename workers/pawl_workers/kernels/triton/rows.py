@@ -84,13 +84,13 @@ def _activate(
     at = hidden + row * (2 * I if GATED else I) + dims
     x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if KIND == 0:
-        x = x / (1.0 + tl.exp2(-1.4426950408889634 * x))
+        x = x / (1.0 + tl.exp2(tl.minimum(-1.4426950408889634 * x, 126.0)))
     elif KIND == 1:
         x = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     elif KIND == 2:
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         # tanh by its exponential: x * (1 + tanh) / 2 = x / (1 + e ** (-2 inner))
-        x = x / (1.0 + tl.exp2(-2.8853900817779268 * inner))
+        x = x / (1.0 + tl.exp2(tl.minimum(-2.8853900817779268 * inner, 126.0)))
     else:
         x = tl.maximum(x, 0.0)
     if GATED:
