@@ -20,7 +20,7 @@ from pawl_workers.model.loading import CheckpointConfig, Reading, plan_reading, 
 from pawl_workers.model.source import is_hub_id, resolve_checkpoint
 from pawl_workers.options import WorkerOptions, choose_device, choose_dtype
 
-__all__ = ["StartPlan", "explain_kernels", "plan_start"]
+__all__ = ["StartPlan", "explain_kernels", "plan_checkpoint", "plan_start"]
 
 _FAST_KERNELS = ("triton", "cpu", "onednn")
 
@@ -88,12 +88,21 @@ def plan_start(options: WorkerOptions, *, fetch: bool = True) -> StartPlan:
         CheckpointError: the checkpoint cannot be found, read or understood.
         WorkerError: device, type or kernels are not available.
     """
-    device, dtype = choose_device(options.device), choose_dtype(options)
+    choose_device(options.device), choose_dtype(options)  # wrong ones are refused before anything is fetched
     config = read_config(resolve_checkpoint(options.model, options.revision, tokenizer_only=not fetch))
-    spec = config.spec
+    reading = plan_reading(config, _headers(options, config.folder, fetch=fetch))
+    return plan_checkpoint(options, config, reading)
+
+
+def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: Reading) -> StartPlan:
+    """Plan a start with a checkpoint whose configuration and headers are read, whatever model the options name.
+
+    Raises:
+        WorkerError: device, type or kernels are not available.
+    """
+    device, dtype, spec = choose_device(options.device), choose_dtype(options), config.spec
     shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
     kernels = choose_backend(device, dtype, shape, options.kernels)
-    reading = plan_reading(config, _headers(options, config.folder, fetch=fetch))
     return StartPlan(
         options=options,
         config=config,

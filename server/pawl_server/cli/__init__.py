@@ -1,4 +1,4 @@
-"""The command line: `pawl serve | fleet | frontend | doctor` and the client's commands.
+"""The command line: `pawl serve | fleet | frontend | doctor | plan` and the client's commands.
 
 Owns parsing, exit codes and what is printed. Imports only what the command needs, so that the client's commands
 work with the base install.

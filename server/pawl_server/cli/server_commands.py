@@ -1,4 +1,4 @@
-"""serve, fleet, frontend, doctor and config: the commands that need the server's packages.
+"""serve, fleet, frontend, doctor, plan and config: the commands that need the server's packages.
 
 The packages are imported when a command runs, so that `pawl --help` works without them.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Coroutine
 
+from pawl.errors import InvalidRequest
 from pawl_server.cli.arguments import Parser, add_settings, config_from
 from pawl_server.config import Config
 
@@ -54,6 +57,17 @@ def register(commands: argparse._SubParsersAction[Parser], *, all_help: bool) ->
     add_settings(doctor, ("model", "engine", "fleet", "frontend"), all_help=all_help)
     doctor.set_defaults(run=_doctor)
 
+    plan = commands.add_parser(
+        "plan",
+        help="what a model would take of this machine: weights, activations, KV cache",
+        description="Print what a server of these settings would take of this machine, without loading weights:"
+        " it reads the configuration and the headers of the weights. Exit code 1 if it does not fit.",
+    )
+    plan.add_argument("checkpoint", nargs="?", metavar="MODEL", help="the same as --model")
+    plan.add_argument("--json", action="store_true", help="print one JSON object; sizes in bytes")
+    add_settings(plan, ("model", "engine"), all_help=all_help)
+    plan.set_defaults(run=_plan)
+
     show = commands.add_parser("config", help="print the settings that a server would have")
     add_settings(show, (), all_help=all_help)
     show.set_defaults(run=_config)
@@ -93,6 +107,22 @@ def _doctor(parsed: argparse.Namespace) -> int:
         failed += finding.level == "FAIL"
     print(f"\n{failed} check(s) failed" if failed else "\nall is well")
     return 1 if failed else 0
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    config = config_from(parsed, os.environ)
+    from pawl_server.cli.plan import plan_model  # noqa: PLC0415 (optional packages)
+    from pawl_workers.errors import WorkerError  # noqa: PLC0415 (as above)
+
+    try:
+        plan = plan_model(config)
+    except WorkerError as error:
+        raise InvalidRequest(str(error), reason="NO_PLAN") from error
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(plan), indent=2))
+    else:
+        print("\n".join(plan.lines()))
+    return 1 if plan.refused else 0
 
 
 def _config(parsed: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ def test_without_flags_the_config_is_the_default() -> None:
     assert parse("serve") == Config()
 
 
-@pytest.mark.parametrize("command", ["serve", "fleet", "frontend", "doctor", "config"])
+@pytest.mark.parametrize("command", ["serve", "fleet", "frontend", "doctor", "plan", "config"])
 def test_every_setting_is_a_flag_but_for_secrets(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help-all"])

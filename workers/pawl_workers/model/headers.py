@@ -42,13 +42,11 @@ def hub_headers(model: str, revision: str | None) -> list[StoredTensor]:
         CheckpointError: the hub does not have them, or cannot be reached.
     """
     # Imported here: only models that are not on this machine need the hub.
-    from httpx import HTTPError  # noqa: PLC0415 - what the hub's client is made of
     from huggingface_hub import get_safetensors_metadata  # noqa: PLC0415 - as above
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError  # noqa: PLC0415 - as above
 
     try:
         metadata = get_safetensors_metadata(model, revision=revision)
-    except (HTTPError, OSError, ValueError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
+    except Exception as error:  # the root of the client's errors differs between its releases
         raise CheckpointError(
             f"could not read the headers of {model} on the hub ({type(error).__name__}: {error}); "
             "check the name and the network, or give a local folder"

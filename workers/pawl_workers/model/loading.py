@@ -107,6 +107,15 @@ class Reading:
         """Bytes that are read."""
         return sum(entry.stored.num_bytes for entry in self.entries)
 
+    @property
+    def stored_dtypes(self) -> tuple[str, ...]:
+        """Types that are read, the one of most bytes first."""
+        sizes: dict[str, int] = {}
+        for entry in self.entries:
+            name = str(_DTYPES[entry.stored.kind]).removeprefix("torch.")
+            sizes[name] = sizes.get(name, 0) + entry.stored.num_bytes
+        return tuple(sorted(sizes, key=lambda name: -sizes[name]))
+
     def held_bytes(self, spec: ModelSpec, packer: Packer, dtype: torch.dtype) -> int:
         """Bytes that the packed weights will take: exact for 16-bit weights, else the most."""
         return held_bytes(self.slots, packer, dtype, tied_head=spec.tied_head)

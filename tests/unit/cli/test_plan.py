@@ -1,0 +1,106 @@
+"""`pawl plan`: numbers of a model without its weights, from a folder, the packaged model and a hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pawl_server.cli import main
+from pawl_server.cli.plan import plan_model
+from pawl_server.config import Config
+from pawl_workers.worker import Worker, WorkerOptions
+from tests.fakes.checkpoints import make_llama
+from tests.fakes.hub import local_hub
+from tests.fakes.servers import environment
+
+SETTINGS = ["--device=cpu", "--max-running=4", "--max-context=128", "--kv-max-bytes=262144"]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, object]:
+    assert main(["plan", "--json", *SETTINGS, *words]) == code
+    shown: dict[str, object] = json.loads(capsys.readouterr().out)
+    return shown
+
+
+def test_the_plan_of_a_folder_is_what_its_worker_becomes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, str(make_llama(tmp_path / "model", dtype=torch.bfloat16)))
+    options = WorkerOptions(str(tmp_path / "model"), max_running=4, max_context=128, most_kv_bytes=262144)
+    facts = Worker.load(options).facts
+    for name in ("num_parameters", "weight_bytes", "activation_bytes", "kv_bytes", "num_blocks", "block_size"):
+        assert plan[name] == getattr(facts, name), name
+    assert (plan["cache_tokens"], plan["requests"]) == (facts.num_blocks * facts.block_size, 3)
+    assert plan["stored_dtypes"] == ["bfloat16"]
+    assert plan["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head dimension, fp32
+    assert plan["refused"] == ""
+
+
+def test_weights_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The data may be missing behind the header."""
+    file = make_llama(tmp_path) / "model.safetensors"
+    whole = file.read_bytes()
+    before = planned(capsys, str(tmp_path))
+    file.write_bytes(whole[: 8 + int.from_bytes(whole[:8], "little")])
+    after = planned(capsys, str(tmp_path))
+    assert {**before, "available_bytes": 0, "reserve_bytes": 0, "alternatives": 0} == {
+        **after, "available_bytes": 0, "reserve_bytes": 0, "alternatives": 0,
+    }  # fmt: skip
+
+
+def test_what_does_not_fit_is_told_with_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pawl_workers.start_plan.available_bytes", lambda device: 1000)
+    plan = planned(capsys, str(make_llama(tmp_path)), code=1)
+    assert "do not fit into 0.00 MB of memory" in str(plan["refused"])
+    assert (plan["num_blocks"], plan["cache_tokens"], plan["requests"]) == (0, 0, 0)
+    assert main(["plan", *SETTINGS, str(tmp_path)]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_the_packaged_model_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "demo", "--device=cpu", "--kernels=onednn"]) == 0
+    shown = capsys.readouterr().out
+    assert "onednn: asked for (kernels = onednn)" in shown
+    assert "requests" in shown
+    assert "reference bfloat16" in shown
+
+
+def test_alternatives_differ_as_their_types_do(tmp_path: Path) -> None:
+    plan = plan_model(Config().replace(model=str(make_llama(tmp_path)), device="cpu"))
+    wide, narrow = plan.alternatives[-2:]
+    assert (wide.kernels, wide.dtype, narrow.dtype) == ("reference", "float32", "bfloat16")
+    assert wide.kv_bytes_per_token == 2 * narrow.kv_bytes_per_token
+    assert wide.weight_bytes == 2 * narrow.weight_bytes
+
+
+def test_an_unknown_model_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "./nowhere"]) == 1
+    assert "there is no folder ./nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "1MB"])
+def test_a_model_on_the_hub_is_planned_by_its_headers_alone(shard_size: str, tmp_path: Path) -> None:
+    """The client's real requests; of the weights no more than the first 100 kB of each file are fetched."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048}
+    folder = make_llama(tmp_path / "model", dtype=torch.bfloat16, max_shard_size=shard_size, **sizes)
+    with local_hub(folder, "owner/name") as hub:
+        variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        ran = subprocess.run(
+            [sys.executable, "-m", "pawl_server.cli", "plan", "owner/name", "--json", *SETTINGS],
+            env=environment({**os.environ, **variables}), capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    plan = json.loads(ran.stdout)
+    local = plan_model(Config().replace(model=str(folder), device="cpu", max_context=128, max_running=4))
+    assert plan["weight_bytes"] == local.weight_bytes
+    assert plan["num_parameters"] == local.num_parameters
+    files = [name for name in hub.sent if name.endswith(".safetensors")]
+    assert len(files) == len(list(folder.glob("*.safetensors")))
+    assert all(hub.sent[name] > 0 for name in files)
+    assert sum(hub.sent[name] for name in files) <= len(files) * 100_001
