@@ -28,8 +28,10 @@ class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the next token of one sequence is chosen. Every value is final: no default is filled in later.
 
     The order of operations is: repetition, presence and frequency penalties, logit bias, suppression of
-    `suppressed_ids`, temperature, then top-k, top-p and min-p on the tempered distribution, then the draw.
-    Log-probabilities are those of the untouched logits.
+    `suppressed_ids`, the step's mask of allowed tokens, temperature, then top-k, top-p and min-p on the tempered
+    distribution, then the draw. Repetition counts the tokens of prompt and output; presence and frequency count those
+    of the output, which are all after `num_prompt_tokens`, whoever generated them. Log-probabilities are those of the
+    untouched logits.
     """
 
     temperature: float = 1.0  # 0 = greedy

@@ -237,12 +237,27 @@ def test_the_portable_build_computes_the_same(tmp_path: Path) -> None:
         "for dtype in (torch.float32, torch.float16, torch.bfloat16):\n"
         "    w, x = torch.randn(50, 40, generator=g).to(dtype).float(), torch.randn(20, 40, generator=g)\n"
         "    print((k.pack_linear(w, None)(x) - (x.double() @ w.double().T)).abs().max().item() < 1e-4)\n"
+        "import numpy as np\n"
+        "from pawl_workers.kernels.torch_sampler import TorchSampler\n"
+        "from pawl_workers.plan import SamplingSpec\n"
+        "from pawl_workers.sampling.table import SamplingTable\n"
+        "from tests.fakes.sampling_oracle import make_batch\n"
+        "scores, table, rows = torch.randn(60, 300, generator=g), SamplingTable(60), range(60)\n"
+        "for row in rows:\n"
+        "    table.add(row, SamplingSpec(seed=row, top_k=[0, 40][row % 2], top_p=[1, 0.9, 0.5][row % 3]), [], [])\n"
+        "samplers = k.sampler, TorchSampler()\n"
+        "found, wanted = (s.choose(scores, make_batch(s, table, rows, rows)) for s in samplers)\n"
+        "print(bool((found == wanted).all()))\n"
+        "all_rows, zeros, fours = np.arange(60), np.zeros(60, dtype=np.int64), np.full(60, 4)\n"
+        "found, wanted = (s.describe(scores, all_rows, zeros, fours) for s in samplers)\n"
+        "print(bool(np.abs(found.alternative_logprobs - wanted.alternative_logprobs).max() < 1e-5))\n"
     )
-    variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.stdout.split() == ["True"] * 3, done.stderr
+    assert done.stdout.split() == ["True"] * 5, done.stderr
 
 
 def test_linears_know_their_shape(kernels: CpuKernels) -> None:
