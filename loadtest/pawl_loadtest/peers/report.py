@@ -78,8 +78,11 @@ def as_tables(run: Run) -> str:
 
 
 def _belongs(outcome: Outcome, table: str) -> bool:
+    """A table's own rows and pawl's; in the tables before the last also those of higher precision."""
     order = list(TABLES)
-    return order.index(outcome.variant.table) <= order.index(table)
+    own, lowest = outcome.variant.table == table, table == order[-1]
+    higher = order.index(outcome.variant.table) < order.index(table)
+    return own or (higher and (not lowest or outcome.variant.environment == _SAME_ENGINE))
 
 
 def _failures(rows: Sequence[Outcome]) -> list[str]:

@@ -1,8 +1,9 @@
 """Who takes part: an engine with its types of weights and KV, and the table it is compared in.
 
-A table holds every variant of its own precision or a higher one, so that no one is beaten by computing more coarsely:
-`exact` keeps fp32 KV and the checkpoint's weights as they are and computes in fp32; `fp16` rounds KV (and, in
-llama.cpp, activations) to fp16; `coarse` rounds weights or activations to 8 bits or bf16.
+A table holds every variant of its own precision or a higher one, so that no one is beaten by computing more coarsely;
+the last holds its own and pawl's alone. `exact` keeps fp32 KV and the checkpoint's weights as they are and computes in
+fp32; `fp16` rounds KV (and, in llama.cpp, activations) to fp16; `coarse` rounds weights or activations to 8 bits, or
+both to bf16.
 """
 
 from __future__ import annotations
@@ -41,12 +42,39 @@ class Variant:
         return Precision(narrow if self.weight_bytes is None else self.weight_bytes, self.kv_bytes)
 
 
+def _llama_cpp(weights: str, kv: str, table: str, weight_bytes: float) -> Variant:
+    settings = {"weights": weights, "kv": kv, "flash": "-1"}
+    kv_bytes = 4 if kv == "f32" else 2
+    return Variant(f"llama.cpp {weights}", "llama.cpp", "llama_cpp_engine.py", table, kv_bytes, weight_bytes, settings)
+
+
+_EXACT_OPENVINO = {"weights": "f32", "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+_FP16_KV = {"kv_dtype": "float16"}
+
 VARIANTS = (
     Variant("pawl", "pawl", "pawl_engine.py", "exact", 4),
     Variant("transformers generate", "transformers", "transformers_engine.py", "exact", 4, 4),
     Variant(
         "transformers continuous", "transformers", "transformers_engine.py", "exact", 4, 4, {"batching": "continuous"}
     ),
+    Variant("vllm", "vllm", "vllm_engine.py", "exact", 4, 4, {"type": "float32", "eager": "no"}),
+    _llama_cpp("f32", "f32", "exact", 4),
+    Variant("openvino", "openvino", "openvino_engine.py", "exact", 4, 4, _EXACT_OPENVINO),
+    Variant("pawl fp16 KV", "pawl", "pawl_engine.py", "fp16", 2, settings=_FP16_KV),
+    _llama_cpp("f16", "f16", "fp16", 2),
+    Variant(
+        "openvino fp16 KV",
+        "openvino",
+        "openvino_engine.py",
+        "fp16",
+        2,
+        4,
+        _EXACT_OPENVINO | {"KV_CACHE_PRECISION": "f16"},
+    ),
+    Variant("pawl int8", "pawl", "pawl_engine.py", "coarse", 2, 1, _FP16_KV | {"weight_dtype": "int8"}),
+    _llama_cpp("q8_0", "f16", "coarse", 34 / 32),
+    Variant("openvino int8", "openvino", "openvino_engine.py", "coarse", 1, 1, {"weights": "int8"}),
+    Variant("vllm bf16", "vllm", "vllm_engine.py", "coarse", 2, 2, {"type": "bfloat16", "eager": "no"}),
 )
 """All of them, pawl's own first."""
 

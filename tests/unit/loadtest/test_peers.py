@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -267,6 +268,10 @@ def _run(*outcomes: Outcome) -> Run:
     return Run(SHAPES["smollm2-135m"], "bfloat16", 3, [Workload(1, 32, 128)], tables, machine, 0.9, outcomes)
 
 
+def _half_precision() -> Outcome:
+    return Outcome(Variant("half", "x", "x.py", "fp16", 2, 2), rates={"1 x 32/128": [1.0, 1.0, 1.0]})
+
+
 def _row(text: str, name: str) -> str:
     return next(line for line in text.splitlines() if line.strip().startswith(name))
 
@@ -289,6 +294,7 @@ def test_tables_show_ratios_limits_and_who_differs() -> None:
     least = bound(run.shape, run.workloads[0], Precision(2, 4), run.machine.limits("AVX2")).seconds
     assert run.limit_share(pawl, run.workloads[0], "AVX2") == pytest.approx(least / (128 / 55))
     assert "== fp16: fp16 KV: nobody ran" in text
+    assert "other" in as_tables(_run(pawl, other, _half_precision())).partition("== fp16")[2]
     figures = json.loads(as_json(run, {"shape": "x"}))
     assert [row["failure"] for row in figures["variants"]] == [None, None, None, "ERROR: No matching distribution"]
     assert figures["variants"][0]["rates"] == rates
@@ -322,3 +328,13 @@ def test_an_environment_is_made_once_and_a_failure_names_the_reason(
     with pytest.raises(EnvironmentUnavailable, match="ERROR: No matching distribution found"):
         interpreter("missing", tmp_path, said.append)
     assert interpreter("pawl", tmp_path, said.append) == Path(sys.executable)
+
+
+def test_what_a_peer_asks_for_is_installed_but_for_what_is_left_out(tmp_path: Path) -> None:
+    needs = tmp_path / "needs.txt"
+    arguments = ["hypothesis[numpy]==6", "sortedcontainers", str(needs)]
+    subprocess.run([sys.executable, "-c", environments._NEEDS, *arguments], check=True, timeout=60)
+    names = {line.split(">")[0].split("=")[0] for line in needs.read_text().splitlines()}
+    assert "numpy" in names
+    assert not {"sortedcontainers", "pandas"} & names  # left out; of an extra that was not asked for
+    assert ";" not in needs.read_text()
