@@ -22,7 +22,7 @@ def simulated(seed: int, policy: Policy, *, skip: bool) -> Run:
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32))
 def test_skipping_changes_nothing(policy: Policy, seed: int) -> None:
     """Same decisions, same tokens, same times, and every tally the same, with and without the shortcut."""
@@ -50,7 +50,7 @@ def test_the_shortcut_is_taken() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32))
 def test_each_request_gets_its_own_text_once(policy: Policy, seed: int) -> None:
     """Nothing is lost, repeated or starved, whatever is preempted, cancelled or killed."""

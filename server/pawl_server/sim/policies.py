@@ -21,6 +21,7 @@ class Policy:
         one_queue: neither tenants nor classes: whoever came first is served first.
         head_blocks: a head that does not fit holds up everyone behind it.
         newest_victim: whoever was admitted last gives up its blocks, whatever that costs.
+        target_gap_s: time between tokens that the step budget holds; 0 = it holds none.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Policy:
     one_queue: bool = False
     head_blocks: bool = False
     newest_victim: bool = False
+    target_gap_s: float = 0.0
 
     def limits(self, limits: SchedulerLimits) -> SchedulerLimits:
         """The limits of a replica under this policy."""
@@ -38,6 +40,7 @@ POLICIES: Mapping[str, Policy] = {
     policy.name: policy
     for policy in (
         Policy(name="production", text="the scheduler as it is served"),
+        Policy(name="gap-target", text="production with a target of 40 ms between tokens", target_gap_s=0.04),
         Policy(
             name="first-come",
             text="one queue in order of arrival, blocked by its head",

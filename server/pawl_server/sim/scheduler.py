@@ -14,6 +14,7 @@ import numpy as np
 
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import Refusal, SchedulerLimits
+from pawl_server.scheduler.budget import StepBudget
 from pawl_server.scheduler.committer import Committed, commit, launch, void
 from pawl_server.scheduler.planner import Plan, plan_step
 from pawl_server.scheduler.sequence import Ended, SequenceRequest
@@ -42,6 +43,7 @@ class SimulatedScheduler:
     def __init__(self, limits: SchedulerLimits, policy: Policy) -> None:
         self.limits = policy.limits(limits)
         self.policy = policy
+        self._budget = StepBudget(policy.target_gap_s) if policy.target_gap_s > 0 else None
         self.state = SchedulerState(self.limits, CacheRoot("simulated", "bfloat16", limits.block_size))
 
     @property
@@ -88,7 +90,7 @@ class SimulatedScheduler:
 
     def plan(self, now_s: float) -> Step | None:
         """Plan and launch a step; None when nothing can be computed."""
-        plan = plan_step(self.state, self.limits, now_s)
+        plan = plan_step(self.state, self.limits, now_s, self._budget)
         if self.policy.newest_victim and plan is not None and plan.victims:
             plan = self._without_victims(now_s)
         if plan is None:
@@ -97,9 +99,12 @@ class SimulatedScheduler:
         launch(self.state, plan)
         return Step(plan, wire)
 
-    def commit(self, step: Step, result: StepResult, now_s: float) -> Committed:
-        """Settle a step."""
-        return commit(self.state, step.plan, result, now_s)
+    def commit(self, step: Step, result: StepResult, now_s: float, seconds: float) -> Committed:
+        """Settle a step that took so many seconds."""
+        committed = commit(self.state, step.plan, result, now_s)
+        if self._budget is not None:
+            self._budget.observe(step.plan.num_tokens, step.plan.num_pairs, seconds)
+        return committed
 
     def lose_worker(self, step: Step | None, now_s: float) -> int:
         """The worker died, with this step in flight or none; returns the new epoch."""
@@ -127,8 +132,15 @@ class SimulatedScheduler:
         before_end = slots.stop_at[rows] - slots.length[rows]
         return max(0, int(np.minimum(before_boundary, before_end).min()) - 1)
 
-    def repeat(self, step: Step, tokens: IntArray, launched_s: float, ended_s: float) -> None:
-        """Apply steps like this one: `tokens` [steps, rows] in the order of its rows, and the times of the last."""
+    def repeat(self, step: Step, tokens: IntArray, ends_ns: IntArray, launched_ns: int) -> None:
+        """Apply steps like this one.
+
+        Args:
+            step: the one before.
+            tokens: [steps, rows], in the order of its rows.
+            ends_ns: when each step ends, [steps].
+            launched_ns: when the first of them is launched.
+        """
         times, rows = len(tokens), step.plan.rows
         slots, accounts = self.state.slots, self.state.accounts
         self.state.step += times
@@ -137,8 +149,14 @@ class SimulatedScheduler:
         for token_ids in tokens:  # one by one: windows fill up, and sums of floats depend on their order
             slots.append(rows, token_ids)
             accounts.charge_output(slots.tenant[rows])
-        slots.last_token_at[rows] = ended_s
-        self.state.pool.advance(launched_s)
+        slots.last_token_at[rows] = int(ends_ns[-1]) / 1e9
+        launches_ns = [launched_ns, *ends_ns[:-1].tolist()]
+        self.state.pool.advance(launches_ns[-1] / 1e9)
+        if self._budget is not None:
+            num_pairs = step.plan.num_pairs
+            for begin_ns, end_ns in zip(launches_ns, ends_ns.tolist(), strict=True):
+                num_pairs += len(rows)
+                self._budget.observe(len(rows), num_pairs, (end_ns - begin_ns) / 1e9)
 
     def _without_victims(self, now_s: float) -> Plan | None:
         """Preempt the newest until a plan needs no victim; as in production, nobody is admitted in such a step."""

@@ -236,7 +236,7 @@ class Simulator:
         step, shape, now_ns = flight.step, flight.shape, self._now_ns
         sampled = self._executor.requests_of(np.asarray(flight.result.rows, np.int64))
         started = time.perf_counter()
-        committed = self._scheduler.commit(step, flight.result, now_ns / 1e9)
+        committed = self._scheduler.commit(step, flight.result, now_ns / 1e9, (now_ns - flight.started_ns) / 1e9)
         self.record.scheduler_s += time.perf_counter() - started
         emitted = np.asarray(committed.handles, np.int64)
         self.record.emitted(emitted, committed.token_ids, now_ns)
@@ -279,8 +279,7 @@ class Simulator:
             ends_ns = ends_ns[:times]
         end_ns = int(ends_ns[-1])
         tokens = self._executor.repeat(rows, times)
-        launched_ns = int(ends_ns[-2]) if times > 1 else self._now_ns
-        self._scheduler.repeat(flight.step, tokens, launched_ns / 1e9, end_ns / 1e9)
+        self._scheduler.repeat(flight.step, tokens, ends_ns, self._now_ns)
         self._log.repeat(times)
         indices = self._executor.requests_of(rows)
         self.record.emitted_alike(indices, tokens, ends_ns)

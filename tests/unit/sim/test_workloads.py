@@ -24,15 +24,15 @@ COST = bundled_cost("llama-8b-h100-analytic")
 def test_nobody_starves_in(name: str, policy: str) -> None:
     """Every request ends, none is refused, and the same seed gives the same log and figures."""
     scenario = SCENARIOS[name]
-    trace = scenario.make(80, scenario.rate, 3)
+    trace = scenario.make(60, scenario.rate, 3)
     limits = replica_limits(scenario.pool_tokens)
     run = simulate(trace, limits, COST, POLICIES[policy])
-    assert set(run.record.reasons) == set(range(80))
+    assert set(run.record.reasons) == set(range(60))
     assert set(run.record.reasons.values()) <= {"eos", "max_tokens", "aborted"}
-    again = simulate(scenario.make(80, scenario.rate, 3), limits, COST, POLICIES[policy])
+    again = simulate(scenario.make(60, scenario.rate, 3), limits, COST, POLICIES[policy])
     assert again.digest == run.digest
     summary = summarize(run, Objective())
-    assert summary.num_finished + summary.num_aborted == 80
+    assert summary.num_finished + summary.num_aborted == 60
     assert summary.num_refused == 0
     waited_s = (run.record.first_token_ns - run.record.arrived_ns)[run.record.finished] / 1e9
     assert waited_s.max() < 60
