@@ -15,7 +15,7 @@ __all__ = ["StepBudget", "StepTimeModel"]
 
 _SCALES = (1.0, 1e-2, 1e-5)  # of 1, tokens and pairs: brings them near each other, for a well-conditioned fit
 _LEAST_STEPS = 8  # measured before the fit is trusted
-_MOST_UNCERTAINTY = 1e4  # nothing is forgotten while the fit is that uncertain: steps that are all alike teach nothing
+_LEAST_INFORMATION = 1e-4  # in every direction, for what is believed: steps that are all alike unteach nothing else
 
 
 class StepTimeModel:
@@ -33,7 +33,7 @@ class StepTimeModel:
     def __init__(self, memory_steps: float = 200.0) -> None:
         self._keep = math.exp(-1.0 / memory_steps)
         self._coefficients: NDArray[np.float64] = np.zeros(3)
-        self._covariance: NDArray[np.float64] = np.eye(3) * _MOST_UNCERTAINTY
+        self._information: NDArray[np.float64] = np.eye(3) * _LEAST_INFORMATION
         self.num_steps = 0
 
     @property
@@ -59,11 +59,9 @@ class StepTimeModel:
             unit = max(unit, 0.25 * self.predict(num_tokens, num_pairs))
         x = np.array([1.0, num_tokens, num_pairs]) * _SCALES / unit
         error = seconds / unit - float(self._coefficients @ x)
-        spread = self._covariance @ x
-        keep = self._keep if float(np.trace(self._covariance)) < _MOST_UNCERTAINTY else 1.0
-        gain = spread / (keep + float(x @ spread))
-        self._coefficients = self._coefficients + gain * error
-        self._covariance = (self._covariance - np.outer(gain, spread)) / keep
+        lost = (1.0 - self._keep) * _LEAST_INFORMATION
+        self._information = self._keep * self._information + np.outer(x, x) + np.diag([lost] * 3)
+        self._coefficients = self._coefficients + np.linalg.solve(self._information, x * error)
         self.num_steps += 1
 
 

@@ -38,6 +38,21 @@ def test_nobody_starves_in(name: str, policy: str) -> None:
     assert waited_s.max() < 60
 
 
+@pytest.mark.parametrize(("name", "held_back"), [("conversation", True), ("agents", False)])
+def test_a_gap_target_is_held_and_starves_no_prompt(name: str, held_back: bool) -> None:
+    """Reading KV costs time here, for which the budget's own model of a step has no term: it must not derail it."""
+    scenario = SCENARIOS[name]
+    trace, limits = scenario.make(300, scenario.rate, 0), replica_limits(scenario.pool_tokens)
+    production, target = (
+        summarize(simulate(trace, limits, COST, POLICIES[policy]), Objective())
+        for policy in ("production", "gap-target")
+    )
+    most_s = 1.05 * POLICIES["gap-target"].target_gap_s
+    assert (production.gap_p99_s > most_s) == held_back
+    assert target.gap_p99_s <= most_s
+    assert target.first_token_p99_s < 1.2 * production.first_token_p99_s
+
+
 @pytest.mark.parametrize("name", list(SCENARIOS))
 def test_a_workload_is_a_function_of_its_seed(name: str) -> None:
     make = SCENARIOS[name].make
