@@ -44,6 +44,13 @@ class Draft:
     dtype: torch.dtype
     seed: int
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
+        text = self.values.get("text_config", self.values)
+        assert isinstance(text, dict)
+        return int(text["vocab_size"])
+
 
 def write_checkpoint(folder: Path, draft: Draft) -> PreTrainedModel:
     """Write a checkpoint with transformers, and return the model that transformers reads back, in float32.
@@ -237,6 +244,17 @@ def _gemma3(draw: DrawFn) -> Values:
 
 
 @st.composite
+def _gemma3_with_vision(draw: DrawFn) -> Values:
+    """A text part between the parts that see, which take no part."""
+    vision: Values = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {
+        "text_config": draw(_gemma3()) | {"tie_word_embeddings": True},
+        "vision_config": vision | {"image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    }
+
+
+@st.composite
 def _phi3(draw: DrawFn, *, long: bool) -> Values:
     values = draw(_common(free_head_dim=False)) | {"sliding_window": draw(st.none() | _WINDOWS)}
     values |= {"original_max_position_embeddings": 48}
@@ -338,6 +356,7 @@ FAMILIES: Mapping[str, SearchStrategy[Draft]] = {
     "qwen3-moe": _family("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _qwen3_moe()),
     "gemma2": _family("Gemma2ForCausalLM", "Gemma2Config", _gemma2()),
     "gemma3": _family("Gemma3ForCausalLM", "Gemma3TextConfig", _gemma3()),
+    "gemma3-vision": _family("Gemma3ForConditionalGeneration", "Gemma3Config", _gemma3_with_vision()),
     "phi3": _family("Phi3ForCausalLM", "Phi3Config", _phi3(long=False)),
     "phi3-longrope": _family("Phi3ForCausalLM", "Phi3Config", _phi3(long=True)),
     "gpt2": _family("GPT2LMHeadModel", "GPT2Config", _gpt2()),

@@ -48,7 +48,7 @@ def trace_reference(model: PreTrainedModel, token_ids: list[int]) -> Stages:
 
 
 def _hooks(model: PreTrainedModel, found: Found) -> Iterator[RemovableHandle]:
-    base = model.base_model
+    base = getattr(model.base_model, "language_model", model.base_model)
     layers = _child(base, "layers", "h")
     assert isinstance(layers, nn.ModuleList)
     yield _before(layers[0], found, "embedding")

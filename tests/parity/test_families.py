@@ -35,9 +35,7 @@ Prompt = list[int]
 @st.composite
 def prompts(draw: st.DrawFn, draft: Draft) -> Prompt:
     """Random tokens, longer than a tile of 64 queries, than two blocks and than most windows."""
-    vocab_size = draft.values["vocab_size"]
-    assert isinstance(vocab_size, int)
-    return Random(draw(st.integers(0, 1 << 30))).choices(range(vocab_size), k=draw(st.integers(66, 100)))
+    return Random(draw(st.integers(0, 1 << 30))).choices(range(draft.vocab_size), k=draw(st.integers(66, 100)))
 
 
 def kernels_for(folder: Path) -> list[str]:

@@ -46,13 +46,13 @@ class ConfigReader:
             raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
         return float(value)
 
-    def optional_number(self, key: str) -> float | None:
-        """Read a number; None when it is null or absent."""
-        return None if self._values.get(key) is None else self.number(key, 0.0)
+    def optional_number(self, key: str, absent: float | None = None) -> float | None:
+        """Read a number; None when it is null, `absent` when it is not there."""
+        return None if self._values.get(key, absent) is None else self.number(key, absent or 0.0)
 
-    def optional_integer(self, key: str) -> int | None:
-        """Read a positive integer; None when it is null or absent."""
-        return None if self._values.get(key) is None else self.integer(key)
+    def optional_integer(self, key: str, absent: int | None = None) -> int | None:
+        """Read a positive integer; None when it is null, `absent` when it is not there."""
+        return None if self._values.get(key, absent) is None else self.integer(key, absent)
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """Read a list of numbers; empty when it is null or absent."""

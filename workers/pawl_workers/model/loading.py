@@ -129,7 +129,7 @@ def plan_reading(config: CheckpointConfig, stored: Sequence[StoredTensor]) -> Re
     """
     shapes = slot_shapes(config.spec)
     names = config.family.names(config.spec)
-    prefix, ignored = config.family.prefix, config.family.ignored
+    prefix, ignored, other_parts = config.family.prefix, config.family.ignored, config.family.other_parts
     entries: list[_Entry] = []
     left_over: list[str] = []
     for tensor in stored:
@@ -138,6 +138,8 @@ def plan_reading(config: CheckpointConfig, stored: Sequence[StoredTensor]) -> Re
             target = names[name]
             _check(tensor, _part_shape(shapes[target.slot], target))
             entries.append(_Entry(tensor, target))
+        elif tensor.name.startswith(other_parts):
+            continue
         elif not (tensor.name.endswith(ignored) or (config.spec.tied_head and tensor.name == "lm_head.weight")):
             left_over.append(tensor.name)
     found = {(entry.target.slot, entry.target.row) for entry in entries}

@@ -18,13 +18,15 @@ class Family:
     """How the checkpoints of one architecture are read.
 
     `names` maps every tensor that must be there to its target; `ignored` are name endings that may be there
-    and carry no weights; `prefix` is put before names that lack it.
+    and carry no weights; `prefix` is put before names that lack it; `other_parts` are name beginnings of parts that
+    do not make text.
     """
 
     spec: Callable[[ConfigReader], ModelSpec]
     names: Callable[[ModelSpec], Mapping[str, TensorTarget]]
     prefix: str = ""
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    other_parts: tuple[str, ...] = ()
 
 
 NORMS: Mapping[str, str] = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
@@ -93,10 +95,13 @@ def read_rotary(
     if rotary_dim < 2 or rotary_dim % 2:
         raise CheckpointError(f"config.json: {rotary_dim} of {head_dim} dimensions of a head turn; must be even, not 0")
     kind = scaling.text("rope_type", scaling.text("type", "default"))
-    factor = scaling.number("factor", 1.0)
-    original = scaling.integer(
-        "original_max_position_embeddings", config.integer("original_max_position_embeddings", max_context)
+    # Beside `rope_scaling` the length before stretching counts more than inside of it, as it does in transformers.
+    original = config.integer(
+        "original_max_position_embeddings", scaling.integer("original_max_position_embeddings", max_context)
     )
+    factor = scaling.number("factor", max_context / original)
+    if kind == "su" or (kind == "yarn" and scaling.numbers("long_factor")):
+        kind = "longrope"  # as Phi-3 called it first
     match kind:
         # Dynamic NTK only changes the base beyond max_position_embeddings, where no context goes here.
         case "default" | "dynamic":
@@ -125,7 +130,7 @@ def read_rotary(
                 beta_fast=scaling.number("beta_fast", 32.0),
                 truncate=scaling.flag("truncate", True),
             )
-        case "longrope" | "su":
+        case "longrope":
             return _longrope(scaling, theta, rotary_dim, max_context, original)
         case _:
             raise CheckpointError(

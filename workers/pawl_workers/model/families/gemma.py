@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from pawl_workers.errors import CheckpointError
@@ -10,6 +11,16 @@ from pawl_workers.model.families.decoder import Family, decoder_names, decoder_s
 from pawl_workers.model.spec import LayerSpec, ModelSpec, QueryKeyNorm, TensorTarget
 
 __all__ = ["FAMILIES"]
+
+_GEMMA3_DEFAULTS: Mapping[str, object] = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+    "vocab_size": 262208,
+}
 
 _NORMS = {
     "input_layernorm": "attention_norm",
@@ -34,18 +45,18 @@ def _base(config: ConfigReader, architecture: str) -> ModelSpec:
         base,
         embedding_scale=base.hidden_size**0.5,
         attention_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
-        logit_softcap=config.optional_number("final_logit_softcapping"),
     )
 
 
 def _gemma2(config: ConfigReader) -> ModelSpec:
     base = _base(config, "Gemma2ForCausalLM")
-    window = config.optional_integer("sliding_window")
+    window = config.optional_integer("sliding_window", 4096)
     windows = layer_windows(config, base.num_layers, window, lambda layer: layer % 2 == 0)
     return replace(
         base,
         layers=tuple(LayerSpec(w) for w in windows),
-        attention_softcap=config.optional_number("attn_logit_softcapping"),
+        attention_softcap=config.optional_number("attn_logit_softcapping", 50.0),
+        logit_softcap=config.optional_number("final_logit_softcapping", 30.0),
     )
 
 
@@ -54,7 +65,7 @@ def _gemma3(config: ConfigReader) -> ModelSpec:
     both = config.section("rope_parameters")
     sections = [None if both is None else both.section(name) for name in ("full_attention", "sliding_attention")]
     base = _base(config.without("rope_parameters"), "Gemma3ForCausalLM")
-    every, window = config.integer("sliding_window_pattern", 6), config.optional_integer("sliding_window")
+    every, window = config.integer("sliding_window_pattern", 6), config.optional_integer("sliding_window", 4096)
     windows = layer_windows(config, base.num_layers, window, lambda layer: (layer + 1) % every != 0)
     stretched = config.without("rope_parameters")
     local = ConfigReader({"rope_theta": config.number("rope_local_base_freq", 10000.0)})
@@ -66,11 +77,33 @@ def _gemma3(config: ConfigReader) -> ModelSpec:
             read_rotary(local, base.head_dim, base.max_context, 10000.0, sections[1]),
         ),
         query_key_norm=QueryKeyNorm.HEAD,
+        logit_softcap=config.optional_number("final_logit_softcapping"),
     )
+
+
+def _gemma3_with_vision(config: ConfigReader) -> ModelSpec:
+    """Read the part that makes text; its section leaves out what is as in the family's 4 B model."""
+    text = config.section("text_config")
+    if text is None:
+        raise CheckpointError("config.json: Gemma3ForConditionalGeneration needs a text_config")
+    base = _gemma3(text.with_defaults(_GEMMA3_DEFAULTS))
+    return replace(
+        base, architecture="Gemma3ForConditionalGeneration", logit_softcap=None
+    )  # capped in text models only
 
 
 def _names(model: ModelSpec) -> dict[str, TensorTarget]:
     return decoder_names(model, norms=_NORMS, norm_added=1.0)  # norms store their distance from 1
 
 
-FAMILIES = {"Gemma2ForCausalLM": Family(_gemma2, _names), "Gemma3ForCausalLM": Family(_gemma3, _names)}
+def _text_names(model: ModelSpec) -> dict[str, TensorTarget]:
+    return {f"language_model.{name}": target for name, target in _names(model).items()}
+
+
+FAMILIES = {
+    "Gemma2ForCausalLM": Family(_gemma2, _names),
+    "Gemma3ForCausalLM": Family(_gemma3, _names),
+    "Gemma3ForConditionalGeneration": Family(  # text in, text out: images are not served
+        _gemma3_with_vision, _text_names, other_parts=("vision_tower.", "multi_modal_projector.")
+    ),
+}

@@ -13,7 +13,7 @@ __all__ = ["FAMILIES"]
 
 def _spec(config: ConfigReader) -> ModelSpec:
     base = decoder_spec(config, "MistralForCausalLM")
-    windows = layer_windows(config, base.num_layers, config.optional_integer("sliding_window"), lambda _: True)
+    windows = layer_windows(config, base.num_layers, config.optional_integer("sliding_window", 4096), lambda _: True)
     return replace(base, layers=tuple(LayerSpec(window) for window in windows))
 
 

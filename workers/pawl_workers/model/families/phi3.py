@@ -12,7 +12,9 @@ __all__ = ["FAMILIES"]
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    base = decoder_spec(config, "Phi3ForCausalLM", epsilon=1e-5)
+    base = decoder_spec(
+        config.with_defaults({"original_max_position_embeddings": 4096}), "Phi3ForCausalLM", epsilon=1e-5
+    )
     return replace(base, layers=(LayerSpec(config.optional_integer("sliding_window")),) * base.num_layers)
 
 
