@@ -60,8 +60,9 @@ def check_logits(name: str, data: st.DataObject) -> None:
         folder = Path(made)
         model = write_checkpoint(folder, draft)
         wanted = reference_logits(model, token_ids)
-        assert wanted.std(dim=-1).min() > 0.3, "flat logits hide mistakes"
-        assert len(set(wanted.argmax(dim=-1).tolist())) > 5, "every position has the same best token"
+        # What is flat hides mistakes.
+        assert wanted.std(dim=-1).min() > 0.3, "all tokens have the same logits"
+        assert wanted.std(dim=0).mean() > 0.1, "all positions have the same logits"
         for kernels in kernels_for(folder):
             runner = LogitRunner(folder, kernels, max_running=1)
             found = runner.alone(token_ids, chunks)
