@@ -495,6 +495,7 @@ class RequestOptions(_message.Message):
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
+    RETAIN_PREFIX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the caller's own choice, unique among his live requests; 1 to 128 visible ASCII characters. A live
     id is answered with ALREADY_EXISTS. Default: drawn by the server, sent in the initial metadata
@@ -510,6 +511,14 @@ class RequestOptions(_message.Message):
     """
     user: _builtins.str
     """The caller's own label of an end user, kept for ListRequests. Default: none. At most 128 bytes."""
+    @_builtins.property
+    def retain_prefix(self) -> _duration_pb2.Duration:
+        """Keep the KV of this request's prompt and output for so long after it ended, for a request that will begin with
+        it (the next turn of a conversation, an agent between two calls). A hint: running requests never wait for it,
+        and what may be kept is a bounded share of the cache, shared between the callers. Default: as long as there is
+        room. Range: (0 s, the server's limits.max_retain_prefix_s].
+        """
+
     def __init__(
         self,
         *,
@@ -518,10 +527,11 @@ class RequestOptions(_message.Message):
         bypass_prefix_cache: _builtins.bool = ...,
         cache_salt: _builtins.str = ...,
         user: _builtins.str = ...,
+        retain_prefix: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retain_prefix", b"retain_prefix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "priority", b"priority", "request_id", b"request_id", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "priority", b"priority", "request_id", b"request_id", "retain_prefix", b"retain_prefix", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -237,6 +237,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    RETAIN_PREFIX_S_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Number that the front end gives the sequence; unique on this stream."""
     request_id: _builtins.str
@@ -259,6 +260,8 @@ class Submit(_message.Message):
     """The caller's label of an end user, for ListSequences."""
     tenant: _builtins.str
     """Name of the authenticated tenant."""
+    retain_prefix_s: _builtins.float
+    """Keep its cached prefix for so many seconds after its end; 0 = as long as there is room."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -298,10 +301,11 @@ class Submit(_message.Message):
         priority: _builtins.int = ...,
         user: _builtins.str = ...,
         tenant: _builtins.str = ...,
+        retain_prefix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_key", b"cache_key", "eos_token_ids", b"eos_token_ids", "handle", b"handle", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_from", b"prompt_logprobs_from", "request_id", b"request_id", "resume_ids", b"resume_ids", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_key", b"cache_key", "eos_token_ids", b"eos_token_ids", "handle", b"handle", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_from", b"prompt_logprobs_from", "request_id", b"request_id", "resume_ids", b"resume_ids", "retain_prefix_s", b"retain_prefix_s", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
@@ -806,6 +810,68 @@ class EngineLoad(_message.Message):
 Global___EngineLoad: _TypeAlias = EngineLoad  # noqa: Y015
 
 @_typing.final
+class CacheEvent(_message.Message):
+    """One change of the prefix cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    name: _builtins.bytes
+    """Name of the prefix that ends with a block: 32 bytes, see pawl_server.kv.block_hash."""
+    parent: _builtins.bytes
+    """Name of the prefix before the block; the namespace for a first block. Empty when the prefix was removed."""
+    namespace: _builtins.bytes
+    """Root of the chain: a digest over the tenant's key and all else that KV depends on. Empty when removed."""
+    num_tokens: _builtins.int
+    """Tokens of the block; 0 = the prefix was removed."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.bytes = ...,
+        parent: _builtins.bytes = ...,
+        namespace: _builtins.bytes = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "namespace", b"namespace", "num_tokens", b"num_tokens", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheEvent: _TypeAlias = CacheEvent  # noqa: Y015
+
+@_typing.final
+class CacheEvents(_message.Message):
+    """Changes of the prefix cache since the connection was opened, oldest first; sent with EngineLoad."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESET_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    reset: _builtins.bool
+    """Changes were lost: what was said before does not hold."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheEvent]:
+        """In their order."""
+
+    def __init__(
+        self,
+        *,
+        reset: _builtins.bool = ...,
+        events: _abc.Iterable[Global___CacheEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "reset", b"reset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheEvents: _TypeAlias = CacheEvents  # noqa: Y015
+
+@_typing.final
 class ConnectResponse(_message.Message):
     """A frame from an engine."""
 
@@ -816,6 +882,7 @@ class ConnectResponse(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    CACHE_EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """First."""
@@ -836,6 +903,10 @@ class ConnectResponse(_message.Message):
     def load(self) -> Global___EngineLoad:
         """Liveness and load."""
 
+    @_builtins.property
+    def cache_events(self) -> Global___CacheEvents:
+        """Changes of the prefix cache."""
+
     def __init__(
         self,
         *,
@@ -844,12 +915,13 @@ class ConnectResponse(_message.Message):
         prompt_logprobs: Global___PromptLogprobs | None = ...,
         end: Global___End | None = ...,
         load: Global___EngineLoad | None = ...,
+        cache_events: Global___CacheEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "frame", b"frame", "load", b"load", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "end", b"end", "frame", b"frame", "load", b"load", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "frame", b"frame", "load", b"load", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_events", b"cache_events", "end", b"end", "frame", b"frame", "load", b"load", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["welcome", "tokens", "prompt_logprobs", "end", "load"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["welcome", "tokens", "prompt_logprobs", "end", "load", "cache_events"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
