@@ -159,6 +159,22 @@ class PoolMachine(RuleBasedStateMachine):
             self.going.remove(sequence)
             failed += [s for s in self.going if s not in failed and s.in_flight and not set(own).isdisjoint(s.table)]
 
+    @rule()
+    def lose_worker(self) -> None:
+        """Every step in flight fails; all that run start again, the cache is emptied, steps count from 1."""
+        for step in sorted({s.in_flight[0] for s in self.going if s.in_flight}, reverse=True):
+            self.pool.retract(step)
+        assert not self.pool.pending_steps()
+        for number, block in self.model.blocks.items():
+            if block.pending_step is not None:
+                self.model.clear(number)
+        for sequence in self.going:
+            self.pool.release(sequence.table)
+            self.model.release(sequence.table)
+        self.going = []
+        self.flush()
+        self.step = 0
+
     @precondition(lambda self: any(sequence.in_flight is None for sequence in self.going))
     @rule(data=st.data(), keep=st.none() | st.floats(0.5, 30.0))
     def finish(self, data: st.DataObject, keep: float | None) -> None:

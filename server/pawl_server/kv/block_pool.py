@@ -38,7 +38,12 @@ class BlockPool:
     """
 
     def __init__(
-        self, num_blocks: int, *, retained_share: float = 0.25, half_life_s: float = 300.0, max_events: int = 0
+        self,
+        num_blocks: int,
+        *,
+        retained_share: float = 0.25,
+        half_life_s: float = 300.0,
+        max_events: int = 0,
     ) -> None:
         if num_blocks < 1:
             raise PoolError(f"num_blocks = {num_blocks}: a pool has at least one block")
@@ -187,6 +192,8 @@ class BlockPool:
         blocks = self._index.announced_by(step, producer)
         for block in blocks:
             self._forget(block)
+        if producer is None:
+            self._index.drop_unsettled(step)
         return blocks
 
     def pending_steps(self) -> set[int]:

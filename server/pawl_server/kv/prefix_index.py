@@ -104,6 +104,10 @@ class PrefixIndex:
         if self.events.wanted:
             self.events.add(entry.stored)
 
+    def drop_unsettled(self, step: int) -> None:
+        """A step failed, and those after it with it: their numbers may come again."""
+        self._unsettled = deque(entry for entry in self._unsettled if entry[0] < step)
+
     def announced_by(self, step: int, producer: int | None) -> list[int]:
         """Blocks that are pending until a step is done, of one producer or of all."""
         return [
