@@ -163,6 +163,8 @@ def request_options(settings: Settings, options: ScoreOptions) -> types_pb2.Requ
         "cache_salt": options.get("cache_salt") or "",
         "user": options.get("user") or "",
     }
+    if (seconds := options.get("retain_prefix")) is not None:
+        values["retain_prefix"] = duration(seconds, "options.retain_prefix")
     return build(types_pb2.RequestOptions, "options", values)
 
 

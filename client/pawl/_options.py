@@ -57,6 +57,7 @@ class ScoreOptions(CallOptions, total=False):
     request_id: an id of your own choice, for `cancel` and the logs.
     bypass_prefix_cache: neither read nor feed the prefix cache.
     cache_salt: share cached prefixes only with requests of the same salt.
+    retain_prefix: keep the prefix cached for so many seconds after the end, for a next turn; a hint.
     user: your label of an end user, shown to operators.
     """
 
@@ -64,6 +65,7 @@ class ScoreOptions(CallOptions, total=False):
     request_id: str | None
     bypass_prefix_cache: bool
     cache_salt: str | None
+    retain_prefix: float | None
     user: str | None
 
 

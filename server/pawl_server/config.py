@@ -68,6 +68,7 @@ class EngineSettings:
     kv_memory_fraction: float = _setting(0.25, "share of the free memory for the KV cache, (0, 0.95]", common=True)
     kv_max_bytes: int = _setting(4 << 30, "most bytes for the KV cache when num_blocks is 0; 0 = no limit")
     prefix_cache: bool = _setting(True, "reuse the KV of equal prompt beginnings", common=True)
+    retained_share: float = _setting(0.25, "share of the blocks that callers may ask to keep, [0, 0.9]")
     watermark: float = _setting(0.01, "share of the blocks kept free at admission, [0, 0.5]")
     max_bypass: int = _setting(8, "how often a sequence that does not fit may be overtaken")
     num_threads: int = _setting(0, "compute threads of a replica; 0 = cores / replicas", common=True)
@@ -144,6 +145,7 @@ class LimitSettings:
     max_tokenize_texts: int = _setting(256, "texts or sequences of one tokenizer call")
     max_cancel_ids: int = _setting(1024, "request ids of one Cancel call")
     max_duration_s: float = _setting(3600.0, "a request still running after this ends with TIME_LIMIT")
+    max_retain_prefix_s: float = _setting(3600.0, "longest time for which a caller may ask to keep a cached prefix")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +244,8 @@ def settings() -> Iterator[Setting]:
 _RANGES: dict[str, tuple[float, float]] = {
     "kv_memory_fraction": (0.001, 0.95),
     "watermark": (0.0, 0.5),
+    "retained_share": (0.0, 0.9),
+    "max_retain_prefix_s": (0.001, 31_536_000.0),
     "port": (0, 65535),
     "admin_port": (0, 65535),
     "metrics_port": (0, 65535),

@@ -31,8 +31,8 @@ def _output(name: str, field: str, limit: str = "", **values: Any) -> Row:
     return _generate(name, f"output.{field}", limit, output=types_pb2.OutputOptions(**values))
 
 
-def _options(name: str, field: str, **values: Any) -> Row:
-    return _generate(name, f"options.{field}", options=types_pb2.RequestOptions(**values))
+def _options(name: str, field: str, limit: str = "", **values: Any) -> Row:
+    return _generate(name, f"options.{field}", limit, options=types_pb2.RequestOptions(**values))
 
 
 def _stream(name: str, field: str, request: inference_pb2.GenerateRequest, **stream: Any) -> Row:
@@ -141,6 +141,10 @@ OUTPUT = [
     _options("priority-over-the-callers", "priority", priority=4),
     _options("priority-too-low", "priority", priority=-11),
     _options("salt-too-long", "cache_salt", cache_salt="x" * 257),
+    _options("retain-zero", "retain_prefix", retain_prefix=Duration()),
+    _options("retain-negative", "retain_prefix", retain_prefix=Duration(seconds=-1)),
+    _options("retain-too-long", "retain_prefix", "max_retain_prefix_s", retain_prefix=Duration(seconds=3601)),
+    _options("retain-without-cache", "retain_prefix", retain_prefix=Duration(seconds=1), bypass_prefix_cache=True),
     _options("user-too-long", "user", user="x" * 129),
     _stream("stream-of-nothing", "request.prompt", inference_pb2.GenerateRequest()),
     _stream("stream-beyond-context", "request.prompt", generate(prompt=ids(*[5] * CONTEXT))),

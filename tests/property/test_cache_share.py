@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
 from pawl_server.kv.block_pool import BlockPool
 from pawl_server.kv.draft import BlockDraft
+from tests.property.test_scheduler import Bench, limits
 
 HALF_LIFE_S = 100.0
 
@@ -117,3 +119,22 @@ def test_kept_prefixes_outlive_a_flood_and_never_block_it(num_blocks: int, sizes
     # A flood as large as the pool takes even what was kept: a hint never makes anybody wait.
     cache.run("flood", [10**6 + place for place in range(num_blocks)], 2.0)
     assert cache.pool.num_retained == 0
+
+
+def test_a_request_may_ask_to_keep_its_prefix() -> None:
+    """Through the scheduler: a conversation that is kept outlives other work of its own tenant, until its time."""
+    bench = Bench(limits(num_blocks=16, max_batch_tokens=64, retained_share=0.6))
+    prompt = list(range(17))
+    kept = dataclasses.replace(bench.request(prompt, 2), retain_prefix_s=500.0)
+    bench.submit(kept)
+    bench.run()
+    found = []
+    for now in (50.0, 1000.0):
+        bench.now = now
+        for number in range(20):
+            bench.submit(bench.request([20 + number % 10, *[number] * 20], 2))
+            bench.run()
+        bench.submit(bench.request(prompt, 2))
+        bench.run()
+        found.append(bench.ended[len(bench.requests) - 1].cached_prompt_tokens)
+    assert found == [16, 0]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pawl.errors import InvalidRequest, Unavailable
 from pawl_server.engine.executor import EngineWorker, InProcessExecutor, WorkerFacts
-from pawl_server.engine.link.protocol import PROTOCOL_VERSION
+from pawl_server.engine.link.protocol import MAX_CACHE_EVENTS, PROTOCOL_VERSION
 from pawl_server.engine.link.server import EngineService, LinkServer, host_port
 from pawl_server.engine.load import LoadWorker, load_torch_worker
 from pawl_server.engine.loop import EngineLoop
@@ -235,6 +235,8 @@ def _limits(spec: EngineSpec, facts: WorkerFacts) -> SchedulerLimits:
             max_prefill_chunk=engine.max_prefill_chunk,
             max_waiting=engine.max_waiting,
             prefix_cache=engine.prefix_cache,
+            retained_share=engine.retained_share,
+            max_cache_events=MAX_CACHE_EVENTS,
             watermark=engine.watermark,
             max_bypass=engine.max_bypass,
         )

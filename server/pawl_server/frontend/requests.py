@@ -104,13 +104,14 @@ class OutputChoice:
 
 @dataclass(frozen=True, slots=True)
 class Handling:
-    """How the request is handled. `request_id` is empty when the caller gave none."""
+    """How the request is handled. `request_id` is empty when the caller gave none; `retain_prefix_s` 0 = no hint."""
 
     request_id: str
     priority: int
     bypass_prefix_cache: bool
     cache_salt: str
     user: str
+    retain_prefix_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

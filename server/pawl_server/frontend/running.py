@@ -190,6 +190,7 @@ def submit_handling(submit: engine_pb2.Submit, core: Core, handling: Handling, c
     submit.cache_key = cache_key(core.token, call.principal.tenant, handling.cache_salt)
     submit.bypass_prefix_cache = handling.bypass_prefix_cache
     submit.priority = handling.priority
+    submit.retain_prefix_s = handling.retain_prefix_s
     submit.user = handling.user
     submit.tenant = call.principal.tenant
 

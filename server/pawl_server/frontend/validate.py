@@ -125,7 +125,7 @@ def _finish(
     sampling = _sampling(found, message.sampling, rules)
     stop = _stop(found, message.stop, rules)
     output = _output(found, message.output, message.stop, rules.limits)
-    handling = _handling(found, message.options, rules.max_priority)
+    handling = _handling(found, message.options, rules.max_priority, rules.limits)
     outer = Violations()
     chunking = Chunking() if stream is None else _chunking(outer, stream)
     found.absorb(outer)
@@ -153,7 +153,7 @@ def score(message: inference_pb2.ScoreRequest, rules: Rules) -> ScoreInput:
             continuations.append(checked)
     alternatives = message.alternatives if message.HasField("alternatives") else 0
     found.number("alternatives", alternatives, 0, limits.max_logprobs, "limits.max_logprobs")
-    handling = _handling(found, message.options, rules.max_priority)
+    handling = _handling(found, message.options, rules.max_priority, rules.limits)
     found.raise_if_any()
     return ScoreInput(context, tuple(continuations), alternatives, handling)
 
@@ -285,7 +285,9 @@ def _output(
     return OutputChoice(logprobs, prompt_logprobs, message.token_ids, message.omit_text, skip, message.timings)
 
 
-def _handling(found: Violations, message: types_pb2.RequestOptions, max_priority: int) -> Handling:
+def _handling(
+    found: Violations, message: types_pb2.RequestOptions, max_priority: int, limits: LimitSettings
+) -> Handling:
     if message.request_id:
         size = len(message.request_id)
         good = size <= _MAX_ID_LENGTH and visible_ascii(message.request_id)
@@ -293,7 +295,20 @@ def _handling(found: Violations, message: types_pb2.RequestOptions, max_priority
     found.number("options.priority", message.priority, MIN_PRIORITY, max_priority)
     found.text("options.cache_salt", message.cache_salt, _MAX_SALT_BYTES)
     found.text("options.user", message.user, _MAX_USER_BYTES)
-    return Handling(message.request_id, message.priority, message.bypass_prefix_cache, message.cache_salt, message.user)
+    retain_s = 0.0
+    if message.HasField("retain_prefix"):
+        field, limit = "options.retain_prefix", "limits.max_retain_prefix_s"
+        retain_s = found.duration(field, message.retain_prefix, 0, limits.max_retain_prefix_s, limit, open_low=True)
+        if message.bypass_prefix_cache:
+            found.add(field, "options.bypass_prefix_cache leaves nothing to keep: drop one of the two")
+    return Handling(
+        message.request_id,
+        message.priority,
+        message.bypass_prefix_cache,
+        message.cache_salt,
+        message.user,
+        retain_s,
+    )
 
 
 def _chunking(found: Violations, message: inference_pb2.StreamOptions) -> Chunking:

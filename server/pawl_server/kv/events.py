@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-__all__ = ["CacheEvents", "PrefixRemoved", "PrefixStored", "PrefixesUnknown"]
+__all__ = ["CacheEvent", "CacheEvents", "PrefixRemoved", "PrefixStored", "PrefixesUnknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,9 @@ class PrefixesUnknown:
     """Events were lost: what was said before does not hold; what follows does."""
 
 
+CacheEvent = PrefixStored | PrefixRemoved | PrefixesUnknown
+
+
 class CacheEvents:
     """Events since they were last drained, at most `capacity`; 0 = none are kept.
 
@@ -47,7 +50,7 @@ class CacheEvents:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._events: deque[PrefixStored | PrefixRemoved | PrefixesUnknown] = deque()
+        self._events: deque[CacheEvent] = deque()
 
     @property
     def wanted(self) -> bool:
@@ -61,7 +64,7 @@ class CacheEvents:
             self._events.append(PrefixesUnknown())
         self._events.append(event)
 
-    def drain(self) -> list[PrefixStored | PrefixRemoved | PrefixesUnknown]:
+    def drain(self) -> list[CacheEvent]:
         """Everything since the last call, oldest first."""
         events = list(self._events)
         self._events.clear()

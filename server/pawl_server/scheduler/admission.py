@@ -22,6 +22,8 @@ class SchedulerLimits:
     max_prefill_chunk: int = 256
     max_waiting: int = 4096
     prefix_cache: bool = True
+    retained_share: float = 0.25  # of the blocks, that callers may ask to keep
+    max_cache_events: int = 0  # kept between two reports to the front ends; 0 = none are
     watermark: float = 0.01  # share of the blocks kept free at admission while something runs
     max_bypass: int = 8
     ageing_s: float = 0.0  # a sequence that waited so long rises by one class; 0 = never

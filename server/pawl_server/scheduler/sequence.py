@@ -57,6 +57,7 @@ class SequenceRequest:
     prompt_logprobs: int = -1
     prompt_logprobs_from: int = 1
     bypass_prefix_cache: bool = False
+    retain_prefix_s: float = 0.0  # keep its cached prefix for so long after its end
     priority: int = 0
     user: str = ""
     tenant: str = ""

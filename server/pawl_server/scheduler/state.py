@@ -45,7 +45,11 @@ class SchedulerState:
         self.root = root
         self.epoch = epoch
         self.step = 0  # last launched
-        self.pool = BlockPool(limits.num_blocks)
+        self.pool = BlockPool(
+            limits.num_blocks,
+            retained_share=limits.retained_share,
+            max_events=limits.max_cache_events,
+        )
         self.slots = SlotTable(limits.max_running, limits.block_size)
         self.accounts = TenantAccounts(Prices())
         self.queue = WaitingQueue(self.accounts, limits.ageing_s)
@@ -104,6 +108,8 @@ class SchedulerState:
         if sequence.status is Status.WAITING:
             self.queue.take(sequence)
         else:
+            if sequence.request.retain_prefix_s:
+                self.pool.retain(sequence.blocks, self.pool.now + sequence.request.retain_prefix_s)
             self.pool.release(sequence.blocks)
             self.rows_to_free.append(sequence.row)
             del self.running[sequence.order]

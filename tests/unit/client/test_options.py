@@ -74,6 +74,7 @@ def test_every_keyword_is_sent() -> None:
             "request_id": "r",
             "bypass_prefix_cache": True,
             "cache_salt": "s",
+            "retain_prefix": 30.0,
             "user": "u",
             "add_special_tokens": False,
             "min_chunk_interval": 0.25,
@@ -117,6 +118,7 @@ def test_every_keyword_is_sent() -> None:
                 "priority": 3,
                 "bypass_prefix_cache": True,
                 "cache_salt": "s",
+                "retain_prefix": "30s",
                 "user": "u",
             },
         },
@@ -178,6 +180,7 @@ def test_client_defaults_are_used() -> None:
         ("", {"timeout": 0}, "timeout"),
         ("", {"timeout": math.nan}, "timeout"),
         ("", {"stop": Stop(max_duration=-1)}, "stop.max_duration"),
+        ("", {"retain_prefix": -1.0}, "options.retain_prefix"),
     ],
 )
 def test_wrong_types_name_the_field(prompt: object, options: dict[str, object], field: str) -> None:

@@ -61,6 +61,7 @@ def test_a_submit_becomes_a_request_with_nothing_lost() -> None:
         prompt_logprobs_from=2,
         cache_key=b"key",
         bypass_prefix_cache=True,
+        retain_prefix_s=2.5,
         priority=-1,
         user="u",
         tenant="t",
@@ -77,6 +78,7 @@ def test_a_submit_becomes_a_request_with_nothing_lost() -> None:
     assert (request.eos_token_ids, request.stop_token_ids) == (frozenset({0}), frozenset({8, 9}))
     assert (request.prompt_logprobs, request.prompt_logprobs_from) == (0, 2)
     assert (request.cache_key, request.bypass_prefix_cache, request.priority) == (b"key", True, -1)
+    assert request.retain_prefix_s == 2.5
     assert (request.user, request.tenant) == ("u", "t")
 
 

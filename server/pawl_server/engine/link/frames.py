@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pawl.errors import FieldViolation, InvalidRequest, PawlError
 from pawl_server.internal.v1 import engine_pb2
+from pawl_server.kv.events import CacheEvent, PrefixesUnknown, PrefixRemoved, PrefixStored
 from pawl_server.scheduler.admission import Refusal
 from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest
 from pawl_server.scheduler.state import SequenceView
@@ -15,6 +16,7 @@ __all__ = [
     "SequenceKey",
     "abort_text",
     "refused_end",
+    "to_cache_events",
     "to_end",
     "to_failed_end",
     "to_position",
@@ -62,6 +64,7 @@ def to_request(submit: engine_pb2.Submit, key: SequenceKey, vocab_size: int) -> 
         prompt_logprobs_from=max(1, submit.prompt_logprobs_from),
         cache_key=submit.cache_key,
         bypass_prefix_cache=submit.bypass_prefix_cache,
+        retain_prefix_s=submit.retain_prefix_s,
         priority=submit.priority,
         user=submit.user,
         tenant=submit.tenant,
@@ -170,6 +173,20 @@ def abort_text(reason: engine_pb2.AbortReason.ValueType) -> str:
     """Why a front end ended a sequence, as a lower-case word: "stop_string", "cancelled", ..."""
     known = reason in engine_pb2.AbortReason.values()
     return engine_pb2.AbortReason.Name(reason).removeprefix("ABORT_REASON_").lower() if known else "unknown"
+
+
+def to_cache_events(events: Sequence[CacheEvent]) -> engine_pb2.CacheEvents:
+    """Changes of the prefix cache, oldest first."""
+    frame = engine_pb2.CacheEvents()
+    for event in events:
+        match event:
+            case PrefixStored(name, parent, namespace, num_tokens):
+                frame.events.add(name=name, parent=parent, namespace=namespace, num_tokens=num_tokens)
+            case PrefixRemoved(name):
+                frame.events.add(name=name)
+            case PrefixesUnknown():
+                frame.reset = True
+    return frame
 
 
 def to_sequence_state(view: SequenceView) -> engine_pb2.SequenceState:

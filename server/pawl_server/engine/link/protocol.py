@@ -11,7 +11,9 @@ __all__ = [
     "server_options",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+MAX_CACHE_EVENTS = 8192
+"""Changes of the prefix cache between two reports that are told one by one; more make readers begin anew."""
 HEARTBEAT_PERIOD_S = 1.0
 MAX_FRAME_BYTES = 64 << 20
 # Tokens of one frame, with log-probabilities; 20 alternatives are 250 bytes, so a frame stays below 16 MiB.
