@@ -14,6 +14,7 @@ from pawl_server.engine.link import client as client_module
 from pawl_server.engine.link.auth import token_metadata
 from pawl_server.engine.link.protocol import PROTOCOL_VERSION
 from pawl_server.internal.v1 import engine_pb2, engine_pb2_grpc
+from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
 from pawl_server.metrics import parse_exposition
 from tests.fakes.engine_harness import (
     Recorder,
@@ -193,6 +194,31 @@ async def test_load_is_told_on_becoming_idle() -> None:
         assert link.load.num_blocks == 256
         assert link.load.memory_bytes > 0
         assert link.load.progressing
+
+
+async def test_what_the_cache_holds_is_told_by_name() -> None:
+    """The names are those that a router makes of prompt, cache key and the facts of the welcome."""
+    told: list[engine_pb2.CacheEvents] = []
+    prompt = [5, 6, 7, 8] * 5
+    async with running_engine() as running, running.link() as link:
+        link.on_cache_events = told.append
+        submit = submit_frame([*prompt, 9], 1)
+        link.open(submit, recorder := Recorder())
+        await ended(recorder)
+        await until(lambda: bool(told))
+        model = link.welcome.model
+        root = root_hash(CacheRoot(model.revision, model.data_type, link.welcome.block_size), submit.cache_key)
+        chain = HashChain(root, link.welcome.block_size)
+        chain.extend(prompt, 5)
+        events = [event for frame in told for event in frame.events]
+        assert [event.name for event in events] == chain.names
+        assert [event.parent for event in events] == [root, *chain.names[:-1]]
+        assert {(event.namespace, event.num_tokens) for event in events} == {(root, 4)}
+        told.clear()
+        assert await link.flush_cache() == 5
+        await until(lambda: bool(told))
+        assert sorted(event.name for frame in told for event in frame.events) == sorted(chain.names)
+        assert not any(event.num_tokens for frame in told for event in frame.events)
 
 
 async def test_two_front_ends_do_not_see_each_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,13 @@ from pawl_server.frontend.core import Core
 from pawl_server.frontend.replicas import Replica, Replicas
 from pawl_server.frontend.router import Candidate, Router
 from pawl_server.internal.v1 import engine_pb2, fleet_pb2
+from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
+from pawl_server.kv.block_pool import BlockPool
+from pawl_server.kv.draft import BlockDraft
+from pawl_server.kv.events import PrefixStored
 
 BLOCK = 4
+ROOT = CacheRoot("model", "float32", BLOCK)
 MANY = 10_000
 SALTS = (b"one", b"two")
 
@@ -42,7 +48,7 @@ class _Model:
 
 
 def _candidate(key: int, load: int, num_blocks: int = MANY, foreign: int = 0) -> Candidate[int]:
-    return Candidate(key, load, num_own=0, num_sequences=foreign, num_blocks=num_blocks, block_size=BLOCK)
+    return Candidate(key, load, num_own=0, num_sequences=foreign, num_blocks=num_blocks, root=ROOT)
 
 
 # Two letters and few lengths: prompts often begin alike.
@@ -84,6 +90,34 @@ def test_memory_is_bounded_and_a_replica_that_left_is_forgotten(sent: list[tuple
         assert len(router._seen[7]) <= num_blocks
     router.keep([])
     assert not router._seen
+
+
+@given(st.lists(st.tuples(prompts, st.sampled_from(SALTS)), min_size=1, max_size=30), st.integers(6, 12))
+def test_events_tell_the_router_what_a_replica_has(sent: list[tuple[tuple[int, ...], bytes]], num_blocks: int) -> None:
+    """Prompts of other front ends, and what was evicted since: an idle replica is chosen for its cache alone."""
+    router: Router[int] = Router(1.0)
+    pool = BlockPool(num_blocks, max_events=1000)
+    for step, (prompt, salt) in enumerate(sent, start=1):
+        chain = HashChain(root_hash(ROOT, salt), BLOCK)
+        chain.extend(prompt, len(prompt) // BLOCK)
+        num_hits = len(pool.find(chain)[: (len(prompt) - 1) // BLOCK])
+        # One that is loaded with fewer tokens than the hit is worth is still the better choice, and no more.
+        for load in (num_hits * BLOCK - 1, num_hits * BLOCK + 1):
+            if load >= 0:
+                known = [_candidate(1, load), _candidate(2, 0)]
+                chosen = copy.deepcopy(router).pick(known[::-1], prompt, salt).key  # it remembers what it picked
+                assert chosen == (1 if load < num_hits * BLOCK else 2)
+        draft = BlockDraft(pool)
+        hits = draft.prefix_hits(chain, (len(prompt) - 1) // BLOCK)
+        draft.share(hits)
+        blocks = draft.take(-(-len(prompt) // BLOCK) - len(hits))
+        assert blocks is not None
+        draft.announce(chain, len(hits), blocks)
+        draft.apply(step)
+        pool.settle(step)
+        pool.release(hits + blocks)
+        for event in pool.events.drain():
+            router.learn(1, event.name, present=isinstance(event, PrefixStored))
 
 
 def test_work_of_other_front_ends_counts() -> None:

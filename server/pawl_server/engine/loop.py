@@ -18,7 +18,7 @@ import psutil
 from pawl.errors import ServerError
 from pawl_server.engine.executor import Executor
 from pawl_server.engine.link.delivery import Delivery
-from pawl_server.engine.link.frames import SequenceKey
+from pawl_server.engine.link.frames import SequenceKey, to_cache_events
 from pawl_server.engine.link.outbox import Outbox
 from pawl_server.engine.link.protocol import HEARTBEAT_PERIOD_S
 from pawl_server.engine.meter import Meter, StepRecord
@@ -298,6 +298,8 @@ class EngineLoop:
             used=counts.used_blocks,
         )
         self.meter.flush()
+        if events := self.state.pool.events.drain():
+            self._delivery.cache_events(to_cache_events(events))
         self._delivery.load(self._load(counts))
 
     def _load(self, counts: Counts) -> engine_pb2.EngineLoad:

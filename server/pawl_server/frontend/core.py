@@ -21,7 +21,7 @@ from pawl_server.frontend.replicas import Key, Replica, Replicas
 from pawl_server.frontend.requests import ConversationInput, PromptInput
 from pawl_server.frontend.router import Router
 from pawl_server.frontend.validate import Rules
-from pawl_server.internal.v1 import fleet_pb2
+from pawl_server.internal.v1 import engine_pb2, fleet_pb2
 from pawl_server.metrics import FrontendMetrics
 
 __all__ = ["Core"]
@@ -57,8 +57,10 @@ class Core:
         self.model_error: InvalidRequest | None = None
         self.metrics = FrontendMetrics(config.model.served_name or config.model.model.rstrip("/").rpartition("/")[2])
         self.admission = Admission(config.frontend.max_queued_requests, on_change=self._gauges)
-        self.replicas = Replicas(token, self.instance_id, config.frontend.heartbeat_timeout_s, self.changed)
         self.router: Router[Key] = Router(config.frontend.prefix_affinity)
+        self.replicas = Replicas(
+            token, self.instance_id, config.frontend.heartbeat_timeout_s, self.changed, self._on_cache
+        )
         self._on_change = on_change
         # Of their own, so that long prompts cannot take every thread of the process.
         self._encoders = ThreadPoolExecutor(2, "pawl-encode")
@@ -186,6 +188,12 @@ class Core:
         """The list, a link or the drain changed."""
         self.router.keep([replica.key for replica in self.replicas.all()])
         self._on_change()
+
+    def _on_cache(self, key: Key, events: engine_pb2.CacheEvents) -> None:
+        if events.reset:
+            self.router.forget(key)
+        for event in events.events:
+            self.router.learn(key, event.name, present=event.num_tokens > 0)
 
     def _gauges(self, num_queued: int, num_live: int) -> None:
         self.metrics.requests_queued.set(num_queued)

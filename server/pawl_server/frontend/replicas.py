@@ -10,11 +10,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from pawl.errors import Unauthenticated, Unavailable
 from pawl_server.engine.link.client import EngineLink
 from pawl_server.frontend.router import Candidate
 from pawl_server.internal.v1 import engine_pb2, fleet_pb2
+from pawl_server.kv.block_hash import CacheRoot
 
 __all__ = ["Replica", "Replicas"]
 
@@ -79,7 +81,7 @@ class Replica:
             num_own=self.link.num_streams,
             num_sequences=load.running + load.waiting,
             num_blocks=welcome.num_blocks,
-            block_size=welcome.block_size,
+            root=CacheRoot(welcome.model.revision or welcome.model.source, welcome.model.data_type, welcome.block_size),
         )
 
 
@@ -91,13 +93,22 @@ class Replicas:
         frontend_id: id of this process, for the engines' logs.
         heartbeat_timeout_s: an engine silent for so long counts as lost.
         on_change: told after every change of the list or of a link.
+        on_cache: told what changes in a replica's prefix cache.
     """
 
-    def __init__(self, token: str, frontend_id: str, heartbeat_timeout_s: float, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        token: str,
+        frontend_id: str,
+        heartbeat_timeout_s: float,
+        on_change: Callable[[], None],
+        on_cache: Callable[[Key, engine_pb2.CacheEvents], None] = lambda _key, _events: None,
+    ) -> None:
         self._token = token
         self._frontend_id = frontend_id
         self._timeout_s = heartbeat_timeout_s
         self._on_change = on_change
+        self._on_cache = on_cache
         self._replicas: dict[Key, Replica] = {}
         self._facts: engine_pb2.ModelFacts | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -161,6 +172,9 @@ class Replicas:
             try:
                 async with EngineLink(address, self._token, self._frontend_id, self._timeout_s) as link:
                     pause, complained = _RETRY_S[0], False
+                    # What changed while there was no link is not known.
+                    self._on_cache(replica.key, engine_pb2.CacheEvents(reset=True))
+                    link.on_cache_events = partial(self._on_cache, replica.key)
                     replica.link = link
                     self._facts = link.welcome.model
                     self._on_change()

@@ -1,23 +1,23 @@
 """Which replica gets a request: the one with most of its prompt cached, less the work it already has.
 
-Owns a guess of what each replica has cached, made from what was sent there; pure, knows no connection.
+Owns what is known of each replica's cache: a guess from what was sent there, set right by what the replica says;
+pure, knows no connection.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
 
 __all__ = ["Candidate", "Router"]
 
 Key = TypeVar("Key", bound=Hashable)
 
 _MAX_BLOCKS = 4096  # of one prompt that are looked at
-_DEFAULT_BLOCK = 16
 _FOREIGN_TOKENS = 256  # counted for a sequence of another front end, whose size is not known here
 
 
@@ -31,7 +31,7 @@ class Candidate(Generic[Key]):
         num_own: this front end's requests there.
         num_sequences: running and waiting sequences by the replica's own latest report.
         num_blocks: KV blocks of the replica.
-        block_size: tokens in a block.
+        root: what its KV depends on, the size of a block with it.
     """
 
     key: Key
@@ -39,11 +39,11 @@ class Candidate(Generic[Key]):
     num_own: int
     num_sequences: int
     num_blocks: int
-    block_size: int
+    root: CacheRoot
 
 
 class Router(Generic[Key]):
-    """Remembers which prompts went where, as hashes of their blocks.
+    """Remembers which prompts went where, as the engines name their blocks.
 
     Score of a replica = affinity * cached prompt tokens - outstanding tokens; the highest gets the request.
     A replica's memory holds as many blocks as the replica itself, least recently used first out.
@@ -64,17 +64,31 @@ class Router(Generic[Key]):
         """
         if not candidates:
             raise ValueError("no replica to choose from")
-        hashes: dict[int, list[bytes]] = {}
+        names: dict[CacheRoot, list[bytes]] = {}
         best, best_score = candidates[0], -float("inf")
         for candidate in candidates:
-            size = candidate.block_size or _DEFAULT_BLOCK
-            if size not in hashes:
-                hashes[size] = _block_hashes(prompt_ids, cache_key, size) if self._affinity else []
-            score = self._affinity * self._num_cached(candidate.key, hashes[size]) * size - _load(candidate)
+            root = candidate.root
+            if root not in names:
+                names[root] = _block_names(prompt_ids, cache_key, root) if self._affinity else []
+            cached = self._num_cached(candidate.key, names[root]) * root.block_size
+            score = self._affinity * cached - _load(candidate)
             if score > best_score:
                 best, best_score = candidate, score
-        self._remember(best, hashes[best.block_size or _DEFAULT_BLOCK])
+        self._remember(best, names[best.root])
         return best
+
+    def learn(self, key: Key, name: bytes, *, present: bool) -> None:
+        """A replica says that a prefix is cached from now on, or is not any more."""
+        seen = self._seen.setdefault(key, OrderedDict())
+        if present:
+            seen[name] = None
+            seen.move_to_end(name)
+        else:
+            seen.pop(name, None)
+
+    def forget(self, key: Key) -> None:
+        """Nothing is known of a replica's cache any more."""
+        self._seen.pop(key, None)
 
     def keep(self, keys: Sequence[Key]) -> None:
         """Forget every replica that is not among the keys."""
@@ -103,14 +117,8 @@ def _load(candidate: Candidate[Key]) -> float:
     return candidate.outstanding_tokens + foreign * _FOREIGN_TOKENS
 
 
-def _block_hashes(prompt_ids: Sequence[int], cache_key: bytes, block_size: int) -> list[bytes]:
-    """Chained hashes of the full blocks, without the last token (the engine always computes that one)."""
-    num_blocks = max(0, min((len(prompt_ids) - 1) // block_size, _MAX_BLOCKS))
-    ids = array("i", prompt_ids[: num_blocks * block_size]).tobytes()
-    width = array("i").itemsize * block_size
-    hashes: list[bytes] = []
-    parent = cache_key
-    for start in range(0, len(ids), width):
-        parent = hashlib.blake2b(parent + ids[start : start + width], digest_size=8).digest()
-        hashes.append(parent)
-    return hashes
+def _block_names(prompt_ids: Sequence[int], cache_key: bytes, root: CacheRoot) -> list[bytes]:
+    """Names of the full blocks, without the last token (the engine always computes that one)."""
+    chain = HashChain(root_hash(root, cache_key), root.block_size)
+    chain.extend(prompt_ids, max(0, min((len(prompt_ids) - 1) // root.block_size, _MAX_BLOCKS)))
+    return chain.names

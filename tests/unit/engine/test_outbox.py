@@ -66,3 +66,21 @@ async def test_a_long_backlog_is_cut_into_frames(monkeypatch: pytest.MonkeyPatch
         [4, 5, 6, 7],
         [8, 9],
     ]
+
+
+async def test_cache_events_of_a_stalled_connection_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit any more is replaced by the word that the reader knows nothing."""
+    monkeypatch.setattr(outbox_module, "MAX_CACHE_EVENTS", 3)
+    outbox = Outbox(1)
+    event = engine_pb2.CacheEvent(name=b"n", num_tokens=4)
+    for _ in range(3):
+        outbox.add_cache_events(engine_pb2.CacheEvents(events=[event]))
+    outbox.set_load(engine_pb2.EngineLoad())
+    frames = await outbox.take()
+    assert _kinds(frames) == ["load", "cache_events"]
+    assert (frames[1].cache_events.reset, len(frames[1].cache_events.events)) == (False, 3)
+    for _ in range(4):
+        outbox.add_cache_events(engine_pb2.CacheEvents(events=[event]))
+    outbox.set_load(engine_pb2.EngineLoad())
+    frames = await outbox.take()
+    assert (frames[1].cache_events.reset, len(frames[1].cache_events.events)) == (True, 1)

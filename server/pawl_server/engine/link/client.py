@@ -36,6 +36,7 @@ class EngineLink:
         welcome: what the engine said of itself.
         load: the engine's latest state; zeros before the first.
         load_time: when it came, `time.monotonic()`.
+        on_cache_events: told of changes of the engine's prefix cache, from the read loop; must not block or raise.
         closed: resolves with the reason once the link is gone, by loss or by leaving the context.
     """
 
@@ -51,6 +52,7 @@ class EngineLink:
         self.welcome = engine_pb2.Welcome()
         self.load = engine_pb2.EngineLoad()
         self.load_time = time.monotonic()
+        self.on_cache_events: Callable[[engine_pb2.CacheEvents], None] = lambda _: None
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._metadata = token_metadata(token)
         self._frontend_id = frontend_id
@@ -226,6 +228,8 @@ class EngineLink:
             case "prompt_logprobs":
                 if stream := self._streams.get(frame.prompt_logprobs.handle):
                     self._tell(stream, stream.events.on_prompt_logprobs, frame.prompt_logprobs)
+            case "cache_events":
+                self.on_cache_events(frame.cache_events)
 
     def _on_tokens(self, tokens: engine_pb2.Tokens) -> None:
         """Hand each sequence its tokens of one frame: repeats are dropped, a gap loses the sequence."""

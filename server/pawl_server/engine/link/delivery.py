@@ -92,6 +92,11 @@ class Delivery:
         for outbox in self._outboxes.values():
             outbox.set_load(load)
 
+    def cache_events(self, events: engine_pb2.CacheEvents) -> None:
+        """Hand changes of the prefix cache to every connection."""
+        for outbox in self._outboxes.values():
+            outbox.add_cache_events(events)
+
     def _find(self, key: Hashable) -> tuple[Outbox | None, int]:
         connection, handle = cast("SequenceKey", key)
         return self._outboxes.get(connection), handle

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from pawl_server.engine.link.protocol import MAX_FRAME_TOKENS
+from pawl_server.engine.link.protocol import MAX_CACHE_EVENTS, MAX_FRAME_TOKENS
 from pawl_server.internal.v1 import engine_pb2
 
 __all__ = ["Outbox"]
@@ -35,6 +35,7 @@ class Outbox:
         self._prompt_logprobs: list[engine_pb2.PromptLogprobs] = []
         self._ends: list[engine_pb2.End] = []
         self._load: engine_pb2.EngineLoad | None = None
+        self._cache_events: engine_pb2.CacheEvents | None = None
 
     def add_tokens(
         self,
@@ -66,6 +67,16 @@ class Outbox:
         self._load = load
         self._ready.set()
 
+    def add_cache_events(self, events: engine_pb2.CacheEvents) -> None:
+        """Queue changes of the prefix cache. Too many make the reader begin anew. Sent with the next load."""
+        if self._cache_events is None:
+            self._cache_events = engine_pb2.CacheEvents()
+        pending = self._cache_events
+        if events.reset or len(pending.events) + len(events.events) > MAX_CACHE_EVENTS:
+            del pending.events[:]
+            pending.reset = True
+        pending.events.extend(events.events)
+
     def step_done(self, step: int) -> None:
         """Let the writer have what the step gave."""
         self._step = step
@@ -80,7 +91,9 @@ class Outbox:
         frames += [engine_pb2.ConnectResponse(end=end) for end in self._ends]
         if self._load is not None:
             frames.append(engine_pb2.ConnectResponse(load=self._load))
-        self._prompt_logprobs, self._ends, self._load = [], [], None
+        if self._cache_events is not None:
+            frames.append(engine_pb2.ConnectResponse(cache_events=self._cache_events))
+        self._prompt_logprobs, self._ends, self._load, self._cache_events = [], [], None, None
         return frames
 
     def _take_tokens(self) -> list[engine_pb2.Tokens]:
