@@ -67,6 +67,7 @@ class EngineSettings:
     num_blocks: int = _setting(0, "KV blocks; 0 = what kv_memory_fraction gives", common=True)
     kv_memory_fraction: float = _setting(0.25, "share of the free memory for the KV cache, (0, 0.95]", common=True)
     kv_max_bytes: int = _setting(4 << 30, "most bytes for the KV cache when num_blocks is 0; 0 = no limit")
+    host_kv_bytes: int = _setting(0, "bytes of host memory for cached KV blocks that leave the device; 0 = none")
     prefix_cache: bool = _setting(True, "reuse the KV of equal prompt beginnings", common=True)
     retained_share: float = _setting(0.25, "share of the blocks that callers may ask to keep, [0, 0.9]")
     watermark: float = _setting(0.01, "share of the blocks kept free at admission, [0, 0.5]")

@@ -32,6 +32,9 @@ class FakeFacts:
     revision: str = "shadow"
     block_size: int = 4
     num_blocks: int = 256
+    num_host_blocks: int = 0
+    restore_fixed_s: float = 0.0
+    restore_block_s: float = 0.0
     weight_bytes: int = 1 << 20
     kv_bytes: int = 1 << 20
     activation_bytes: int = 1 << 10

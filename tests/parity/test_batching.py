@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pawl_server.kv.block_hash import CacheRoot
+from pawl_server.kv.host_tier import RestoreCost
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import commit, launch
 from pawl_server.scheduler.invariants import check_invariants
@@ -31,6 +32,7 @@ class InProcess:
         self.epoch = epoch
         self.num_preempted = 0
         self.num_cached = 0
+        self.num_restored = 0
 
     def run(self, arrivals: list[tuple[int, SequenceRequest]]) -> dict[object, list[int]]:
         """Tokens by handle; each request arrives before the step it names."""
@@ -47,6 +49,7 @@ class InProcess:
             if plan is None:
                 continue
             wire = plan.wire()
+            self.num_restored += len(wire.swap_in)
             launch(state, plan)
             committed = commit(state, plan, self.worker.execute(wire), float(step))
             self.num_preempted += committed.num_preempted
@@ -64,7 +67,9 @@ class InProcess:
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     folder = make_llama(tmp_path_factory.mktemp("llama"), max_position_embeddings=512)
     return Worker.load(
-        WorkerOptions(model=str(folder), num_threads=1, max_running=16, max_batch_tokens=64, num_blocks=12)
+        WorkerOptions(
+            model=str(folder), num_threads=1, max_running=16, max_batch_tokens=64, num_blocks=12, host_kv_bytes=1 << 20
+        )
     )
 
 
@@ -89,6 +94,22 @@ def draw_requests(seed: int) -> list[tuple[int, SequenceRequest]]:
         )  # fmt: skip
         arrivals.append((draw.randrange(120), request))
     return arrivals
+
+
+def test_blocks_that_went_to_the_host_change_nothing(worker: Worker) -> None:
+    """The same requests over a second tier that always pays: what comes back is what was computed."""
+    facts = worker.facts
+    assert facts.num_host_blocks > 16
+    tight = SchedulerLimits(
+        num_blocks=facts.num_blocks, block_size=facts.block_size, max_running=16, max_batch_tokens=64,
+        max_context=facts.max_context, max_prefill_chunk=24, watermark=0.0,
+    )  # fmt: skip
+    arrivals = draw_requests(11)
+    plain = InProcess(worker, tight, epoch=100).run(arrivals)
+    cost = RestoreCost(fixed_s=0.0, block_s=0.0, token_s=1.0, block_size=facts.block_size)
+    tiered = InProcess(worker, replace(tight, num_host_blocks=facts.num_host_blocks, restore_cost=cost), epoch=101)
+    assert tiered.run(arrivals) == plain
+    assert tiered.num_restored > 10
 
 
 def test_64_requests_give_what_they_give_alone(worker: Worker) -> None:

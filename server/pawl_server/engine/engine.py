@@ -6,6 +6,7 @@ Owns the order of start and stop. Imports no torch by itself, and knows neither 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import secrets
@@ -21,10 +22,11 @@ from pawl_server.engine.load import LoadWorker, load_torch_worker
 from pawl_server.engine.loop import EngineLoop
 from pawl_server.engine.meter import Meter
 from pawl_server.engine.spec import EngineAddresses, EngineProgress, EngineSpec, parse_ports
-from pawl_server.engine.warm_up import warm_up
+from pawl_server.engine.warm_up import measure_prefill, warm_up
 from pawl_server.engine.watchdog import Watchdog
 from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.block_hash import CacheRoot
+from pawl_server.kv.host_tier import RestoreCost
 from pawl_server.metrics import EngineMetrics, MetricsServer, serve_metrics
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget
@@ -113,6 +115,7 @@ class Engine:
         limits = _limits(spec, facts)
         self._report_memory(facts, limits)
         await self._warm_up(limits)
+        limits = await self._use_host_blocks(facts, limits)
         await self._self_test(worker)
         root = CacheRoot(facts.revision or spec.model.model, facts.data_type, facts.block_size)
         metrics = EngineMetrics(_served_name(spec), spec.replica)
@@ -190,6 +193,21 @@ class Engine:
         text = f"prefill {largest} tokens, decode batch {widest}"
         counts = {"num_tokens": largest, "num_sequences": widest}
         self._say("warm-up", started, text, steps, steps, counts)
+
+    async def _use_host_blocks(self, facts: WorkerFacts, limits: SchedulerLimits) -> SchedulerLimits:
+        """Limits with the second tier of the cache, if the worker has one, and what restoring takes there."""
+        if not facts.num_host_blocks:
+            return limits
+        token_s = await measure_prefill(self._executor, limits)
+        cost = RestoreCost(facts.restore_fixed_s, facts.restore_block_s, token_s, limits.block_size)
+        log.info(
+            "%d host blocks: bringing one back takes %.0f us, and %.0f us a transfer; computing its tokens %.0f us",
+            facts.num_host_blocks,
+            cost.block_s * 1e6,
+            cost.fixed_s * 1e6,
+            cost.token_s * cost.block_size * 1e6,
+        )
+        return dataclasses.replace(limits, num_host_blocks=facts.num_host_blocks, restore_cost=cost)
 
     async def _self_test(self, worker: EngineWorker) -> None:
         started = time.monotonic()

@@ -49,6 +49,12 @@ class WorkerFacts(Protocol):
     @property
     def num_blocks(self) -> int: ...  # noqa: D102
     @property
+    def num_host_blocks(self) -> int: ...  # noqa: D102
+    @property
+    def restore_fixed_s(self) -> float: ...  # noqa: D102
+    @property
+    def restore_block_s(self) -> float: ...  # noqa: D102
+    @property
     def weight_bytes(self) -> int: ...  # noqa: D102
     @property
     def kv_bytes(self) -> int: ...  # noqa: D102

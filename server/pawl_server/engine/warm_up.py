@@ -16,7 +16,9 @@ from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import SamplingSpec
 
-__all__ = ["warm_up"]
+__all__ = ["measure_prefill", "warm_up"]
+
+_NUM_MEASURED = 3
 
 
 async def warm_up(executor: Executor, limits: SchedulerLimits, on_step: Callable[[int, int], None]) -> tuple[int, int]:
@@ -59,6 +61,27 @@ async def warm_up(executor: Executor, limits: SchedulerLimits, on_step: Callable
         on_step(steps, plan.num_tokens)
     await executor.reset(1)
     return largest, widest
+
+
+async def measure_prefill(executor: Executor, limits: SchedulerLimits) -> float:
+    """Measure what a token of a prompt takes in the largest step of prompts: seconds, the best of a few.
+
+    Raises:
+        Exception: whatever the worker raised; it cannot serve.
+    """
+    best = float("inf")
+    for _ in range(_NUM_MEASURED):
+        await executor.reset(1)
+        state = SchedulerState(limits, CacheRoot("warm-up", "none", limits.block_size))
+        for number, num_tokens in enumerate(_prompts(limits)):
+            state.submit(_request(number, num_tokens, num_output=1), 0.0)
+        plan = plan_step(state, limits, now=0.0)
+        if plan is None:
+            break
+        result = await executor.run(plan.wire())
+        best = min(best, (result.prepare_s + result.forward_s + result.sample_s) / plan.num_tokens)
+    await executor.reset(1)
+    return best
 
 
 def _prompts(limits: SchedulerLimits) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pawl_server.kv.block_hash import HashChain
 from pawl_server.kv.events import CacheEvents
 from pawl_server.kv.eviction import PLAIN, EvictionOrder, Tenant
+from pawl_server.kv.host_tier import HostTier
 from pawl_server.kv.prefix_index import PrefixIndex
 from pawl_server.kv.retention import Retention
 
@@ -31,6 +32,7 @@ class BlockPool:
         retained_share: most of them that may be marked to be kept, as a share.
         half_life_s: time in which a tenant's claim to its cached blocks halves while it does nothing, seconds.
         max_events: most cache events that are kept until they are drained; 0 = none are.
+        host: the second tier, if there is one.
 
     Attributes:
         now: the latest time that the pool was told, in seconds.
@@ -44,12 +46,14 @@ class BlockPool:
         retained_share: float = 0.25,
         half_life_s: float = 300.0,
         max_events: int = 0,
+        host: HostTier | None = None,
     ) -> None:
         if num_blocks < 1:
             raise PoolError(f"num_blocks = {num_blocks}: a pool has at least one block")
         self.num_blocks = num_blocks
         self.now = 0.0
         self.events = CacheEvents(max_events)
+        self.host = host
         self._references = [0] * (num_blocks + 1)
         self._owners: list[Tenant | None] = [None] * (num_blocks + 1)  # of blocks with a name
         self._order = EvictionOrder(num_blocks, half_life_s)
@@ -228,7 +232,13 @@ class BlockPool:
         return len(blocks)
 
     def flush(self) -> int:
-        """Forget every cached prefix that nobody references, kept ones too; returns how many blocks that were."""
+        """Forget every cached prefix that nobody references, kept ones and those in the host tier, too.
+
+        Returns:
+            How many blocks that were, host blocks not counted.
+        """
+        if self.host is not None:
+            self.host.clear()
         cached = [block for block in self.eviction_order() if self._index.name_of(block) is not None]
         for block in cached:
             self._order.remove(block)
@@ -243,6 +253,8 @@ class BlockPool:
             PoolError: naming the first thing that does not hold.
         """
         problem = self._order.check() or self._index.check() or self._check_blocks() or self._check_tenants()
+        if problem is None and self.host is not None:
+            problem = self.host.check()
         if problem is not None:
             raise PoolError(problem)
 

@@ -11,8 +11,11 @@ from collections.abc import Iterator, Sequence
 
 from pawl_server.kv.block_hash import HashChain
 from pawl_server.kv.block_pool import BlockPool, PoolError
+from pawl_server.kv.host_draft import HostDraft
 
 __all__ = ["BlockDraft"]
+
+_RESTORED = -1  # producer of blocks that come from the host: no row, so that none fails with them
 
 
 class BlockDraft:
@@ -23,8 +26,8 @@ class BlockDraft:
     """
 
     __slots__ = (
-        "_announced", "_changes", "_evicted", "_freed", "_freed_plain", "_hits", "_num_available", "_pending", "_pool",
-        "_released", "_taken", "_walk", "copies",
+        "_announced", "_changes", "_evicted", "_freed", "_freed_plain", "_hits", "_host", "_num_available", "_pending",
+        "_pool", "_released", "_taken", "_walk", "copies",
     )  # fmt: skip
 
     def __init__(self, pool: BlockPool) -> None:
@@ -40,7 +43,18 @@ class BlockDraft:
         self._evicted: set[int] = set()  # those taken that the pool still knows a name of
         self._pending: dict[bytes, int] = {}
         self._announced: list[tuple[int, HashChain, int, int]] = []
+        self._host = None if pool.host is None else HostDraft(pool.host)
         self.copies: list[tuple[int, int]] = []
+
+    @property
+    def swap_out(self) -> list[tuple[int, int]]:
+        """(block, host block) that the worker must copy first of all."""
+        return [] if self._host is None else self._host.swap_out
+
+    @property
+    def swap_in(self) -> list[tuple[int, int]]:
+        """(host block, block) that the worker must copy next."""
+        return [] if self._host is None else self._host.swap_in
 
     @property
     def num_available(self) -> int:
@@ -72,6 +86,24 @@ class BlockDraft:
                 return None
         return block
 
+    def host_hits(self, chain: HashChain, begin: int, max_blocks: int) -> int:
+        """How many blocks of a chain, from `begin` up to `max_blocks`, are better brought back than computed."""
+        return 0 if self._host is None else self._host.num_found(chain.names[begin:max_blocks])
+
+    def restore(self, chain: HashChain, begin: int, count: int) -> list[int] | None:
+        """Blocks for so many of the `host_hits`; the worker fills them before it computes the step.
+
+        Others may share them at once. None, and nothing changes, when there are not as many blocks.
+        """
+        if not count or self._host is None or count > self._num_available:
+            return None if count else []
+        self._host.hold(chain.names[begin : begin + count])
+        blocks = self.take(count)
+        if blocks is not None:
+            self._host.bring(chain.names[begin : begin + count], blocks)
+            self.announce(chain, begin, blocks, _RESTORED)
+        return blocks
+
     def num_free_among(self, blocks: Sequence[int]) -> int:
         """How many of these blocks nobody holds: sharing them takes them out of what is available."""
         if not self._changes:
@@ -96,6 +128,8 @@ class BlockDraft:
             self._changes[block] = self._changes.get(block, 0) + 1
             if self._pool.has_name(block):
                 self._evicted.add(block)
+                if self._host is not None and (name := self._pool.hash_of(block)) is not None:
+                    self._host.save(block, name)
             blocks.append(block)
         self._taken += blocks
         self._num_available -= count
@@ -183,5 +217,7 @@ class BlockDraft:
             pool.acquire([block for block in self._hits if block not in taken])
             pool.take(self._taken)
             pool.acquire([block for block in self._hits if block in taken])
+        if self._host is not None:
+            self._host.apply()
         for block, chain, index, producer in self._announced:
             pool.announce(block, chain, index, step, producer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pawl_server.kv.host_tier import RestoreCost
 from pawl_server.scheduler.sequence import SequenceRequest
 
 __all__ = ["Refusal", "SchedulerLimits", "blocks_for", "refuse", "token_limit"]
@@ -24,6 +25,8 @@ class SchedulerLimits:
     prefix_cache: bool = True
     retained_share: float = 0.25  # of the blocks, that callers may ask to keep
     max_cache_events: int = 0  # kept between two reports to the front ends; 0 = none are
+    num_host_blocks: int = 0  # second tier of the prefix cache
+    restore_cost: RestoreCost | None = None  # of bringing its blocks back; None = it is not used
     watermark: float = 0.01  # share of the blocks kept free at admission while something runs
     max_bypass: int = 8
     ageing_s: float = 0.0  # a sequence that waited so long rises by one class; 0 = never

@@ -104,6 +104,9 @@ class Plan:
             append_blocks=self.append_blocks,
             rows=self.rows.tolist() + [admission.row for admission in self.admissions],
             num_tokens=self.grants.tolist() + [admission.num_tokens for admission in self.admissions],
+            copies=self.draft.copies,
+            swap_out=self.draft.swap_out,
+            swap_in=self.draft.swap_in,
         )
 
 
@@ -294,10 +297,12 @@ def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: C
             return
         if sequence.num_stale:
             continue  # it lacks tokens that a launched step samples
-        hits: list[int] = []
-        if sequence.chain is not None:
-            hits = plan.draft.prefix_hits(sequence.chain, _max_hits(sequence, size))
-        computed = len(hits) * size
+        hits, num_stored, chain = list[int](), 0, sequence.chain
+        if chain is not None:
+            most = _max_hits(sequence, size)
+            hits = plan.draft.prefix_hits(chain, most)
+            num_stored = plan.draft.host_hits(chain, len(hits), most)
+        computed = (len(hits) + num_stored) * size
         want = sequence.num_tokens - computed
         chunk = min(want, limits.max_prefill_chunk, plan.budget)
         whole = blocks_for(sequence.num_tokens, size) - len(hits)
@@ -312,10 +317,12 @@ def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: C
         if chunk < want and partial.count >= limits.max_partial_prefills:
             return
         plan.draft.share(hits)
-        blocks = plan.draft.take(blocks_for(computed + chunk, size) - len(hits))
-        if blocks is None:
+        restored = plan.draft.restore(chain, len(hits), num_stored) if chain is not None and num_stored else []
+        blocks = plan.draft.take(blocks_for(computed + chunk, size) - len(hits) - num_stored)
+        if blocks is None or restored is None:
             return
-        partial.num_blocks += whole - len(blocks)
+        hits += restored
+        partial.num_blocks += whole - len(restored) - len(blocks)
         partial.count += chunk < want
         price = 0.0
         if not sequence.charged:

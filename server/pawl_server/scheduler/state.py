@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
 from pawl_server.kv.block_pool import BlockPool
+from pawl_server.kv.host_tier import HostTier
 from pawl_server.scheduler.admission import Refusal, SchedulerLimits, refuse, token_limit
 from pawl_server.scheduler.explain import SequenceView, count_reasons, describe
 from pawl_server.scheduler.fairness import Prices, TenantAccounts
@@ -49,6 +50,7 @@ class SchedulerState:
             limits.num_blocks,
             retained_share=limits.retained_share,
             max_events=limits.max_cache_events,
+            host=None if limits.restore_cost is None else HostTier(limits.num_host_blocks, limits.restore_cost),
         )
         self.slots = SlotTable(limits.max_running, limits.block_size)
         self.accounts = TenantAccounts(Prices())
