@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pawl_server.kv.block_pool import PoolError
 from pawl_server.kv.host_draft import HostDraft
 from pawl_server.kv.host_tier import HostTier, RestoreCost
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_workers.plan import StepPlan
+from tests.fakes.shadow_worker import ShadowWorker
 from tests.property.test_scheduler import Bench, limits, make_limits, random_request
 
 CHEAP = RestoreCost(fixed_s=0.0, block_s=1e-6, token_s=1.0, block_size=4)
@@ -111,7 +113,7 @@ names = st.binary(min_size=1, max_size=1)
 def test_the_tier_is_an_lru_of_names(num_blocks: int, steps: list[tuple[list[bytes], list[bytes]]]) -> None:
     """Each step brings some prefixes back and saves others, over whatever was not used for longest."""
     tier = HostTier(num_blocks, CHEAP)
-    contents: dict[int, bytes] = {}  # of the host's memory
+    memory: dict[int, bytes] = {}  # what stands in each host block
     recent: list[bytes] = []  # names, the least recently used first
     for wanted, evicted in steps:
         draft = HostDraft(tier)
@@ -119,16 +121,51 @@ def test_the_tier_is_an_lru_of_names(num_blocks: int, steps: list[tuple[list[byt
         assert found == wanted[: next((n for n, name in enumerate(wanted) if name not in recent), len(wanted))]
         draft.hold(found)
         draft.bring(found, range(1, len(found) + 1))
+        used, saved, lost = list(found), list[bytes](), 0
         for block, name in enumerate(evicted, start=100):
             draft.save(block, name)
-        saved = dict(draft.swap_out)
-        for block, place in saved.items():
-            contents[place] = evicted[block - 100]
+            gone = [other for other in recent if other not in used][:lost]
+            if name in recent and name not in gone:
+                used += [name] if name not in used else []
+            elif len(recent) + len(saved) - lost < num_blocks:
+                saved.append(name)
+            elif len([other for other in recent if other not in used]) > lost:
+                saved.append(name)
+                lost += 1
+        for block, place in draft.swap_out:
+            memory[place] = evicted[block - 100]
         for name, (place, _) in zip(found, draft.swap_in, strict=True):
-            assert contents[place] == name, "a prefix was overwritten before it was brought back"
+            assert memory[place] == name, "a prefix was overwritten before it was brought back"
         draft.apply()
+        unused = [name for name in recent if name not in used]
+        recent = [*unused[lost:], *used, *saved]
         assert tier.check() is None
-        recent = [name for name in contents.values() if tier.find(name) is not None]
-        assert {name: tier.find(name) for name in recent} == {name: place for place, name in contents.items()}
-        assert all(tier.find(name) is not None for name in found), "what was just used is gone"
-        assert len(tier) == len(contents) <= num_blocks
+        assert [name for name, _ in tier.order() if name is not None] == recent
+        assert {place: name for name, place in tier.order() if name is not None} == memory
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [(HostTier, "clear"), (HostDraft, "hold"), (HostDraft, "_swap_out_first")],
+)
+def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, where: type, name: str) -> None:
+    """A tier that outlives its worker, a prefix overwritten while it comes back, and one saved too late."""
+    if name == "_swap_out_first":
+        move = ShadowWorker._move
+        monkeypatch.setattr(ShadowWorker, "_move", lambda self, plan: (_compute_first(self, plan), move(self, plan)))
+    else:
+        monkeypatch.setattr(where, name, lambda *_: None)
+    with pytest.raises((AssertionError, KeyError, PoolError)):
+        run_many()
+
+
+def _compute_first(worker: ShadowWorker, plan: StepPlan) -> None:
+    """What a worker would do that copies after it computes: the blocks hold other tokens by then."""
+    for block, _ in plan.swap_out:
+        for offset in range(worker.block_size):
+            worker.slots[block, offset] = b"overwritten"
+
+
+def run_many() -> None:
+    for seed in range(200):
+        run_trace(seed)

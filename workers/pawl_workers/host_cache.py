@@ -6,6 +6,7 @@ pass, so that a plan's moves stand between the steps before and after it without
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 
 from pawl_workers.errors import OutOfMemoryError
 from pawl_workers.kv_cache import KvCache
+from pawl_workers.memory import available_bytes
 
 __all__ = ["HostCache"]
 
@@ -31,11 +33,17 @@ class HostCache:
     def __init__(self, cache: KvCache, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
         self._cache, self._device = cache, device
         shape = (num_blocks, cache.block_elements)
+        needed, available = math.prod(shape) * dtype.itemsize, available_bytes(torch.device("cpu"))
+        if needed > available:
+            raise OutOfMemoryError(
+                f"{needed / 1e9:.2f} GB of host KV blocks are asked for, {available / 1e9:.2f} GB of host memory are "
+                "available: lower host_kv_bytes"
+            )
         try:
             self._blocks = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda" and num_blocks > 0)
         except RuntimeError as error:
-            needed = shape[0] * shape[1] * dtype.itemsize / 1e9
-            raise OutOfMemoryError(f"{needed:.2f} GB of host KV blocks: {error}. Lower host_kv_bytes") from error
+            text = f"{needed / 1e9:.2f} GB of host KV blocks cannot be had: {error}. Lower host_kv_bytes"
+            raise OutOfMemoryError(text) from error
 
     @property
     def num_blocks(self) -> int:

@@ -61,9 +61,11 @@ class StartPlan:
         """
         options = self.options
         needed = self.weight_bytes if weight_bytes is None else weight_bytes
+        # Host blocks come out of the same memory on a CPU.
+        host_bytes = options.host_kv_bytes if self.device.type == "cpu" else 0
         try:
             return plan_memory(
-                available=self.available_bytes,
+                available=self.available_bytes - host_bytes,
                 weights=needed,
                 activations=self.activation_bytes,
                 block_bytes=self.block_bytes,

@@ -126,6 +126,12 @@ def test_rows_are_freed_reused_and_empty_steps_are_allowed(fresh: Worker) -> Non
     assert len(long.blocks) == 3
 
 
+def test_more_host_blocks_than_memory_are_refused(llama_folder: Path) -> None:
+    """Before anything is allocated, with the setting's name."""
+    with pytest.raises(OutOfMemoryError, match="does not fit"):
+        Worker.load(WorkerOptions(str(llama_folder), max_running=1, num_blocks=4, host_kv_bytes=1 << 50))
+
+
 def test_a_plan_moves_blocks_before_it_computes(fresh: Worker) -> None:
     """A prefix of two blocks is swapped out, its blocks given to others, then swapped in and forked."""
     prompt = [7, 200, 31, 8] * 20
