@@ -25,7 +25,7 @@ from pawl_workers.sampling.table import SamplingTable
 from tests.fakes.sampling_oracle import Scores, adjusted, as_words, distribution, make_batch, random_scores
 
 SAMPLERS: dict[str, Sampler] = {"cpu": CpuSampler(load_library()), "torch": TorchSampler()}
-SIZES = [1, 2, 63, 64, 65, 130, 1000]
+SIZES = [1, 2, 63, 64, 65, 130, 1000, 5000]
 ROUNDING = 2e-5
 
 specs = st.builds(
@@ -79,7 +79,7 @@ def candidates(logits: list[float], spec: SamplingSpec, noise: NDArray[np.float6
     spec=specs,
     seed=st.integers(0, 10_000),
     size=st.sampled_from(SIZES),
-    scale=st.sampled_from([0.1, 1.0, 4.0, 12.0]),
+    scale=st.sampled_from([1e-5, 0.1, 1.0, 4.0, 12.0, 1e4]),
     rounded=st.booleans(),
     prompt=st.lists(st.integers(0, 999), max_size=60),
     output=st.lists(st.integers(0, 999), max_size=60),

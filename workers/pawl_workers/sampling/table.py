@@ -42,8 +42,7 @@ class SamplingTable:
         self.suppressed: dict[int, NDArray[np.int64]] = {}
 
     def add(self, row: int, spec: SamplingSpec, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        """Give a row a sequence, in whatever state its output is."""
-        self.free(row)
+        """Give a free row a sequence, in whatever state its output is."""
         self.temperature[row], self.top_p[row], self.min_p[row] = spec.temperature, spec.top_p, spec.min_p
         self.top_k[row], self.seed[row] = spec.top_k, spec.seed % _SEEDS
         self.min_output[row], self.alternatives[row] = spec.min_output_tokens, spec.logprobs
