@@ -26,11 +26,12 @@ from triton.runtime.jit import KernelInterface
 
 from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.triton.backend import TritonKernels
-from pawl_workers.kernels.triton.draw import WORDS, draw
+from pawl_workers.kernels.triton.draw import draw
 from pawl_workers.kernels.triton.layout import Layout
 from pawl_workers.kernels.triton.rows import TritonRmsNorm
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
 from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
+from pawl_workers.sampling.words import WORDS
 from pawl_workers.staging import Staging
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -23,7 +23,7 @@ from pawl_workers.stages.residual import add
 from pawl_workers.stages.sample import Sampled, sample
 from pawl_workers.stages.score import score
 
-__all__ = ["StepOutput", "forward"]
+__all__ = ["StepOutput", "compute", "finish", "forward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,11 @@ class StepOutput:
 
 def forward(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput:
     """Run one step. Writes the new tokens' keys and values into `cache`; changes nothing else."""
+    return finish(*compute(batch, weights, cache), batch, weights)
+
+
+def compute(batch: Batch, weights: Weights, cache: KvCache) -> tuple[Tensor, Tensor]:
+    """Give the stream after the last layer, [T, D], and the logits of the rows that sample, [S, V]."""
     x = embed(batch, weights.embedding)  # [T, D]  token -> vector
     for layer, w in enumerate(weights.layers):
         found = attend(norm(x, w.attention_norm), w.attention, cache[layer], batch)  # queries meet keys
@@ -47,6 +52,10 @@ def forward(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput:
         x = add(x, norm(found, w.attention_output_norm), w.residual_scale)
         fired = mlp(norm(x, w.mlp_norm), w.mlp)  # features ignite
         x = add(x, norm(fired, w.mlp_output_norm), w.residual_scale)
-    scores = logits(norm(x[batch.last], weights.final_norm), weights.head)  # [S, V]  every direction is scored
-    prompts = score(x, weights.final_norm, weights.head, batch)  # only where log-probabilities are wanted
+    return x, logits(norm(x[batch.last], weights.final_norm), weights.head)  # [S, V]  every direction is scored
+
+
+def finish(x: Tensor, scores: Tensor, batch: Batch, weights: Weights) -> StepOutput:
+    """Score prompts where log-probabilities are wanted, and choose one token for each row that samples."""
+    prompts = score(x, weights.final_norm, weights.head, batch)
     return StepOutput(sample(scores, batch.sampling), prompts, x)  # [S]  one token is chosen

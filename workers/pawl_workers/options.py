@@ -31,6 +31,7 @@ class WorkerOptions:
     kv_bytes: int | None = None
     host_kv_bytes: int = 0  # second tier of KV blocks in host memory; 0 = none
     revision: str | None = None  # of a hub id
+    strict: bool = False  # on cuda: bits that depend on nothing else in the step, at some cost; a cpu always does so
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,31 +6,49 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from pawl_workers.batch import AttentionShape, Batch, IntArray, PromptRows, SamplingBatch, SequenceArrays
 from pawl_workers.kernels import Kernels
 from pawl_workers.model.rotary import RotaryTable, rotary_angles
 from pawl_workers.rows import RowTable
-from pawl_workers.sampling.batch import Sampler
+from pawl_workers.sampling.words import WORDS, parameter_words
+from pawl_workers.staging import Staging
 
-__all__ = ["BatchSettings", "build_batch"]
+__all__ = ["BatchSettings", "batch_angles", "build_batch", "pad_decodes", "staged_elements"]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSettings:
-    """What stays the same from step to step."""
+    """What stays the same from step to step. `staging` carries a step's integers to a GPU in one copy."""
 
     kernels: Kernels
     shape: AttentionShape
     rotaries: tuple[RotaryTable, ...]
     device: torch.device
     dtype: torch.dtype
+    staging: Staging | None = None
+
+    def put(self, array: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
+        """Bring integers to the device; staged ones are there once the step's copy is sent."""
+        if self.staging is None:
+            return torch.from_numpy(array).to(self.device)
+        return self.staging.put(array)
 
 
 def build_batch(
-    table: RowTable, rows: IntArray, num_tokens: IntArray, settings: BatchSettings
+    table: RowTable, rows: IntArray, num_tokens: IntArray, settings: BatchSettings, padded: int | None = None
 ) -> tuple[Batch, IntArray]:
     """Build the batch in which `rows[i]` computes its next `num_tokens[i]` tokens.
+
+    Args:
+        table: what the rows hold.
+        rows: rows that compute.
+        num_tokens: how many tokens of each.
+        settings: of the worker.
+        padded: rows of the batch, where all compute and sample one token and the batch is for a captured graph: then
+            it has no angles, the graph computes its own, and tables are as wide as they ever get.
 
     Returns:
         The batch, and the rows that sample: those whose last known token is in the step.
@@ -46,33 +64,75 @@ def build_batch(
         contexts=contexts,
         positions=positions,
         sequence_of_token=sequence,
-        block_tables=table.block_tables[rows, :most_blocks],
+        block_tables=table.block_tables[rows] if padded else table.block_tables[rows, :most_blocks],
     )
-    device = settings.device
-    device_positions = torch.from_numpy(positions).to(device)
     sampling = (contexts == table.num_tokens[rows]) & table.samples[rows]
+    last = (starts + num_tokens - 1)[sampling]
+    if padded is not None:
+        arrays = pad_decodes(arrays, padded)
+        token_ids, last = np.append(token_ids, np.zeros(padded - len(rows), dtype=np.int64)), arrays.starts
+    staging, put = settings.staging, settings.put
+    if staging is not None:
+        staging.begin(staged_elements(len(token_ids), len(arrays.starts), arrays.block_tables.shape[1]))
+    # What a graph reads is put first, in an order and in sizes that its number of rows fixes.
+    device_token_ids, device_positions, device_last = put(token_ids), put(arrays.positions), put(last)
+    layout = settings.kernels.lay_out(arrays, settings.shape)
     sampling_rows = rows[sampling]
+    samples = _sampling(table, sampling_rows, settings)
+    if staging is not None:
+        staging.send()
     batch = Batch(
-        token_ids=torch.from_numpy(token_ids).to(device),
+        token_ids=device_token_ids,
         positions=device_positions,
-        rotary=tuple(rotary_angles(table, device_positions, settings.dtype) for table in settings.rotaries),
-        attention=settings.kernels.lay_out(arrays, settings.shape),
-        last=torch.from_numpy((starts + num_tokens - 1)[sampling]).to(device),
-        sampling=_sampling(table, sampling_rows, settings.kernels.sampler),
+        rotary=() if padded else batch_angles(device_positions, settings),
+        attention=layout,
+        last=device_last,
+        sampling=samples,
         prompts=_prompts(table, rows, num_tokens, starts),
     )
     return batch, sampling_rows
 
 
-def _sampling(table: RowTable, rows: IntArray, sampler: Sampler) -> SamplingBatch:
+def batch_angles(positions: Tensor, settings: BatchSettings) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Cosines and signed sines of some positions, [T], for each of the model's rotary embeddings."""
+    return tuple(rotary_angles(table, positions, settings.dtype) for table in settings.rotaries)
+
+
+def pad_decodes(arrays: SequenceArrays, num_rows: int) -> SequenceArrays:
+    """Add rows of padding to sequences that compute one token each: a context of 0, and tables of null blocks."""
+    missing = num_rows - len(arrays.starts)
+    none = np.zeros(missing, dtype=np.int64)
+    rows = np.arange(num_rows)
+    return SequenceArrays(
+        starts=rows,
+        lengths=np.ones(num_rows, dtype=np.int64),
+        contexts=np.append(arrays.contexts, none),
+        positions=np.append(arrays.positions, none),
+        sequence_of_token=rows,
+        block_tables=np.pad(arrays.block_tables, ((0, missing), (0, 0))),
+    )
+
+
+def staged_elements(num_tokens: int, num_sequences: int, most_blocks: int) -> int:
+    """Most int32 elements that a step puts: tokens thrice, tiles, tables, what each sequence has, and its sampling."""
+    per_token = Staging.elements(*[num_tokens] * 3, 4 * num_tokens, num_tokens)
+    per_sequence = Staging.elements(*[num_sequences] * 5, 2 * WORDS * num_sequences)
+    return per_token + per_sequence + Staging.elements(num_sequences * most_blocks)
+
+
+def _sampling(table: RowTable, rows: IntArray, settings: BatchSettings) -> SamplingBatch:
     positions = table.num_tokens[rows]
+    words = None
+    if settings.staging is not None:
+        words = settings.staging.put(parameter_words(table.sampling, rows, positions).view(np.int32))
     return SamplingBatch(
-        sampler=sampler,
+        sampler=settings.kernels.sampler,
         table=table.sampling,
         rows=rows,
         positions=positions,
         num_output=positions - table.num_prompt[rows],
         drafts=np.zeros((len(rows), 0), dtype=np.int64),
+        words=words,
     )
 
 

@@ -19,6 +19,8 @@ from pawl_workers.model.headers import StoredTensor, folder_headers, hub_headers
 from pawl_workers.model.loading import CheckpointConfig, Reading, plan_reading, read_config
 from pawl_workers.model.source import is_hub_id, resolve_checkpoint
 from pawl_workers.options import WorkerOptions, choose_device, choose_dtype
+from pawl_workers.staging import Staging
+from pawl_workers.strict import enter_strict_mode
 
 __all__ = ["StartPlan", "explain_kernels", "plan_checkpoint", "plan_start"]
 
@@ -31,6 +33,7 @@ class StartPlan:
 
     Attributes:
         dtype: in which it computes.
+        staging: carries a step's integers to a GPU; the kernels' own.
         available_bytes: on the device, before anything is read.
         weight_bytes: packed; exact for 16-bit weights, else the most.
         activation_bytes: of the largest step, at most.
@@ -43,6 +46,7 @@ class StartPlan:
     device: torch.device
     dtype: torch.dtype
     kernels: Kernels
+    staging: Staging | None
     shape: AttentionShape
     max_context: int
     available_bytes: int
@@ -104,7 +108,10 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
     """
     device, dtype, spec = choose_device(options.device), choose_dtype(options), config.spec
     shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    kernels = choose_backend(device, dtype, shape, options.kernels)
+    if options.strict and device.type == "cuda":
+        enter_strict_mode()
+    staging = Staging(device)
+    kernels = choose_backend(device, dtype, shape, options.kernels, staging=staging, strict=options.strict)
     return StartPlan(
         options=options,
         config=config,
@@ -112,6 +119,7 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
         device=device,
         dtype=dtype,
         kernels=kernels,
+        staging=staging if device.type == "cuda" else None,
         shape=shape,
         max_context=min(spec.max_context, options.max_context or spec.max_context),
         available_bytes=available_bytes(device),

@@ -16,7 +16,8 @@ import torch
 
 from pawl_workers.batch import IntArray
 from pawl_workers.errors import PlanError
-from pawl_workers.forward import StepOutput, forward
+from pawl_workers.forward import StepOutput, finish, forward
+from pawl_workers.graphs import DecodeGraphs, bucket_of
 from pawl_workers.host_cache import HostCache
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.memory import MemoryPlan
@@ -27,7 +28,7 @@ from pawl_workers.model.weights import Weights
 from pawl_workers.options import WorkerOptions
 from pawl_workers.parallel import set_num_threads
 from pawl_workers.plan import RowFailure, StepPlan, StepResult
-from pawl_workers.prepare import BatchSettings, build_batch
+from pawl_workers.prepare import BatchSettings, build_batch, staged_elements
 from pawl_workers.rows import RowTable
 from pawl_workers.self_test import SelfTest, run_self_test
 from pawl_workers.start_plan import StartPlan, plan_start
@@ -87,6 +88,18 @@ class Worker:
                 self.facts = dataclasses.replace(facts, restore_fixed_s=fixed_s, restore_block_s=block_s)
         self._step = self._epoch = 0
         self._table = self._new_table()
+        self._graphs = self._prepare_graphs()
+
+    def _prepare_graphs(self) -> DecodeGraphs | None:
+        facts, settings, staging = self.facts, self._settings, self._settings.staging
+        if staging is not None:  # as large as it will ever have to be: graphs know where their inputs lie
+            most_rows = bucket_of(facts.max_running) or facts.max_running
+            most_blocks = -(-facts.max_context // facts.block_size)
+            staging.begin(staged_elements(max(facts.max_batch_tokens, most_rows), most_rows, most_blocks))
+            staging.send()
+        if facts.kernels != "triton" or not DecodeGraphs.serve(self._weights, settings):
+            return None
+        return DecodeGraphs(self._weights, self._cache, settings)
 
     def _new_table(self) -> RowTable:
         facts = self.facts
@@ -130,6 +143,7 @@ class Worker:
             rotaries=tuple(rotary_table(rotary, plan.max_context, plan.device) for rotary in weights.spec.rotaries),
             device=plan.device,
             dtype=plan.dtype,
+            staging=plan.staging,
         )
         facts = _facts(plan, weights, memory, started)
         worker = cls(plan, weights, facts, settings)
@@ -159,14 +173,27 @@ class Worker:
         if len(rows) == 0:
             return StepResult(plan.step, plan.epoch, [], [], [], [], failures, time.perf_counter() - started, 0.0, 0.0)
         with torch.inference_mode():
-            batch, sampling_rows = build_batch(self._table, rows, num_tokens, self._settings)
+            padded = self._graph_rows(rows, num_tokens)
+            batch, sampling_rows = build_batch(self._table, rows, num_tokens, self._settings, padded)
             prepared = time.perf_counter()
-            output = forward(batch, self._weights, self._cache)
+            if self._graphs is None or padded is None:
+                output = forward(batch, self._weights, self._cache)
+            else:
+                stream, scores = self._graphs.run(batch)
+                output = finish(stream[: len(rows)], scores[: len(rows)], batch, self._weights)
             forward_s = time.perf_counter() - prepared - output.sampled.sample_s
             failed = self._find_failures(output, rows, num_tokens, sampling_rows)
         self._table.num_computed[rows] += num_tokens
         failures += [RowFailure(row, message) for row, message in failed.items()]
         return self._settle(plan, output, sampling_rows, failed, failures, prepared - started, forward_s)
+
+    def _graph_rows(self, rows: IntArray, num_tokens: IntArray) -> int | None:
+        """Rows of the captured graph that computes a step; None where none can."""
+        if self._graphs is None:
+            return None
+        table = self._table
+        samples = table.samples[rows] & (table.num_computed[rows] + num_tokens == table.num_tokens[rows])
+        return self._graphs.rows_of(num_tokens, int(samples.sum()))
 
     def _move(self, plan: StepPlan) -> None:
         if plan.swap_out or plan.swap_in or plan.copies:
@@ -179,6 +206,8 @@ class Worker:
         self, output: StepOutput, rows: IntArray, num_tokens: IntArray, sampling_rows: IntArray
     ) -> dict[int, str]:
         failed = {int(sampling_rows[i]): message for i, message in output.sampled.failures.items()}
+        if not failed and self._settings.staging is not None and len(sampling_rows) == num_tokens.sum():
+            return failed  # every token's logits were found finite; to look at the stream would wait for it once more
         # Where a stream is not finite, neither are the keys and values just written.
         finite = output.stream.sum(dim=-1, dtype=torch.float32).isfinite()
         if not bool(finite.all()):

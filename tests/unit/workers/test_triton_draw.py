@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.kernels.triton import draw as module
 from pawl_workers.kernels.triton.draw import draw
+from pawl_workers.kernels.triton.sampler import TritonSampler
+from pawl_workers.plan import SamplingSpec
+from pawl_workers.sampling.batch import SamplingBatch, TokenMasks
+from pawl_workers.sampling.table import SamplingTable
 
 
 def _words(
@@ -121,3 +126,35 @@ def test_a_draw_depends_on_its_own_row_alone() -> None:
     together = draw(scores, words, adjusted=False)
     for i in range(4):
         assert torch.equal(draw(scores[i : i + 1], words[i : i + 1], adjusted=False), together[i : i + 1])
+
+
+def test_penalties_biases_and_masks_come_before_the_draw() -> None:
+    """The samples of a step, adjusted and not, greedy and drawn, get the tokens that plain torch chooses."""
+    specs = [
+        SamplingSpec(temperature=0.0),
+        SamplingSpec(temperature=0.0, logit_bias={5: 100.0}),
+        SamplingSpec(temperature=0.9, top_k=30, seed=1, repetition_penalty=1.4, frequency_penalty=0.3),
+        SamplingSpec(temperature=0.9, top_p=0.9, seed=2, min_output_tokens=4, suppressed_ids=(1, 2, 3)),
+        SamplingSpec(temperature=1.2, seed=3),
+        SamplingSpec(temperature=0.0, logit_bias={5: 100.0}),
+        SamplingSpec(temperature=0.0),
+    ]
+    table, num = SamplingTable(len(specs)), len(specs)
+    for row, spec in enumerate(specs):
+        table.add(row, spec, [1, 2, 3, 4], [7, 7])
+    scores = torch.randn(num, 70, generator=torch.Generator().manual_seed(1)) * 3
+    scores[5, 9] = torch.nan
+    masks = TokenMasks(np.array([[0, 1 << 9, 0]], dtype=np.uint32), np.array([-1] * (num - 1) + [0]))
+    rows, drafts = np.arange(num), np.zeros((num, 0), dtype=np.int64)
+
+    def choose(sampler: TorchSampler | TritonSampler) -> list[int]:
+        batch = SamplingBatch(sampler, table, rows, np.full(num, 6), np.full(num, 2), drafts, masks)
+        found: list[int] = sampler.choose(scores, batch).tolist()
+        return found
+
+    before = scores.clone()
+    found = choose(TritonSampler())
+    assert torch.equal(scores.nan_to_num(), before.nan_to_num())
+    assert found == choose(TorchSampler())
+    assert found[1] == 5
+    assert found[5:] == [-1, 41]

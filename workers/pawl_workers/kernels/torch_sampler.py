@@ -13,7 +13,7 @@ from pawl_workers.sampling.logprobs import TokenScores
 from pawl_workers.sampling.noise import uniform
 from pawl_workers.sampling.table import SamplingTable
 
-__all__ = ["TorchSampler"]
+__all__ = ["TorchSampler", "adjust"]
 
 _AT_ONCE = 16
 """Samples whose weights, in float64, are held at a time."""
@@ -43,7 +43,7 @@ class TorchSampler:
             index = torch.from_numpy(part).to(scores.device)
             logits = scores[index]
             if adjustments is not None:
-                _adjust(logits, part, adjustments, table.repetition[rows[part]])
+                adjust(logits, part, adjustments, table.repetition[rows[part]])
             best, tokens = logits.max(dim=-1, keepdim=True)
             tokens = tokens.squeeze(1)
             sampled = np.flatnonzero(~greedy[part])
@@ -74,7 +74,7 @@ class TorchSampler:
         )
 
 
-def _adjust(logits: Tensor, samples: IntArray, adjustments: Adjustments, repetition: NDArray[np.float32]) -> None:
+def adjust(logits: Tensor, samples: IntArray, adjustments: Adjustments, repetition: NDArray[np.float32]) -> None:
     """Apply the adjustments of some samples to their logits, [N, V], in place."""
     device = logits.device
     for entries, is_bias in ((adjustments.seen, False), (adjustments.bias, True)):

@@ -50,6 +50,8 @@ class SamplingBatch:
         drafts: [S, drafts]; tokens between the row's last known token and the position, which a penalty counts as
             output; -1 past the end. Width 0 where nothing is drafted.
         masks: None where all tokens are allowed to all.
+        words: [S, 2 * WORDS] int32 on the device, `parameter_words` by their halves; None where a step's integers do
+            not travel together.
     """
 
     sampler: Sampler
@@ -59,6 +61,7 @@ class SamplingBatch:
     num_output: IntArray
     drafts: IntArray
     masks: TokenMasks | None = None
+    words: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.reference import ReferenceLinear, ReferenceNorm
-from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.kernels.triton.extend import extend
 from pawl_workers.kernels.triton.layout import TILE, Layout, lay_out_host
 from pawl_workers.kernels.triton.paged_decode import decode
 from pawl_workers.kernels.triton.place import place
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
+from pawl_workers.kernels.triton.sampler import TritonSampler
 from pawl_workers.kernels.triton.tuning import Tuning
 from pawl_workers.model.spec import Activation, NormKind
 from pawl_workers.model.weights import AttentionRule, NormWeights, PackedActivation, PackedNorm, QueryKeyNormWeights
@@ -35,9 +35,9 @@ class TritonKernels:
 
     name = "triton"
     block_size = TILE
-    sampler = TorchSampler()
 
     def __init__(self, dtype: torch.dtype, shape: AttentionShape, staging: Staging, *, strict: bool = False) -> None:
+        self.sampler = TritonSampler()
         self._staging = staging
         self._tuning = Tuning.of(shape, dtype, strict=strict)
 

@@ -15,12 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["WORDS", "draw"]
+from pawl_workers.sampling.batch import NOT_FINITE, NOTHING_LEFT
 
-WORDS = 6
-"""Parameters of a sample, 64 bits each: temperature, top-p and min-p (float64), top-k, seed, position (integers)."""
+__all__ = ["draw"]
 
-_NOT_FINITE, _NOTHING_LEFT = -1, -2
 _BLOCK = 4096
 
 
@@ -266,7 +264,7 @@ def draw(scores: Tensor, words: Tensor, *, adjusted: bool) -> Tensor:
 
     Args:
         scores: [S, V] float32, contiguous.
-        words: [S, 6] int64, see `WORDS`, on the same device.
+        words: [S, 6] int64 on the same device, as `sampling.words` makes them.
         adjusted: minus infinity marks tokens that must not be chosen; else it is an error like other such values.
 
     Returns:
@@ -280,6 +278,6 @@ def draw(scores: Tensor, words: Tensor, *, adjusted: bool) -> Tensor:
         near_ids = torch.empty(num_samples, block, dtype=torch.int32, device=scores.device)
         _draw[(num_samples,)](
             scores, words, chosen, near_values, near_ids, size, ADJUSTED=adjusted, BLOCK=block,
-            NOT_FINITE=_NOT_FINITE, NOTHING_LEFT=_NOTHING_LEFT, num_warps=16,
+            NOT_FINITE=NOT_FINITE, NOTHING_LEFT=NOTHING_LEFT, num_warps=16,
         )  # fmt: skip
     return chosen

@@ -30,7 +30,7 @@ class Layout(AttentionLayout):
         decode_sequences: these sequences, [N].
         tiles: sequence, first token row, its position, tokens, [M, 4]; the longest work first.
         tile_rows: query rows of a tile.
-        num_splits: splits of the longest sequence that decodes, or more.
+        num_splits: a power of two, at least the splits of the longest sequence that decodes.
     """
 
     positions: Tensor
@@ -69,4 +69,6 @@ def lay_out_host(sequences: SequenceArrays, tokens_of_tile: int) -> HostLayout:
     # Programs start in this order: a long tile that came last would run alone.
     tiles = tiles[np.argsort(-(tiles[:, 2] + tiles[:, 3]), kind="stable")]
     longest = int(sequences.contexts[decodes].max()) if len(decodes) else 1
-    return HostLayout(sequences.starts[decodes], decodes, tiles, -(-longest // SPLIT))
+    # A power of two: of launches that differ in this number alone, few kinds are to be captured.
+    num_splits = 1 << (-(-longest // SPLIT) - 1).bit_length()
+    return HostLayout(sequences.starts[decodes], decodes, tiles, num_splits)
