@@ -10,7 +10,7 @@ INTERNAL_PROTOS := $(shell find protos/pawl_server -name '*.proto')
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(PY) -m pytest
 
-.PHONY: help setup demo serve test unit property parity e2e chaos interop check lint types imports proto-lint deploy-check fmt protos sizes bench train clean
+.PHONY: help setup demo serve test unit property parity e2e chaos interop check lint types imports proto-lint deploy-check fmt protos sizes bench train test-gpu bench-gpu clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,12 @@ bench: setup ## output tokens/s against transformers.generate, alternating, same
 
 peers: setup ## the same against every engine that can be installed, with the machine's limits
 	$(PY) -m pawl_loadtest.peers
+
+test-gpu: setup ## the tests that need a CUDA device, with compiled kernels
+	$(TEST_ENV) TRITON_INTERPRET=0 $(PY) -m pytest tests -m gpu
+
+bench-gpu: setup ## one GPU: share of the byte bound, against transformers' continuous batching in the same run
+	$(PY) -m pawl_loadtest.gpu_bench
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

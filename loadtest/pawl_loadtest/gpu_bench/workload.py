@@ -1,0 +1,42 @@
+"""What is generated: requests with lengths of their own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Request", "mixed_requests", "shortened", "single_stream"]
+
+_HIGHEST_ID = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt, and exactly how many tokens are to follow it."""
+
+    prompt_ids: tuple[int, ...]
+    output_tokens: int
+
+
+def mixed_requests(num_requests: int = 256) -> list[Request]:
+    """Prompts and outputs of 100 to 1024 tokens each, all there at once.
+
+    With 256 requests the workload of nano-vllm's `bench.py` to the last number: 133,966 output tokens.
+    """
+    source = random.Random(0)  # noqa: S311 - a workload, not a secret
+    prompts = [
+        tuple(source.randint(0, _HIGHEST_ID) for _ in range(source.randint(100, 1024))) for _ in range(num_requests)
+    ]
+    return [Request(prompt, source.randint(100, 1024)) for prompt in prompts]
+
+
+def single_stream(prompt_tokens: int = 512, output_tokens: int = 128) -> list[Request]:
+    """One request."""
+    source = random.Random(1)  # noqa: S311 - as above
+    return [Request(tuple(source.randint(0, _HIGHEST_ID) for _ in range(prompt_tokens)), output_tokens)]
+
+
+def shortened(requests: Sequence[Request], prompt_tokens: int, output_tokens: int) -> list[Request]:
+    """The same requests, cut, to look whether outputs agree."""
+    return [Request(one.prompt_ids[:prompt_tokens], min(one.output_tokens, output_tokens)) for one in requests]
