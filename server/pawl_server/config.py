@@ -48,7 +48,8 @@ class ModelSettings:
     revision: str = _setting("", "hub revision; empty = the default branch")
     device: str = _setting("auto", "auto, cpu or cuda", common=True)
     dtype: str = _setting("auto", "auto, float32, bfloat16 or float16", common=True)
-    kernels: str = _setting("auto", "auto, reference, cpu or onednn")
+    kernels: str = _setting("auto", "auto, reference, cpu, onednn or triton")
+    strict: bool = _setting(False, "on cuda: results that no other request can touch, to the bit, at some speed")
     max_context: int = _setting(0, "most tokens of prompt and output; 0 = the model's own limit", common=True)
 
 
@@ -262,7 +263,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "kernels": ("auto", "reference", "cpu", "onednn"),
+    "kernels": ("auto", "reference", "cpu", "onednn", "triton"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("text", "json"),
 }

@@ -112,6 +112,11 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
         enter_strict_mode()
     staging = Staging(device)
     kernels = choose_backend(device, dtype, shape, options.kernels, staging=staging, strict=options.strict)
+    if options.strict and device.type == "cuda" and kernels.name != "triton":
+        raise WorkerError(
+            f"strict mode on {device} needs the triton kernels, not {kernels.name}: set kernels = triton to see why "
+            "they do not serve, or leave strict out"
+        )
     return StartPlan(
         options=options,
         config=config,

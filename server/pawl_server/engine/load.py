@@ -49,6 +49,7 @@ def worker_options(model: ModelSettings, engine: EngineSettings, num_threads: in
         device="cuda" if cuda else "cpu",
         dtype=model.dtype,
         kernels=model.kernels,
+        strict=model.strict,
         num_threads=num_threads,
         max_context=model.max_context or None,
         max_running=engine.max_running,

@@ -1,0 +1,85 @@
+"""A worker on a GPU: graphs give what the eager pass gives, no step waits for the device but for its tokens."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pawl_workers.plan import SamplingSpec
+from pawl_workers.worker import Worker, WorkerOptions
+from tests.fakes.checkpoints import make_llama
+from tests.fakes.worker_driver import WorkerDriver
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(
+        tmp_path_factory.mktemp("gpu-llama"), hidden_size=256, intermediate_size=512, head_dim=64, tokenizer=True
+    )
+
+
+@pytest.fixture
+def synchronising_is_an_error() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def _options(folder: Path, dtype: str = "bfloat16", *, kernels: str = "triton") -> WorkerOptions:
+    return WorkerOptions(
+        model=str(folder), device="cuda", dtype=dtype, kernels=kernels, max_running=16, max_batch_tokens=256,
+        num_blocks=200, max_context=1024,
+    )  # fmt: skip
+
+
+def test_the_self_test_passes(folder: Path) -> None:
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert Worker.load(_options(folder, dtype)).self_test().max_difference >= 0
+
+
+def test_graphs_generate_what_the_reference_generates(folder: Path) -> None:
+    """Float32, greedy: sequences of different lengths that join and leave, over a split's end."""
+    found = []
+    for kernels in ("triton", "reference"):
+        driver = WorkerDriver(Worker.load(_options(folder, "float32", kernels=kernels)))
+        sequences = [driver.start([(7 * i + j) % 256 for j in range(40 + 150 * i)]) for i in range(4)]
+        driver.generate(sequences[:3], 12, chunk=50)
+        driver.generate(sequences, 20, chunk=50)
+        assert all(one.failure is None for one in sequences)
+        found.append([one.output for one in sequences])
+    assert found[0] == found[1]
+
+
+def test_a_decode_step_does_not_wait_for_the_device(folder: Path, synchronising_is_an_error: None) -> None:
+    """Once its graph is captured, a step queues its copy, its graph and its draw; only the event is waited for."""
+    driver = WorkerDriver(Worker.load(_options(folder)))
+    specs = [SamplingSpec(temperature=0.0), SamplingSpec(temperature=0.8, top_k=40, top_p=0.9, seed=3)]
+    sequences = [driver.start([1, 2, 3 + i], spec) for i, spec in enumerate(specs)]
+    driver.generate(sequences, 3)
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(5):
+        driver.step([(one, 1) for one in sequences])
+    torch.cuda.set_sync_debug_mode("default")
+    assert [len(one.output) for one in sequences] == [8, 8]
+
+
+@pytest.mark.parametrize("part", ["linears", "requests"])
+def test_strict_bits_depend_on_nothing_else(folder: Path, part: str) -> None:
+    """In a process of its own, since strict mode comes before the first use of cuBLAS."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fakes.strict_gpu", part, str(folder)],
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "equal"), done.stdout + done.stderr
