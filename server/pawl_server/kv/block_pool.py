@@ -96,6 +96,10 @@ class BlockPool:
         """Name of the prefix that the block holds, None if it is not published (or only announced)."""
         return None if self._index.is_pending(block) else self._index.name_of(block)
 
+    def name_of(self, block: int) -> bytes | None:
+        """Name by which a lookup may find the block: it is published, or announced."""
+        return self._index.name_of(block)
+
     def has_name(self, block: int) -> bool:
         """Whether a lookup may find the block: it is published, or announced."""
         return self._owners[block] is not None

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 
+from pawl_server.kv.block_hash import HashChain, root_hash
 from pawl_server.scheduler.admission import blocks_for
 from pawl_server.scheduler.sequence import SequenceState, Status
 from pawl_server.scheduler.state import SchedulerState
@@ -23,7 +24,7 @@ def _hold(condition: object, what: str) -> None:
 
 
 def check_invariants(state: SchedulerState) -> None:
-    """Verify blocks, tables, queues and the ledger (numbers 1-7, 10, 12, 19-21 of the design's list).
+    """Verify blocks, tables, queues and the ledger (numbers 1-7, 9-13, 15, 19-21 of the design's list).
 
     Raises:
         InvariantError: naming the first thing that does not hold.
@@ -55,6 +56,7 @@ def check_invariants(state: SchedulerState) -> None:
     launched = {entry.step for entry in state.ledger}
     _hold(state.pool.pending_steps() <= launched, "a block is announced by a step that is not in flight")
     _check_sharing(state)
+    _check_names(state)
 
 
 def _check_running(state: SchedulerState, sequence: SequenceState) -> None:
@@ -85,6 +87,20 @@ def _check_ledger(state: SchedulerState) -> None:
     _hold((slots.expected - slots.length == samples).all(), "samples in flight are not those of the ledger")
     for sequence in state.live.values():
         _hold(sequence.num_stale == owed[id(sequence)], "a sequence waits for tokens that nobody computes")
+
+
+def _check_names(state: SchedulerState) -> None:
+    """What is published of a running sequence's blocks is named by its known tokens, made anew from the root."""
+    size = state.limits.block_size
+    for sequence in state.running.values():
+        tokens = sequence.tokens
+        chain = HashChain(root_hash(state.root, sequence.request.cache_key), size)
+        chain.extend(tokens, len(tokens) // size)
+        for index, block in enumerate(sequence.blocks):
+            name = state.pool.name_of(block)
+            if name is not None:
+                _hold(index < len(chain) and chain[index] == name, f"block {block} has a name that is not its tokens'")
+                _hold(sequence.chain is not None, f"block {block} is published against its request")
 
 
 def _check_sharing(state: SchedulerState) -> None:
