@@ -177,6 +177,10 @@ class EngineMetrics:
         self.kv_cache_usage = Gauge(
             "pawl_kv_cache_usage_ratio", "Blocks in use / capacity, 0 to 1", names, registry=r
         ).labels(*values)
+        swapped = Counter(
+            "pawl_kv_swapped_blocks", "KV blocks copied to host memory and back", [*names, "direction"], registry=r
+        )
+        self.swapped_blocks = {direction: swapped.labels(*values, direction) for direction in ("out", "in")}
         duration = Histogram(
             "pawl_step_duration_seconds",
             "Whole step, by kind",

@@ -15,6 +15,7 @@ from tests.fakes.engine_harness import Recorder, ended, submit_frame
 from tests.fakes.engine_subprocess import engine_process
 
 KV_BYTES = 8 << 20
+HOST_BYTES = 1 << 20
 
 
 def _greedy(prompt: list[int], num_output: int) -> engine_pb2.Submit:
@@ -31,7 +32,12 @@ async def test_greedy_tokens_are_those_of_the_reference(tmp_path: Path) -> None:
     spec = EngineSpec(
         model=ModelSettings(model=str(folder), device="cpu", dtype="float32", max_context=128),
         engine=EngineSettings(
-            max_running=4, max_batch_tokens=32, max_prefill_chunk=16, kv_max_bytes=KV_BYTES, check_every=1
+            max_running=4,
+            max_batch_tokens=32,
+            max_prefill_chunk=16,
+            kv_max_bytes=KV_BYTES,
+            check_every=1,
+            host_kv_bytes=HOST_BYTES,
         ),
         internal_token="secret",
         num_threads=1,
@@ -56,4 +62,6 @@ async def test_greedy_tokens_are_those_of_the_reference(tmp_path: Path) -> None:
             assert link.welcome.model.max_context_tokens == 128
     memory = [e for e in process.events if isinstance(e, EngineProgress) and e.step == "memory"][-1]
     assert 0 < memory.facts["kv_bytes"] <= KV_BYTES
+    block_bytes = memory.facts["kv_bytes"] // (memory.facts["num_blocks"] + 1)
+    assert memory.facts["num_host_blocks"] == HOST_BYTES // block_bytes > 0
     assert memory.facts["num_blocks"] == link.welcome.num_blocks

@@ -173,6 +173,7 @@ class Engine:
             "activation_bytes": facts.activation_bytes,
             "kv_bytes": facts.kv_bytes,
             "num_blocks": limits.num_blocks,
+            "num_host_blocks": facts.num_host_blocks,
             "block_size": limits.block_size,
             "cache_tokens": cache_tokens,
             "max_context": limits.max_context,

@@ -39,6 +39,8 @@ class StepRecord:
     num_prompt_cached: int
     num_recomputed: int
     num_preempted: int
+    num_swapped_out: int = 0
+    num_swapped_in: int = 0
 
     @property
     def duration_s(self) -> float:
@@ -114,5 +116,7 @@ class Meter:
             ("recomputed", record.num_recomputed),
         ):
             metrics.prompt_tokens[source].inc(count)
+        metrics.swapped_blocks["out"].inc(record.num_swapped_out)
+        metrics.swapped_blocks["in"].inc(record.num_swapped_in)
         if record.num_preempted:
             metrics.preemptions["blocks"].inc(record.num_preempted)
