@@ -76,7 +76,8 @@ def test_nothing_is_moved_when_computing_is_cheaper() -> None:
 
 
 def test_an_evicted_conversation_comes_back() -> None:
-    bench = Bench(limits(num_blocks=8, max_batch_tokens=64, num_host_blocks=16, restore_cost=CHEAP))
+    small = limits(num_blocks=8, max_batch_tokens=64, num_host_blocks=16)
+    bench = Bench(dataclasses.replace(small, restore_cost=CHEAP))
     prompt = list(range(17))
     for ids in (prompt, [30] * 26, [31] * 26, prompt):
         bench.submit(bench.request(ids, 2))
@@ -151,12 +152,14 @@ def test_the_tier_is_an_lru_of_names(num_blocks: int, steps: list[tuple[list[byt
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, where: type, name: str) -> None:
     """A tier that outlives its worker, a prefix overwritten while it comes back, and one saved too late."""
     if name == "_swap_out_first":
-        move = ShadowWorker._move
-        monkeypatch.setattr(ShadowWorker, "_move", lambda self, plan: (_compute_first(self, plan), move(self, plan)))
+        monkeypatch.setattr(ShadowWorker, "_move", _compute_first)
     else:
         monkeypatch.setattr(where, name, lambda *_: None)
     with pytest.raises((AssertionError, KeyError, PoolError)):
         run_many()
+
+
+_move = ShadowWorker._move
 
 
 def _compute_first(worker: ShadowWorker, plan: StepPlan) -> None:
@@ -164,6 +167,7 @@ def _compute_first(worker: ShadowWorker, plan: StepPlan) -> None:
     for block, _ in plan.swap_out:
         for offset in range(worker.block_size):
             worker.slots[block, offset] = b"overwritten"
+    _move(worker, plan)
 
 
 def run_many() -> None:

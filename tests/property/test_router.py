@@ -21,7 +21,7 @@ from pawl_server.internal.v1 import engine_pb2, fleet_pb2
 from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
 from pawl_server.kv.block_pool import BlockPool
 from pawl_server.kv.draft import BlockDraft
-from pawl_server.kv.events import PrefixStored
+from pawl_server.kv.events import PrefixesUnknown, PrefixStored
 
 BLOCK = 4
 ROOT = CacheRoot("model", "float32", BLOCK)
@@ -117,6 +117,7 @@ def test_events_tell_the_router_what_a_replica_has(sent: list[tuple[tuple[int, .
         pool.settle(step)
         pool.release(hits + blocks)
         for event in pool.events.drain():
+            assert not isinstance(event, PrefixesUnknown)
             router.learn(1, event.name, present=isinstance(event, PrefixStored))
 
 
