@@ -49,6 +49,8 @@ class ModelSettings:
     device: str = _setting("auto", "auto, cpu or cuda", common=True)
     dtype: str = _setting("auto", "auto, float32, bfloat16 or float16", common=True)
     kernels: str = _setting("auto", "auto, reference, cpu, onednn or triton")
+    kv_dtype: str = _setting("auto", "cached keys and values: auto (as computed), float32, float16 or int8 (cpu)")
+    weight_dtype: str = _setting("auto", "linear layers: auto (exact) or int8 with a scale per output feature (cpu)")
     strict: bool = _setting(False, "on cuda: results that no other request can touch, to the bit, at some speed")
     max_context: int = _setting(0, "most tokens of prompt and output; 0 = the model's own limit", common=True)
 
@@ -264,6 +266,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "kernels": ("auto", "reference", "cpu", "onednn", "triton"),
+    "kv_dtype": ("auto", "float32", "float16", "int8"),
+    "weight_dtype": ("auto", "int8"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("text", "json"),
 }

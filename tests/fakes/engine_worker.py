@@ -29,6 +29,7 @@ class FakeFacts:
     max_context: int = 512
     eos_token_ids: Sequence[int] = (0,)
     data_type: str = "float32"
+    kv_type: str = "float32"
     revision: str = "shadow"
     block_size: int = 4
     num_blocks: int = 256

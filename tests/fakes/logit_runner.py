@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pawl_workers.batch import AttentionShape
 from pawl_workers.forward import forward
-from pawl_workers.kernels import choose_backend
+from pawl_workers.kernels import Precision, choose_backend
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.model.loading import CheckpointConfig, load_weights, read_config
 from pawl_workers.model.rotary import rotary_table
@@ -37,17 +37,22 @@ class LogitRunner:
         seed: int = 0,
         max_context: int | None = None,
         config: CheckpointConfig | None = None,
+        precision: Precision = Precision(),  # noqa: B008 - frozen
+        one_by_one: bool = False,
     ) -> None:
+        """`one_by_one`: stage after stage, even where the backend has a program of all layers."""
         config = config or read_config(folder)
         self.spec = spec = config.spec
         device, dtype = torch.device("cpu"), torch.float32
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        self.kernels = choose_backend(device, dtype, shape, kernels)
+        self.kernels = choose_backend(device, dtype, shape, kernels, precision=precision)
         with torch.inference_mode():
             self.weights = load_weights(config, self.kernels, device, dtype, 1 << 40)
         self._num_blocks = max_running * -(-spec.max_context // self.kernels.block_size)
         with torch.inference_mode():
             self.cache = KvCache.allocate(spec, self.kernels, self._num_blocks, device, dtype)
+            if not one_by_one:
+                self.cache.compile(self.weights.layers)
         self._settings = BatchSettings(
             kernels=self.kernels,
             shape=shape,

@@ -41,13 +41,18 @@ def forward(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput:
 
 
 def compute(batch: Batch, weights: Weights, cache: KvCache) -> tuple[Tensor, Tensor]:
-    """Give the stream after the last layer, [T, D], and the logits of the rows that sample, [S, V]."""
+    """Give the stream after the last layer, [T, D], and the logits of the rows that sample, [S, V].
+
+    Where the backend has compiled the layers into a program, that does what the loop does, with the same bits.
+    """
     x = embed(batch, weights.embedding)  # [T, D]  token -> vector
-    for layer, w in enumerate(weights.layers):
+    if cache.program is not None:
+        x = cache.program(x, batch)
+    for layer, w in enumerate(weights.layers if cache.program is None else ()):
         found = attend(norm(x, w.attention_norm), w.attention, cache[layer], batch)  # queries meet keys
         if w.parallel:
             fired = mlp(norm(x, w.mlp_norm), w.mlp)  # features ignite, on the same stream
-            x = add(x, add(found, fired), w.residual_scale)
+            x = add(add(x, found, w.residual_scale), fired, w.residual_scale)
             continue
         x = add(x, norm(found, w.attention_output_norm), w.residual_scale)
         fired = mlp(norm(x, w.mlp_norm), w.mlp)  # features ignite

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pawl_workers.batch import AttentionShape, Batch
-from pawl_workers.kernels import Kernels
+from pawl_workers.kernels import Kernels, LayerProgram
 from pawl_workers.model.spec import ModelSpec
-from pawl_workers.model.weights import AttentionWeights
+from pawl_workers.model.weights import AttentionWeights, LayerWeights
 
 __all__ = ["KvCache", "LayerCache"]
 
@@ -44,10 +44,19 @@ class LayerCache:
 
 
 class KvCache:
-    """All layers' blocks. Memory is zero at first and stays finite: kernels weigh hidden keys with 0."""
+    """All layers' blocks. Memory is zero at first and stays finite: kernels weigh hidden keys with 0.
+
+    `program` takes a step through all layers over these blocks in one call, where the backend has compiled one.
+    """
 
     def __init__(self, layers: tuple[LayerCache, ...]) -> None:
         self._layers = layers
+        self.program: LayerProgram | None = None
+
+    def compile(self, layers: Sequence[LayerWeights]) -> None:
+        """Have the backend compile layers over these blocks."""
+        caches = [(layer.keys, layer.values) for layer in self._layers]
+        self.program = self._layers[0].kernels.compile_layers(layers, caches)
 
     @classmethod
     def allocate(
@@ -56,6 +65,7 @@ class KvCache:
         """Allocate `num_blocks` blocks for sequences (ids 1 to num_blocks) and the null block."""
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
         keys, values = kernels.cache_shapes(num_blocks + 1, shape)
+        dtype = kernels.cache_dtype(dtype)
         return cls(
             tuple(
                 LayerCache(
@@ -108,6 +118,8 @@ class KvCache:
 
         For the blocks of a failed row: whoever gets them next must not meet NaN behind his last token.
         """
+        if not self._layers[0].keys.is_floating_point():
+            return  # bytes and their scales are always finite
         index = torch.tensor(sorted(set(block_ids)), device=self._layers[0].keys.device)
         for layer in self._layers:
             for cache in (layer.keys, layer.values):

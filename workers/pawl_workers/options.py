@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from pawl_workers.errors import WorkerError
+from pawl_workers.kernels import Precision
 
-__all__ = ["WorkerOptions", "choose_device", "choose_dtype"]
+__all__ = ["WorkerOptions", "choose_device", "choose_dtype", "choose_precision"]
 
+_KV_DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+_WEIGHT_DTYPES = {"auto": None, "int8": torch.int8}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -21,6 +24,8 @@ class WorkerOptions:
     device: str = "cpu"
     dtype: str = "auto"  # auto: float32 on cpu, bfloat16 on cuda
     kernels: str = "auto"
+    kv_dtype: str = "auto"  # of cached keys and values; auto: as computed; float16 and int8 on the cpu kernels
+    weight_dtype: str = "auto"  # of linear layers; auto: exact; int8 on the cpu kernels
     num_threads: int = 1
     max_context: int | None = None  # None: the model's
     max_running: int = 64  # rows
@@ -62,3 +67,18 @@ def choose_dtype(options: WorkerOptions) -> torch.dtype:
     if options.dtype not in _DTYPES:
         raise WorkerError(f"dtype {options.dtype!r} is not supported; known: auto, {', '.join(_DTYPES)}")
     return _DTYPES[options.dtype]
+
+
+def choose_precision(options: WorkerOptions) -> Precision:
+    """Find how exactly keys, values and weights are kept.
+
+    Raises:
+        WorkerError: a type is not known.
+    """
+    for name, value, known in (
+        ("kv_dtype", options.kv_dtype, _KV_DTYPES),
+        ("weight_dtype", options.weight_dtype, _WEIGHT_DTYPES),
+    ):
+        if value not in known:
+            raise WorkerError(f"{name} {value!r} is not supported; known: {', '.join(known)}")
+    return Precision(_KV_DTYPES[options.kv_dtype], _WEIGHT_DTYPES[options.weight_dtype])

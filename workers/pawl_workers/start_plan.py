@@ -18,7 +18,7 @@ from pawl_workers.memory import MemoryPlan, activation_bytes, available_bytes, p
 from pawl_workers.model.headers import StoredTensor, folder_headers, hub_headers
 from pawl_workers.model.loading import CheckpointConfig, Reading, plan_reading, read_config
 from pawl_workers.model.source import is_hub_id, resolve_checkpoint
-from pawl_workers.options import WorkerOptions, choose_device, choose_dtype
+from pawl_workers.options import WorkerOptions, choose_device, choose_dtype, choose_precision
 from pawl_workers.staging import Staging
 from pawl_workers.strict import enter_strict_mode
 
@@ -111,7 +111,15 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
     if options.strict and device.type == "cuda":
         enter_strict_mode()
     staging = Staging(device)
-    kernels = choose_backend(device, dtype, shape, options.kernels, staging=staging, strict=options.strict)
+    kernels = choose_backend(
+        device,
+        dtype,
+        shape,
+        options.kernels,
+        precision=choose_precision(options),
+        staging=staging,
+        strict=options.strict,
+    )
     if options.strict and device.type == "cuda" and kernels.name != "triton":
         raise WorkerError(
             f"strict mode on {device} needs the triton kernels, not {kernels.name}: set kernels = triton to see why "
@@ -130,7 +138,9 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
         available_bytes=available_bytes(device),
         weight_bytes=reading.held_bytes(spec, kernels, dtype),
         activation_bytes=activation_bytes(spec, options.max_batch_tokens, options.max_running, dtype.itemsize),
-        block_bytes=spec.num_layers * dtype.itemsize * sum(map(math.prod, kernels.cache_shapes(1, shape))),
+        block_bytes=spec.num_layers
+        * kernels.cache_dtype(dtype).itemsize
+        * sum(map(math.prod, kernels.cache_shapes(1, shape))),
     )
 
 
@@ -153,7 +163,7 @@ def explain_kernels(plan: StartPlan) -> str:
         if name == chosen:
             break
         try:
-            choose_backend(plan.device, plan.dtype, plan.shape, name)
+            choose_backend(plan.device, plan.dtype, plan.shape, name, precision=choose_precision(plan.options))
         except WorkerError as error:
             reasons.append(f"not {name}: {error}")
     served = f"{str(plan.dtype).removeprefix('torch.')} on {plan.device}, heads of {plan.shape.head_dim}"

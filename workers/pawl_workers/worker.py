@@ -48,6 +48,7 @@ class WorkerFacts:
     max_context: int
     eos_token_ids: tuple[int, ...]
     data_type: str
+    kv_type: str  # of the cache; with weights that are not exact, these too: who shares KV must agree in both
     revision: str
     block_size: int
     num_blocks: int
@@ -82,7 +83,9 @@ class Worker:
             self._cache = KvCache.allocate(
                 weights.spec, settings.kernels, facts.num_blocks, settings.device, settings.dtype
             )
-            self._host = HostCache(self._cache, facts.num_host_blocks, settings.device, settings.dtype)
+            self._cache.compile(weights.layers)
+            cache_dtype = settings.kernels.cache_dtype(settings.dtype)
+            self._host = HostCache(self._cache, facts.num_host_blocks, settings.device, cache_dtype)
             if facts.num_host_blocks:
                 fixed_s, block_s = self._host.measure(facts.num_blocks)
                 self.facts = dataclasses.replace(facts, restore_fixed_s=fixed_s, restore_block_s=block_s)
@@ -281,6 +284,7 @@ def _facts(plan: StartPlan, weights: Weights, memory: MemoryPlan, started: float
         max_context=plan.max_context,
         eos_token_ids=plan.config.eos_token_ids,
         data_type=str(plan.dtype).removeprefix("torch."),
+        kv_type=_kv_type(plan),
         revision=checkpoint_revision(plan.config.folder),
         block_size=plan.kernels.block_size,
         num_blocks=memory.num_blocks,
@@ -298,3 +302,8 @@ def _facts(plan: StartPlan, weights: Weights, memory: MemoryPlan, started: float
         restore_block_s=0.0,
         load_s=time.perf_counter() - started,
     )
+
+
+def _kv_type(plan: StartPlan) -> str:
+    cache = str(plan.kernels.cache_dtype(plan.dtype)).removeprefix("torch.")
+    return cache if plan.options.weight_dtype == "auto" else f"{cache}, weights {plan.options.weight_dtype}"

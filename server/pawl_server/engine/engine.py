@@ -117,7 +117,7 @@ class Engine:
         await self._warm_up(limits)
         limits = await self._use_host_blocks(facts, limits)
         await self._self_test(worker)
-        root = CacheRoot(facts.revision or spec.model.model, facts.data_type, facts.block_size)
+        root = CacheRoot(facts.revision or spec.model.model, facts.kv_type, facts.block_size)
         metrics = EngineMetrics(_served_name(spec), spec.replica)
         metrics.config(
             dtype=facts.data_type,
@@ -156,7 +156,9 @@ class Engine:
 
         worker = await self._executor.load(lambda: self._load_worker(self.spec, on_progress))
         facts = worker.facts
-        text = f"{facts.num_parameters / 1e6:.1f} M parameters, {facts.data_type} on {facts.device}"
+        text = (
+            f"{facts.num_parameters / 1e6:.1f} M parameters, {facts.data_type} on {facts.device}, KV in {facts.kv_type}"
+        )
         counts = {"weight_bytes": facts.weight_bytes, "num_parameters": facts.num_parameters}
         self._say("weights", started, text, facts.weight_bytes, facts.weight_bytes, counts)
         return worker

@@ -49,6 +49,8 @@ def worker_options(model: ModelSettings, engine: EngineSettings, num_threads: in
         device="cuda" if cuda else "cpu",
         dtype=model.dtype,
         kernels=model.kernels,
+        kv_dtype=model.kv_dtype,
+        weight_dtype=model.weight_dtype,
         strict=model.strict,
         num_threads=num_threads,
         max_context=model.max_context or None,

@@ -26,14 +26,16 @@ def test_precedence_is_flag_variable_file_default(tmp_path: Path) -> None:
 def test_every_setting_can_be_given_by_file_and_variable(name: str, tmp_path: Path) -> None:
     setting = next(s for s in settings() if s.name == name)
     shown = {bool: "false", int: "7", float: "0.5", str: '"x"'}[setting.kind]
-    if name in ("device", "dtype", "kernels", "log_level", "log_format"):
-        shown = {
-            "device": '"cpu"',
-            "dtype": '"float32"',
-            "kernels": '"reference"',
-            "log_level": '"debug"',
-            "log_format": '"json"',
-        }[name]
+    words = {
+        "device": '"cpu"',
+        "dtype": '"float32"',
+        "kernels": '"reference"',
+        "kv_dtype": '"float16"',
+        "weight_dtype": '"int8"',
+        "log_level": '"debug"',
+        "log_format": '"json"',
+    }
+    shown = words.get(name, shown)
     file = tmp_path / "pawl.toml"
     file.write_text(f"[{setting.section}]\n{name} = {shown}\n")
     by_file = load_config(file=file, environment={})

@@ -18,8 +18,10 @@ from torch import Tensor
 from pawl_workers.batch import AttentionShape, SequenceArrays
 from pawl_workers.errors import WorkerError
 from pawl_workers.kernels import Kernels, choose_backend
-from pawl_workers.kernels.cpu import CpuKernels, CpuLinear
+from pawl_workers.kernels.cpu import CpuKernels
+from pawl_workers.kernels.cpu_linear import CpuLinear
 from pawl_workers.kernels.native import build
+from pawl_workers.kernels.native.library import load_library
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
 from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
@@ -49,7 +51,9 @@ def test_linears_are_exact_in_any_format_and_read_back(
         weight.view(-1)[:3] = torch.tensor([-0.0, 1e-42, 3e4])
     packed = kernels.pack_linear(weight, bias)
     assert torch.equal(packed.unpack().view(torch.int32), weight.view(torch.int32))
-    assert packed.num_bytes == -(-shape[0] // 16) * 16 * shape[1] * dtype.itemsize
+    width = 2 * load_library().panel_width
+    inner = shape[1] + (shape[1] % 2 if dtype is torch.bfloat16 else 0)
+    assert packed.num_bytes == -(-shape[0] // width) * width * inner * dtype.itemsize
     wanted = x.double() @ weight.double().T + bias.double()
     bound = 1e-6 * shape[1] * float(weight.abs().max() * x.abs().max()) + 1e-5
     assert (packed(x) - wanted).abs().max() <= bound
@@ -79,7 +83,8 @@ def test_formats_give_the_same_bits(kernels: CpuKernels) -> None:
     narrow = kernels.pack_linear(weight, None)
     extra = torch.cat([weight, torch.full((1, 80), 0.1)])  # 0.1 is in neither 16-bit format
     wide = kernels.pack_linear(extra, None)
-    assert (narrow.num_bytes, wide.num_bytes) == (64 * 80 * 2, 80 * 80 * 4)
+    assert (narrow.data_type, wide.data_type) == (torch.bfloat16, torch.float32)
+    assert narrow.num_bytes == 64 * 80 * 2
     assert torch.equal(narrow(x), wide(x)[:, :64])
 
 

@@ -7,20 +7,38 @@ is at hand; `triton` serves GPUs. Knows no models, no rows and no plans.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
+from pawl_workers.batch import AttentionLayout, AttentionShape, Batch, SequenceArrays
 from pawl_workers.errors import WorkerError
-from pawl_workers.model.weights import AttentionRule, Packer, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, LayerWeights, Packer, QueryKeyNormWeights
 from pawl_workers.sampling.batch import Sampler
 from pawl_workers.staging import Staging
 
-__all__ = ["Kernels", "choose_backend"]
+__all__ = ["Kernels", "LayerProgram", "Precision", "choose_backend"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Types in which cached keys and values, and the weights of linear layers, are kept; None = exact."""
+
+    cache: torch.dtype | None = None
+    weights: torch.dtype | None = None
+
+
+class LayerProgram(Protocol):
+    """All layers of a model in one call."""
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """Take the stream, [T, D], through all layers; it may be changed in place. Writes keys and values."""
+        ...
 
 
 class Kernels(Packer, Protocol):
@@ -43,6 +61,19 @@ class Kernels(Packer, Protocol):
 
     def cache_shapes(self, num_blocks: int, shape: AttentionShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of a layer's keys and values; the first axis counts blocks, the second key-value heads."""
+        ...
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Type of the cache's elements for a model computed in `dtype`."""
+        ...
+
+    def compile_layers(
+        self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> LayerProgram | None:
+        """Compile all layers over their keys and values into one call; None where the backend has none.
+
+        Gives the bits that the stages give one by one.
+        """
         ...
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:
@@ -95,6 +126,7 @@ def choose_backend(
     shape: AttentionShape,
     name: str = "auto",
     *,
+    precision: Precision = Precision(),
     staging: Staging | None = None,
     strict: bool = False,
 ) -> Kernels:
@@ -105,6 +137,7 @@ def choose_backend(
         dtype: of the model.
         shape: of its heads.
         name: of a backend, or `auto`.
+        precision: of cache and weights.
         staging: carries a step's integers to a GPU; None = each array by itself.
         strict: bits that depend on nothing else in the step, where that has a price (`triton`).
 
@@ -116,6 +149,12 @@ def choose_backend(
     from pawl_workers.kernels.reference import ReferenceKernels  # noqa: PLC0415 - as above
 
     for_cpu = device.type == "cpu" and dtype is torch.float32
+    if precision != Precision():
+        if not for_cpu or name not in {"auto", "cpu"}:
+            raise WorkerError(
+                f"only the cpu kernels keep KV or weights in other types; kernels are {name!r} on {device}"
+            )
+        return _compiled(shape, precision)
     match name:
         case "reference":
             return ReferenceKernels(device)
@@ -131,12 +170,12 @@ def choose_backend(
             return ReferenceKernels(device)
         case "auto":
             try:
-                return _compiled(shape)
+                return _compiled(shape, precision)
             except WorkerError as error:
                 log.warning("serving with the slower onednn kernels: %s", error)
                 return OneDnnKernels()
         case "cpu" if for_cpu:
-            return _compiled(shape)
+            return _compiled(shape, precision)
         case "onednn" if for_cpu:
             return OneDnnKernels()
         case "cpu" | "onednn":
@@ -145,14 +184,14 @@ def choose_backend(
             raise WorkerError(f"there are no kernels {name!r}; known: auto, reference, cpu, onednn, triton")
 
 
-def _compiled(shape: AttentionShape) -> Kernels:
+def _compiled(shape: AttentionShape, precision: Precision) -> Kernels:
     from pawl_workers.kernels.cpu import CpuKernels  # noqa: PLC0415 - as above
     from pawl_workers.kernels.native.library import BuildError  # noqa: PLC0415 - as above
 
     if not CpuKernels.supports(shape):
-        raise WorkerError(f"the cpu kernels serve even head dimensions of up to 512, not {shape.head_dim}")
+        raise WorkerError(f"the cpu kernels serve heads of up to 512 dimensions, not {shape.head_dim}")
     try:
-        return CpuKernels()
+        return CpuKernels(precision.cache or torch.float32, quantised=precision.weights is torch.int8)
     except BuildError as error:
         raise WorkerError(f"the cpu kernels are not built: {error}") from error
 

@@ -8,6 +8,7 @@ on), not promised: the tests hold it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from pawl_workers.kernels.reference import ReferenceActivation, ReferenceLinear,
 from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.model.spec import Activation
-from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, LayerWeights, NormWeights, QueryKeyNormWeights
 
 __all__ = ["OneDnnKernels", "OneDnnLinear"]
 
@@ -91,6 +92,14 @@ class OneDnnKernels:
         """Keys and values alike: [num_blocks, K, 32, head_dim]."""
         cache = (num_blocks, shape.num_kv_heads, self.block_size, shape.head_dim)
         return cache, cache
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The model's own."""
+        return dtype
+
+    def compile_layers(self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """There is nothing to compile: the stages run one by one."""
+        del layers, caches
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:
         """Cut the step into query tiles and group those of one size."""

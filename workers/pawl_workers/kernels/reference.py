@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, LayerWeights, NormWeights, QueryKeyNormWeights
 
 __all__ = ["ReferenceActivation", "ReferenceKernels", "ReferenceLinear", "ReferenceNorm"]
 
@@ -139,6 +140,14 @@ class ReferenceKernels:
         """Keys and values alike: [num_blocks, K, 16, head_dim]."""
         cache = (num_blocks, shape.num_kv_heads, self.block_size, shape.head_dim)
         return cache, cache
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The model's own."""
+        return dtype
+
+    def compile_layers(self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """There is nothing to compile: the stages run one by one."""
+        del layers, caches
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:
         """Find each token's slot and each sequence's blocks and mask."""

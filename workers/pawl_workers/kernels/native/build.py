@@ -19,13 +19,15 @@ from pathlib import Path
 __all__ = ["BuildError", "find_or_build", "instruction_flags"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("linear.c", "attention.c", "elementwise.c", "sampling.c")
+_SOURCES = ("linear.c", "attention.c", "elementwise.c", "program.c", "sampling.c")
+_HEADERS = ("vector.h", "linear.h", "attention.h", "elementwise.h")
 _BUILT = _FOLDER / "built"
 # No -march=native: the machine that builds may not be the one that runs. Products and sums are fused where the source
 # says so and nowhere else, so that builds agree.
 _FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 _X86 = {"x86_64", "AMD64"}
-_VECTOR_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+_AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+_AVX512_FLAGS = (*_AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _TIMEOUT_S = 120.0
 
 
@@ -34,7 +36,7 @@ class BuildError(Exception):
 
 
 def instruction_flags() -> tuple[str, ...]:
-    """The compiler's flags for what this processor can do: AVX2 with FMA and F16C, or nothing."""
+    """The compiler's flags for what this processor can do: AVX-512, AVX2 with FMA and F16C, or nothing."""
     if platform.machine() not in _X86:
         return ()
     try:
@@ -42,7 +44,11 @@ def instruction_flags() -> tuple[str, ...]:
     except OSError:
         return ()
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return _VECTOR_FLAGS if {"avx2", "fma", "f16c"} <= set(line.split()) else ()
+    known = set(line.split())
+    for flags in (_AVX512_FLAGS, _AVX2_FLAGS):
+        if {flag.removeprefix("-m") for flag in flags} <= known:
+            return flags
+    return ()
 
 
 def find_or_build() -> Path:
@@ -66,7 +72,7 @@ def _build_into_package() -> list[Path]:
     """For every processor of this kind: the machine that runs the image may know less than the one that builds it."""
     compiler = _compiler()
     made = []
-    for flags in ((), _VECTOR_FLAGS) if platform.machine() in _X86 else ((),):
+    for flags in ((), _AVX2_FLAGS, _AVX512_FLAGS) if platform.machine() in _X86 else ((),):
         made.append(_BUILT / f"{_key('', flags)}.so")
         _build(compiler, flags, made[-1])
     return made
@@ -83,7 +89,7 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for part in (compiler, *_FLAGS, *flags):
         digest.update(part.encode() + b"\0")
-    for source in (*_SOURCES, "vector.h"):
+    for source in (*_SOURCES, *_HEADERS):
         digest.update((_FOLDER / source).read_bytes() + b"\0")
     return digest.hexdigest()[:24]
 

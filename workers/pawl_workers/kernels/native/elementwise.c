@@ -1,102 +1,198 @@
 /* What lies between the products: norms, rotation, gates. Every row by itself, every sum in a fixed order. */
+#include "elementwise.h"
+
+#include <omp.h>
+
+#include "attention.h"
+#include "linear.h"
 #include "vector.h"
 
-#define BLOCK 32
+#if defined(__FMA__)
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
 
-/* x [rows, n] += add [rows, n] unless NULL; y = x / rms(x) * weight. Source: Zhang and Sennrich, 2019. */
-void pawl_rms_norm(float *x, const float *add, const float *weight, float *y, int64_t rows, int64_t n, float epsilon,
-                   int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * n > 32768)
-    for (int64_t row = 0; row < rows; row++) {
-        float *at = x + row * n, *to = y + row * n;
-        v8 squares = all8(0.0f);
-        float rest = 0.0f;
-        int64_t i = 0;
-        for (; i + LANES <= n; i += LANES) {
-            v8 value = load8(at + i);
-            if (add) {
-                value += load8(add + row * n + i);
-                store8(at + i, value);
-            }
-            squares = fma8(value, value, squares);
-        }
-        for (; i < n; i++) {
-            if (add) at[i] += add[row * n + i];
-            rest += at[i] * at[i];
-        }
-        float scale = 1.0f / sqrtf((sum8(squares) + rest) / (float)n + epsilon);
-        for (i = 0; i + LANES <= n; i += LANES) store8(to + i, load8(at + i) * all8(scale) * load8(weight + i));
-        for (; i < n; i++) to[i] = at[i] * scale * weight[i];
-    }
+/* Rows that a thread takes at a time. */
+INLINE int64_t take_rows(int64_t *next, int64_t rows, int32_t threads, int64_t *end) {
+    int64_t chunk = rows / (threads * 4) + 1, first = __atomic_fetch_add(next, chunk, __ATOMIC_RELAXED);
+    *end = first + chunk < rows ? first + chunk : rows;
+    return first;
 }
 
-/* y = x / rms(x) * weight over n values; y may be x. */
-INLINE void normalise(const float *x, const float *weight, float *y, int64_t n, float epsilon) {
+INLINE void put(float *to, float value, int added, float factor) {
+    *to = added ? factor == 1.0f ? *to + value : FMA(factor, value, *to) : value;
+}
+
+INLINE void put8(float *to, v8 value, int added, float factor) {
+    if (added) value = factor == 1.0f ? load8(to) + value : fma8(all8(factor), value, load8(to));
+    store8(to, value);
+}
+
+/* y = x / rms(x) * weight. Source: Zhang and Sennrich, 2019. */
+INLINE void rms_norm(const float *x, const float *weight, float *y, int64_t n, float epsilon, int added, float factor) {
     v8 squares = all8(0.0f);
     float rest = 0.0f;
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) squares = fma8(load8(x + i), load8(x + i), squares);
     for (; i < n; i++) rest += x[i] * x[i];
     float scale = 1.0f / sqrtf((sum8(squares) + rest) / (float)n + epsilon);
-    for (i = 0; i + LANES <= n; i += LANES) store8(y + i, load8(x + i) * all8(scale) * load8(weight + i));
-    for (; i < n; i++) y[i] = x[i] * scale * weight[i];
+    for (i = 0; i + LANES <= n; i += LANES) put8(y + i, load8(x + i) * all8(scale) * load8(weight + i), added, factor);
+    for (; i < n; i++) put(y + i, x[i] * scale * weight[i], added, factor);
 }
 
-/* heads [rows, H + 2K, head_dim], changed in place: normalises queries and keys (weights of head_dim, or of all heads
-   when `wide`; NULL = not), turns their first `turned` dimensions by their angles (cosines and signed sines
-   [rows, turned], or NULL), copies queries to q [rows, H, head_dim], and puts keys and values where the slots say:
-   slot = block * 32 + offset; keys [blocks, K, padded, 32], values [blocks, K, 32, padded].
-   Source: Su et al., RoFormer, 2021, section 3.4; Henry et al., 2020 (query-key normalisation). */
-void pawl_turn_and_write(float *heads, const float *cosines, const float *sines, const float *query_norm,
-                         const float *key_norm, float *q, float *keys, float *values, const int64_t *slots, int64_t rows,
-                         int64_t num_heads, int64_t kv_heads, int64_t dims, int64_t turned, int64_t padded, float epsilon,
-                         int32_t wide, int32_t threads) {
-    int64_t half = turned / 2, width = (num_heads + 2 * kv_heads) * dims;
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > 32768)
-    for (int64_t row = 0; row < rows; row++) {
-        float *at = heads + row * width, *first_key = at + num_heads * dims;
-        const float *c = cosines ? cosines + row * turned : 0, *s = sines ? sines + row * turned : 0;
-        int64_t block = slots[row] / BLOCK, offset = slots[row] % BLOCK;
-        if (query_norm && wide) {
-            normalise(at, query_norm, at, num_heads * dims, epsilon);
-            normalise(first_key, key_norm, first_key, kv_heads * dims, epsilon);
+/* y = (x - mean) / deviation * weight + bias. Source: Ba, Kiros, Hinton, 2016. */
+INLINE void layer_norm(const float *x, const float *weight, const float *bias, float *y, int64_t n, float epsilon,
+                       int added, float factor) {
+    v8 total = all8(0.0f), squares = all8(0.0f);
+    float rest = 0.0f;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) total += load8(x + i);
+    for (; i < n; i++) rest += x[i];
+    float mean = (sum8(total) + rest) / (float)n;
+    rest = 0.0f;
+    for (i = 0; i + LANES <= n; i += LANES) {
+        v8 distance = load8(x + i) - all8(mean);
+        squares = fma8(distance, distance, squares);
+    }
+    for (; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
+    float scale = 1.0f / sqrtf((sum8(squares) + rest) / (float)n + epsilon);
+    for (i = 0; i + LANES <= n; i += LANES) {
+        v8 value = (load8(x + i) - all8(mean)) * all8(scale) * load8(weight + i);
+        put8(y + i, bias ? value + load8(bias + i) : value, added, factor);
+    }
+    for (; i < n; i++) put(y + i, (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0.0f), added, factor);
+}
+
+void norm_part(const Norm *w, int64_t *next, int32_t threads) {
+    for (int64_t end, row; (row = take_rows(next, w->rows, threads, &end)) < w->rows;)
+        for (; row < end; row++) {
+            const float *x = w->x + row * w->n;
+            float *y = w->y + row * w->n;
+            if (w->kind == RMS_NORM) rms_norm(x, w->weight, y, w->n, w->epsilon, w->added, w->factor);
+            else layer_norm(x, w->weight, w->bias, y, w->n, w->epsilon, w->added, w->factor);
         }
-        for (int64_t head = 0; head < num_heads + kv_heads; head++) {
-            float *x = at + head * dims;
-            if (query_norm && !wide) normalise(x, head < num_heads ? query_norm : key_norm, x, dims, epsilon);
-            for (int64_t i = 0; c && i < half; i++) {
-                float low = x[i], high = x[half + i];
-                x[i] = low * c[i] + high * s[i];
-                x[half + i] = high * c[half + i] + low * s[half + i];
-            }
+}
+
+/* The nearest half, ties to even; what is too large for one becomes the largest, so that the cache stays finite. */
+INLINE void to_halves(const float *x, uint16_t *to, int64_t n, int64_t step) {
+    int64_t i = 0;
+#if defined(__F16C__)
+    uint16_t some[LANES];
+    for (; i + LANES <= n; i += LANES) {
+        v8 value = max8(min8(load8(x + i), all8(65504.0f)), all8(-65504.0f));
+        _mm_storeu_si128((__m128i *)some, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+        for (int lane = 0; lane < LANES; lane++) to[(i + lane) * step] = some[lane];
+    }
+#endif
+    for (; i < n; i++) {
+        float value = x[i] > 65504.0f ? 65504.0f : x[i] < -65504.0f ? -65504.0f : x[i];
+        uint32_t bits, sign;
+        memcpy(&bits, &value, sizeof bits);
+        sign = bits >> 16 & 0x8000;
+        bits &= 0x7fffffff;
+        if (bits < 0x38800000) { /* below the least normal half: a multiple of 2^-24 */
+            float scaled = 0.0f;
+            memcpy(&scaled, &bits, sizeof bits);
+            to[i * step] = (uint16_t)(sign | (uint32_t)rintf(scaled * 0x1p24f));
+            continue;
         }
-        memcpy(q + row * num_heads * dims, at, (size_t)(num_heads * dims) * sizeof(float));
-        for (int64_t head = 0; head < kv_heads; head++) {
-            const float *key = first_key + head * dims, *value = key + kv_heads * dims;
-            float *to = keys + (block * kv_heads + head) * padded * BLOCK + offset;
-            for (int64_t i = 0; i < dims; i++) to[i * BLOCK] = key[i];
-            memcpy(values + ((block * kv_heads + head) * BLOCK + offset) * padded, value, (size_t)dims * sizeof(float));
-        }
+        bits += 0xfff + (bits >> 13 & 1); /* the carry may reach the exponent, as it should */
+        to[i * step] = (uint16_t)(sign | ((bits - 0x38000000) >> 13));
     }
 }
 
-/* silu(x) * up; the clamp keeps the exponential finite where its share is below the last bit. */
-INLINE v8 gate8(v8 x, v8 up) { return x / (all8(1.0f) + exp8(min8(-x, all8(80.0f)))) * up; }
+/* Bytes with one scale, by which the largest becomes 127. Returns the scale. */
+INLINE float to_bytes(const float *x, int8_t *to, int64_t n, int64_t step) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < n; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+    if (!(largest > 0.0f && largest <= 3e38f)) { /* what is not finite fails its own sequence: the cache stays finite */
+        for (int64_t i = 0; i < n; i++) to[i * step] = 0;
+        return 0.0f;
+    }
+    float factor = 127.0f / largest;
+    for (int64_t i = 0; i < n; i++) to[i * step] = x[i] == x[i] ? (int8_t)rintf(x[i] * factor) : 0;
+    return largest / 127.0f;
+}
 
-/* hidden [rows, 2n]: silu(first half) * second half -> y [rows, n]. Source: Shazeer, 2020 (SwiGLU). */
-void pawl_silu_gate(const float *hidden, float *y, int64_t rows, int64_t n, int32_t threads) {
+INLINE void write_token(const Place *w, const float *key, const float *value, char *keys, char *values, int64_t at) {
+    int64_t dims = w->head_dim;
+    switch (w->format) {
+        case FLOAT:
+            for (int64_t i = 0; i < dims; i++) ((float *)keys)[i * BLOCK + at] = key[i];
+            memcpy((float *)values + at * w->padded, value, (size_t)dims * sizeof(float));
+            break;
+        case HALF:
+            to_halves(key, (uint16_t *)keys + at, dims, BLOCK);
+            to_halves(value, (uint16_t *)values + at * w->padded, dims, 1);
+            break;
+        default:
+            ((float *)(keys + w->padded * BLOCK))[at] = to_bytes(key, (int8_t *)keys + at, dims, BLOCK);
+            ((float *)(values + w->padded * BLOCK))[at] = to_bytes(value, (int8_t *)values + at * w->padded, dims, 1);
+    }
+}
+
+static void place_row(const Place *w, int64_t row) {
+    int64_t dims = w->head_dim, half = w->turned / 2, num_heads = w->heads_of_queries, kv_heads = w->kv_heads;
+    float *at = w->heads + row * (num_heads + 2 * kv_heads) * dims, *first_key = at + num_heads * dims;
+    const float *c = w->cosines ? w->cosines + row * w->turned : 0, *s = w->cosines ? w->sines + row * w->turned : 0;
+    int64_t block = w->slots[row] / BLOCK, offset = w->slots[row] % BLOCK, bytes = cache_bytes(w->format, w->padded);
+    if (w->query_norm && w->wide) {
+        rms_norm(at, w->query_norm, at, num_heads * dims, w->epsilon, 0, 1.0f);
+        rms_norm(first_key, w->key_norm, first_key, kv_heads * dims, w->epsilon, 0, 1.0f);
+    }
+    for (int64_t head = 0; head < num_heads + kv_heads; head++) {
+        float *x = at + head * dims;
+        if (w->query_norm && !w->wide)
+            rms_norm(x, head < num_heads ? w->query_norm : w->key_norm, x, dims, w->epsilon, 0, 1.0f);
+        for (int64_t i = 0; c && i < half; i++) {
+            float low = x[i], high = x[half + i];
+            x[i] = low * c[i] + high * s[i];
+            x[half + i] = high * c[half + i] + low * s[half + i];
+        }
+    }
+    memcpy(w->q + row * num_heads * dims, at, (size_t)(num_heads * dims) * sizeof(float));
+    for (int64_t head = 0; head < kv_heads; head++) {
+        int64_t to = (block * kv_heads + head) * bytes;
+        write_token(w, first_key + head * dims, first_key + (kv_heads + head) * dims, w->keys + to, w->values + to, offset);
+    }
+}
+
+/* Source: Su et al., RoFormer, 2021, section 3.4; Henry et al., 2020 (query-key normalisation). */
+void place_part(const Place *w, int64_t *next, int32_t threads) {
+    for (int64_t end, row; (row = take_rows(next, w->rows, threads, &end)) < w->rows;)
+        for (; row < end; row++) place_row(w, row);
+}
+
+void pawl_norm(const Norm *norm, int32_t threads) {
+    int64_t next = 0;
+#pragma omp parallel num_threads(threads) if (norm->rows * norm->n > 32768)
+    norm_part(norm, &next, threads);
+}
+
+void pawl_place(const Place *place, int32_t threads) {
+    int64_t next = 0, width = (place->heads_of_queries + 2 * place->kv_heads) * place->head_dim;
+#pragma omp parallel num_threads(threads) if (place->rows * width > 32768)
+    place_part(place, &next, threads);
+}
+
+static v8 activated(int kind, v8 x) { return activate8(kind, x); }
+
+/* hidden [rows, n], or, gated, [rows, 2n]: y [rows, n] = activation(first half) * second half. Source: Shazeer, 2020. */
+void pawl_activate(const float *hidden, float *y, int64_t rows, int64_t n, int32_t kind, int32_t gated, int32_t threads) {
+    int64_t width = gated ? 2 * n : n;
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * n > 16384)
     for (int64_t row = 0; row < rows; row++) {
-        const float *gate = hidden + row * 2 * n, *up = gate + n;
+        const float *from = hidden + row * width;
         float *to = y + row * n;
-        int64_t i = 0;
-        for (; i + LANES <= n; i += LANES) store8(to + i, gate8(load8(gate + i), load8(up + i)));
-        if (i < n) {
-            float last[3][LANES] = {{0}};
-            memcpy(last[0], gate + i, (size_t)(n - i) * sizeof(float));
-            memcpy(last[1], up + i, (size_t)(n - i) * sizeof(float));
-            store8(last[2], gate8(load8(last[0]), load8(last[1])));
-            memcpy(to + i, last[2], (size_t)(n - i) * sizeof(float));
+        for (int64_t i = 0; i < n; i += LANES) {
+            int64_t lanes = n - i < LANES ? n - i : LANES;
+            float some[2][LANES] = {{0}};
+            memcpy(some[0], from + i, (size_t)lanes * sizeof(float));
+            if (gated) memcpy(some[1], from + n + i, (size_t)lanes * sizeof(float));
+            v8 value = activated(kind, load8(some[0]));
+            store8(some[0], gated ? value * load8(some[1]) : value);
+            memcpy(to + i, some[0], (size_t)lanes * sizeof(float));
         }
     }
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -11,6 +10,14 @@ from typing import Protocol
 import torch  # noqa: F401 - loaded before the library, so that both share one pool of OpenMP threads
 
 from pawl_workers.kernels.native.build import BuildError, find_or_build
+from pawl_workers.kernels.native.structures import (
+    AttentionCall,
+    Frame,
+    LinearCall,
+    NormCall,
+    Operation,
+    PlaceCall,
+)
 
 __all__ = ["BuildError", "Library", "load_library"]
 
@@ -18,38 +25,59 @@ __all__ = ["BuildError", "Library", "load_library"]
 class Function(Protocol):
     """A C function that answers nothing; what it takes is in the C source."""
 
-    def __call__(self, *arguments: float | None) -> None: ...
+    def __call__(self, *arguments: object) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The C functions by name; addresses and counts as int, None for no address."""
+    """The C functions by name; addresses and counts as int, None for no address, structures by `ctypes.byref`."""
 
-    pack_float: Function
-    pack_short: Function
+    pack: Function
     linear: Function
     attend: Function
-    rms_norm: Function
-    turn_and_write: Function
-    silu_gate: Function
+    norm: Function
+    place: Function
+    activate: Function
+    run: Function
     choose_tokens: Function
     describe_tokens: Function
+    panel_width: int
     scratch_bytes: int
-    sampling_scratch_bytes: Callable[[int], int]
+    _loaded: ctypes.CDLL
+
+    def wide_bytes(self, in_features: int) -> int:
+        """Memory that one thread needs to widen two panels of a linear layer."""
+        return int(self._loaded.pawl_linear_wide_bytes(in_features))
+
+    def program_scratch_bytes(self, widest: int) -> int:
+        """Memory that one thread needs to run a program whose widest linear layer has so many inputs."""
+        return int(self._loaded.pawl_program_scratch_bytes(widest))
+
+    def sampling_scratch_bytes(self, vocab_size: int) -> int:
+        """Memory that one thread needs to sample from so many scores."""
+        return int(self._loaded.pawl_sampling_scratch_bytes(vocab_size))
 
 
-_P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _ARGUMENTS: dict[str, list[type[ctypes._SimpleCData]]] = {  # type: ignore[type-arg]
-    "pack_float": [_P, _P, _N, _N, _I],
-    "pack_short": [_P, _P, _N, _N, _I],
-    "linear": [_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I],
-    "attend": [_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _F, _F, _P, _I],
-    "rms_norm": [_P, _P, _P, _P, _N, _N, _F, _I],
-    "turn_and_write": [_P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _F, _I, _I],
-    "silu_gate": [_P, _P, _N, _N, _I],
+    "pack": [_P, _P, _N, _N, _N, _I, _I],
+    "linear": [_P, _P, _I],
+    "attend": [_P, _P, _I],
+    "norm": [_P, _I],
+    "place": [_P, _I],
+    "activate": [_P, _P, _N, _N, _I, _I, _I],
+    "run": [_P, _N, _P, _I],
     "choose_tokens": [_P, _N, _N, _P, _P, _P, _P, _P, _P, _I],
     "describe_tokens": [_P, _N, _N, _P, _P, _P, _N, _P, _P, _P, _P, _P, _I],
 }
+_COUNTS: dict[str, list[type[ctypes.c_int64]]] = {
+    "scratch_bytes": [],
+    "panel_width": [],
+    "linear_wide_bytes": [_N],
+    "program_scratch_bytes": [_N],
+    "sampling_scratch_bytes": [_N],
+}
+_STRUCTURES = (NormCall, LinearCall, PlaceCall, AttentionCall, Operation, Frame)
 
 
 @cache
@@ -69,11 +97,20 @@ def load_library() -> Library:
         function = loaded[f"pawl_{name}"]
         function.argtypes, function.restype = types, None
         functions[name] = function
-    loaded.pawl_scratch_bytes.restype = ctypes.c_int64
-    sampling_scratch_bytes = loaded.pawl_sampling_scratch_bytes
-    sampling_scratch_bytes.argtypes, sampling_scratch_bytes.restype = [_N], ctypes.c_int64
+    for name, arguments in _COUNTS.items():
+        loaded[f"pawl_{name}"].argtypes, loaded[f"pawl_{name}"].restype = arguments, _N
+    _compare_sizes(loaded)
     return Library(
         **functions,
+        panel_width=int(loaded.pawl_panel_width()),
         scratch_bytes=int(loaded.pawl_scratch_bytes()),
-        sampling_scratch_bytes=sampling_scratch_bytes,
+        _loaded=loaded,
     )
+
+
+def _compare_sizes(loaded: ctypes.CDLL) -> None:
+    sizes = (_N * len(_STRUCTURES))()
+    loaded.pawl_structure_sizes(sizes)
+    for structure, size in zip(_STRUCTURES, sizes, strict=True):
+        if ctypes.sizeof(structure) != size:
+            raise BuildError(f"{structure.__name__} has {ctypes.sizeof(structure)} bytes here and {size} in C")

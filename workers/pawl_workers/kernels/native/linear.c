@@ -1,153 +1,251 @@
 /* Linear layers over weights packed once: y = x W^T + b.
 
-   Packed: panels of 16 output features, [ceil(N / 16)][K][16], so that the inner loop reads one stream; in fp32, or in
-   fp16 or bf16, which are widened exactly. Every output is a sum over k in order, started at 0, with the bias added
-   last: its bits depend neither on the number of rows nor on that of threads, which share the panels out, nor on the
-   format. */
+   Packed: panels of as many output features as a register holds, [panels][K][WIDTH], an even number of them, so that the
+   inner loop reads a few streams; in fp32, in fp16 or bf16, which are widened exactly, or in bytes with a scale per
+   feature. Panels of bf16 are [ceil(K / 2)][WIDTH][2]: two values of k side by side are widened by a shift and a mask.
+
+   Every output is a sum over k in order, started at 0, scaled and with the bias added last: its bits depend neither on
+   the number of rows nor on that of threads, which share the panels out, nor on the width of registers. */
+#include "linear.h"
+
+#include <omp.h>
+#include <stddef.h>
+
 #include "vector.h"
 
-#define PANEL 16
-#define ROWS 6        /* 6 x 16 floats of sums fill twelve of sixteen registers */
-#define ROW_BLOCK 96  /* rows that stay in the second-level cache while a thread passes over its panels */
-#define FEW_ROWS 12   /* up to here 16-bit weights are widened in registers; above, once a panel */
-#define AHEAD 1024    /* bytes to prefetch ahead */
+#define ROW_BLOCK 96 /* rows that stay in the second-level cache while a thread passes over its panels */
+#define AHEAD 1024   /* bytes to prefetch ahead */
+#define MOST_PANELS 8
+#define MOST_SUMS 24
 
-enum { FLOAT = 0, HALF = 1, BRAIN = 2 };
+#if WIDTH == 16
+#define ROWS 12 /* 12 rows x 2 panels fill 24 of 32 registers */
+#else
+#define ROWS 6 /* 6 rows x 2 panels fill 12 of 16 registers */
+#endif
 
 typedef struct {
-    const float *x, *bias;
-    float *y;
-    int64_t k, n, x_stride, y_stride;
-} Product;
+    const Linear *linear;
+    int64_t odd_step, pair_step; /* bytes from an even panel to the odd one after it, and from pair to pair */
+} Panels;
 
-INLINE void store_tile(const Product *at, int rows, int panels, int64_t row, int64_t panel, const v8 *sums) {
-    for (int r = 0; r < rows; r++) {
-        for (int c = 0; c < 2 * panels; c++) {
-            int64_t column = panel * PANEL + c * LANES;
-            float *y = at->y + (row + r) * at->y_stride + column;
-            v8 sum = sums[r * 2 * panels + c];
-            if (column + LANES <= at->n) {
-                if (at->bias) sum += load8(at->bias + column);
-                store8(y, sum);
-            } else {
-                for (int64_t i = 0; column + i < at->n; i++) y[i] = sum[i] + (at->bias ? at->bias[column + i] : 0.0f);
-            }
+INLINE int64_t panel_bytes(int format, int64_t k) {
+    return format == BRAIN ? (k + 1) / 2 * WIDTH * 4 : k * WIDTH * (format == FLOAT ? 4 : format == HALF ? 2 : 1);
+}
+
+/* The weights of k of one panel. odd: whether k is. */
+INLINE vw weights_at(int format, int odd, const char *panel, int64_t k) {
+    switch (format) {
+        case FLOAT: return loadw((const float *)panel + k * WIDTH);
+        case HALF: return halfw((const uint16_t *)panel + k * WIDTH);
+        case BYTE: return bytew((const int8_t *)panel + k * WIDTH);
+        default: {
+            const uint32_t *pair = (const uint32_t *)panel + (k >> 1) * WIDTH;
+            return odd ? odd_brainw(pair) : even_brainw(pair);
         }
     }
 }
 
-/* Per format: TILE, some rows times one or two panels; PANELS, all rows of a block (at most 3) times panels in pairs;
-   ONE, some rows times one panel. */
-#define DEFINE_FORMAT(TYPE, LOAD, TILE, PANELS, ONE)                                                             \
-    INLINE void TILE(const Product *at, int rows, int panels, int64_t row, int64_t panel, const TYPE *w) {       \
-        v8 sums[ROWS * 2];                                                                                       \
-        const float *x = at->x + row * at->x_stride;                                                             \
-        for (int i = 0; i < rows * panels * 2; i++) sums[i] = all8(0.0f);                                        \
-        for (int64_t i = 0; i < at->k; i++) {                                                                    \
-            v8 weights[4];                                                                                       \
-            for (int p = 0; p < panels; p++) {                                                                   \
-                const TYPE *from = w + (p * at->k + i) * PANEL;                                                  \
-                __builtin_prefetch((const char *)from + AHEAD);                                                  \
-                weights[2 * p] = LOAD(from);                                                                     \
-                weights[2 * p + 1] = LOAD(from + LANES);                                                         \
-            }                                                                                                    \
-            for (int r = 0; r < rows; r++) {                                                                     \
-                v8 value = all8(x[r * at->x_stride + i]);                                                        \
-                for (int c = 0; c < 2 * panels; c++)                                                             \
-                    sums[r * 2 * panels + c] = fma8(value, weights[c], sums[r * 2 * panels + c]);                \
-            }                                                                                                    \
-        }                                                                                                        \
-        store_tile(at, rows, panels, row, panel, sums);                                                          \
-    }                                                                                                            \
-    static void ONE(const Product *at, int rows, int64_t row, int64_t panel, const TYPE *w) {                    \
-        switch (rows) {                                                                                          \
-            case 1: TILE(at, 1, 1, row, panel, w); break;                                                        \
-            case 2: TILE(at, 2, 1, row, panel, w); break;                                                        \
-            case 3: TILE(at, 3, 1, row, panel, w); break;                                                        \
-            case 4: TILE(at, 4, 1, row, panel, w); break;                                                        \
-            case 5: TILE(at, 5, 1, row, panel, w); break;                                                        \
-            case 6: TILE(at, 6, 1, row, panel, w); break;                                                        \
-        }                                                                                                        \
-    }                                                                                                            \
-    static void PANELS(const Product *at, const TYPE *w, int64_t first, int64_t end, int64_t row, int rows) {    \
-        for (; first + 1 < end; first += 2) {                                                                    \
-            const TYPE *from = w + first * at->k * PANEL;                                                        \
-            switch (rows) {                                                                                      \
-                case 1: TILE(at, 1, 2, row, first, from); break;                                                 \
-                case 2: TILE(at, 2, 2, row, first, from); break;                                                 \
-                case 3: TILE(at, 3, 2, row, first, from); break;                                                 \
-            }                                                                                                    \
-        }                                                                                                        \
-        if (first < end) ONE(at, rows, row, first, w + first * at->k * PANEL);                                   \
+/* sums += x[k] * weights[k] for one k. bases: every third row of x; the two after it lie `stride` bytes on. */
+INLINE void add_products(int format, int odd, int rows, int panels, const char *const *bases, int64_t stride,
+                         const char *const *packed, int64_t k, vw *sums) {
+    vw weights[MOST_PANELS];
+    for (int p = 0; p < panels; p++) weights[p] = weights_at(format, odd, packed[p], k);
+    for (int r = 0; r < rows; r++) {
+        vw value = allw(*(const float *)(bases[r / 3] + (r % 3) * stride + k * 4));
+        for (int p = 0; p < panels; p++) sums[r * panels + p] = fmaw(value, weights[p], sums[r * panels + p]);
     }
+}
 
-DEFINE_FORMAT(float, load8, tile_float, panels_float, one_float)
-DEFINE_FORMAT(uint16_t, half8, tile_half, panels_half, one_half)
-DEFINE_FORMAT(uint16_t, brain8, tile_brain, panels_brain, one_brain)
+static v8 activated(int activation, v8 x) { return activate8(activation, x); }
 
-/* Panels from `first` to `end` times rows from `row` to `row_end`, cut into tiles of nearly equal height.
-   wide: k * 16 floats to widen a panel in, or NULL. */
-static void some_panels(const Product *at, const void *packed, int format, int64_t first, int64_t end, int64_t row,
-                        int64_t row_end, float *wide) {
-    int64_t rows = row_end - row, size = at->k * PANEL, tiles = (rows + ROWS - 1) / ROWS;
-    if (rows <= 3) {
-        if (format == FLOAT) panels_float(at, packed, first, end, row, (int)rows);
-        else if (format == HALF) panels_half(at, packed, first, end, row, (int)rows);
-        else panels_brain(at, packed, first, end, row, (int)rows);
-        return;
+INLINE void store_some(float *to, vw value, int64_t lanes) {
+    if (lanes >= WIDTH) storew(to, value);
+    else
+        for (int64_t i = 0; i < lanes; i++) to[i] = value[i];
+}
+
+INLINE vw load_some(const float *from, int64_t lanes) {
+    if (lanes >= WIDTH) return loadw(from);
+    vw value = allw(0.0f);
+    for (int64_t i = 0; i < lanes; i++) value[i] = from[i];
+    return value;
+}
+
+INLINE vw finish(const Linear *l, vw sum, int64_t column, int64_t lanes) {
+    if (l->format == BYTE) sum *= load_some(l->scales + column, lanes);
+    return l->bias ? sum + load_some(l->bias + column, lanes) : sum;
+}
+
+/* Stores a tile whose first panel is `panel`; gated, pairs of panels give one of results. */
+static void store_tile(const Linear *l, int rows, int panels, int64_t row, int64_t panel, const vw *sums) {
+    for (int r = 0; r < rows; r++, sums += panels) {
+        float *y = l->y + (row + r) * l->y_stride;
+        if (l->gated) {
+            for (int p = 0; p < panels; p += 2) {
+                int64_t column = (panel + p) / 2 * WIDTH;
+                vw gate = finish(l, sums[p], column, WIDTH), up = finish(l, sums[p + 1], l->n / 2 + column, WIDTH);
+                storew(y + column, eachw(gate, activated, l->activation) * up);
+            }
+            continue;
+        }
+        for (int p = 0; p < panels; p++) {
+            int64_t column = (panel + p) * WIDTH, lanes = l->n - column;
+            if (lanes <= 0) break;
+            vw result = finish(l, sums[p], column, lanes);
+            if (l->activation != NO_ACTIVATION) result = eachw(result, activated, l->activation);
+            if (l->added) {
+                vw before = load_some(y + column, lanes);
+                result = l->factor == 1.0f ? before + result : fmaw(allw(l->factor), result, before);
+            }
+            store_some(y + column, result, lanes);
+        }
     }
-    for (int64_t panel = first; panel < end; panel++) {
-        const uint16_t *narrow = (const uint16_t *)packed + panel * size;
-        const float *w = format == FLOAT ? (const float *)packed + panel * size : wide;
-        if (wide && format == HALF)
-            for (int64_t i = 0; i < size; i += LANES) store8(wide + i, half8(narrow + i));
-        if (wide && format == BRAIN)
-            for (int64_t i = 0; i < size; i += LANES) store8(wide + i, brain8(narrow + i));
-        for (int64_t tile = 0, at_row = row; tile < tiles; tile++) {
-            int height = (int)(rows / tiles + (tile < rows % tiles));
-            if (w) one_float(at, height, at_row, panel, w);
-            else if (format == HALF) one_half(at, height, at_row, panel, narrow);
-            else one_brain(at, height, at_row, panel, narrow);
+}
+
+/* Some rows times some panels. first: where the panel of that number lies. */
+INLINE void tile(const Panels *at, int format, int rows, int panels, int64_t row, int64_t panel, const char *first) {
+    const Linear *l = at->linear;
+    vw sums[MOST_SUMS];
+    const char *bases[(ROWS + 2) / 3], *packed[MOST_PANELS];
+    int64_t stride = l->x_stride * 4, k = l->k, bytes = panel_bytes(format, 2), i = 0;
+    for (int b = 0; b * 3 < rows; b++) bases[b] = (const char *)(l->x + (row + b * 3) * l->x_stride);
+    for (int p = 0; p < panels; p++) packed[p] = first + (p & 1) * at->odd_step + (p >> 1) * at->pair_step;
+    for (int s = 0; s < rows * panels; s++) sums[s] = allw(0.0f);
+    for (; i + 2 <= k; i += 2) {
+        if (rows <= 3)
+            for (int p = 0; p < panels; p++) __builtin_prefetch(packed[p] + i / 2 * bytes + AHEAD);
+        add_products(format, 0, rows, panels, bases, stride, packed, i, sums);
+        add_products(format, 1, rows, panels, bases, stride, packed, i + 1, sums);
+    }
+    if (i < k) add_products(format, 0, rows, panels, bases, stride, packed, i, sums);
+    store_tile(l, rows, panels, row, panel, sums);
+}
+
+/* A function for each number of rows, for many panels (the fewer the rows, the more) and for two. */
+typedef void Tile(const Panels *at, int64_t row, int64_t panel, const char *first);
+
+#define TILE(format, rows, panels)                                                                                   \
+    static void tile_##format##_##rows##_##panels(const Panels *at, int64_t row, int64_t panel, const char *first) { \
+        tile(at, format, rows, panels, row, panel, first);                                                           \
+    }
+#define NAME(format, rows, panels) tile_##format##_##rows##_##panels
+#define FEW_ROWS(format, DO) DO(format, 1, 8) DO(format, 2, 4) DO(format, 3, 4)
+#if WIDTH == 16
+#define TILES(format)                                                                                      \
+    FEW_ROWS(format, TILE) TILE(format, 4, 4) TILE(format, 5, 4) TILE(format, 6, 4) TILE(format, 1, 2)     \
+    TILE(format, 2, 2) TILE(format, 3, 2) TILE(format, 4, 2) TILE(format, 5, 2) TILE(format, 6, 2)         \
+    TILE(format, 7, 2) TILE(format, 8, 2) TILE(format, 9, 2) TILE(format, 10, 2) TILE(format, 11, 2)       \
+    TILE(format, 12, 2)                                                                                    \
+    static Tile *const many_##format[] = {                                                                 \
+        NULL, NAME(format, 1, 8), NAME(format, 2, 4), NAME(format, 3, 4), NAME(format, 4, 4),              \
+        NAME(format, 5, 4), NAME(format, 6, 4)};                                                           \
+    static Tile *const two_##format[] = {                                                                  \
+        NULL, NAME(format, 1, 2), NAME(format, 2, 2), NAME(format, 3, 2), NAME(format, 4, 2),              \
+        NAME(format, 5, 2), NAME(format, 6, 2), NAME(format, 7, 2), NAME(format, 8, 2), NAME(format, 9, 2), \
+        NAME(format, 10, 2), NAME(format, 11, 2), NAME(format, 12, 2)};
+#define MANY_ROWS 6 /* up to here tiles of many panels are there */
+#else
+#define TILES(format)                                                                                       \
+    FEW_ROWS(format, TILE) TILE(format, 1, 2) TILE(format, 2, 2) TILE(format, 3, 2) TILE(format, 4, 2)      \
+    TILE(format, 5, 2) TILE(format, 6, 2)                                                                   \
+    static Tile *const many_##format[] = {NULL, NAME(format, 1, 8), NAME(format, 2, 4), NAME(format, 3, 4)}; \
+    static Tile *const two_##format[] = {                                                                   \
+        NULL, NAME(format, 1, 2), NAME(format, 2, 2), NAME(format, 3, 2), NAME(format, 4, 2),               \
+        NAME(format, 5, 2), NAME(format, 6, 2)};
+#define MANY_ROWS 3
+#endif
+TILES(FLOAT)
+TILES(HALF)
+TILES(BRAIN)
+TILES(BYTE)
+
+static Tile *const *const MANY[] = {many_FLOAT, many_HALF, many_BRAIN, many_BYTE};
+static Tile *const *const TWO[] = {two_FLOAT, two_HALF, two_BRAIN, two_BYTE};
+
+INLINE int panels_at_once(int64_t rows) { return rows == 1 ? 8 : rows <= MANY_ROWS ? 4 : 2; }
+
+/* From how many rows on a pair of panels is widened once, and not in each tile. */
+INLINE int64_t widened_rows(int format) {
+    if (format == FLOAT) return INT64_MAX;
+    return WIDTH == 16 && format == BRAIN ? INT64_MAX : 25;
+}
+
+int64_t linear_wide_bytes(int64_t k) { return (k + 1) / 2 * 2 * WIDTH * 2 * (int64_t)sizeof(float); }
+
+static void widen(int format, const char *panel, int64_t k, float *wide) {
+    for (int64_t i = 0; i < k; i++) storew(wide + i * WIDTH, weights_at(format, i & 1, panel, i));
+}
+
+/* Panels from `first` to `end`, both even, times rows from `row` to `row_end`, in tiles of nearly equal height. */
+static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t row, int64_t row_end, float *wide) {
+    int64_t rows = row_end - row, tiles = (rows + ROWS - 1) / ROWS, bytes = panel_bytes(l->format, l->k);
+    int64_t half = (l->n / 2 / WIDTH) * bytes; /* gated: from the panel of gates to that of their factors */
+    Panels at = {l, l->gated ? half : bytes, l->gated ? bytes : 2 * bytes};
+    const char *packed = l->weights;
+    int64_t step = panels_at_once((rows + tiles - 1) / tiles);
+    for (int64_t panel = first; panel < end;) {
+        int many = step > 2 && end - panel >= step;
+        const char *from = packed + panel / 2 * at.pair_step;
+        Tile *const *by_rows = many ? MANY[l->format] : TWO[l->format];
+        Panels use = at;
+        if (rows >= widened_rows(l->format)) {
+            widen(l->format, from, l->k, wide);
+            widen(l->format, from + at.odd_step, l->k, wide + l->k * WIDTH);
+            use.odd_step = l->k * WIDTH * 4;
+            from = (const char *)wide;
+            by_rows = TWO[FLOAT];
+        }
+        for (int64_t i = 0, at_row = row; i < tiles; i++) {
+            int64_t height = rows / tiles + (i < rows % tiles);
+            by_rows[height](&use, at_row, panel, from);
             at_row += height;
         }
+        panel += many ? step : 2;
     }
 }
 
-/* x [m, k] (rows x_stride apart) -> y [m, n] (rows y_stride apart); bias [n] or NULL; format: 0 fp32, 1 fp16, 2 bf16.
-   wide: threads * k * 16 floats to widen panels in; not used for fp32. */
-void pawl_linear(const float *x, const void *packed, const float *bias, float *y, float *wide, int64_t m, int64_t k,
-                 int64_t n, int64_t x_stride, int64_t y_stride, int32_t format, int32_t threads) {
-    Product at = {x, bias, y, k, n, x_stride, y_stride};
-    int64_t panels = (n + PANEL - 1) / PANEL;
-    if (m <= FEW_ROWS || format == FLOAT) wide = NULL;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t thread = 0; thread < threads; thread++) {
-        int64_t first = panels * thread / threads, end = panels * (thread + 1) / threads;
-        float *own = wide ? wide + thread * k * PANEL : NULL;
-        for (int64_t row = 0; row < m; row += ROW_BLOCK)
-            some_panels(&at, packed, format, first, end, row, row + ROW_BLOCK < m ? row + ROW_BLOCK : m, own);
+void linear_part(const Linear *l, int64_t *next, int32_t threads, float *wide) {
+    int64_t panels = (l->n + 2 * WIDTH - 1) / (2 * WIDTH) * 2;
+    int64_t chunk = panels / (threads * 6); /* some for each thread: one that was held up takes fewer */
+    chunk = threads == 1 ? panels : chunk >= 8 ? chunk / 8 * 8 : chunk >= 4 ? 4 : 2;
+    for (;;) {
+        int64_t first = __atomic_fetch_add(next, chunk, __ATOMIC_RELAXED);
+        if (first >= panels) return;
+        int64_t end = first + chunk < panels ? first + chunk : panels;
+        for (int64_t row = 0; row < l->m; row += ROW_BLOCK)
+            some_panels(l, first, end, row, row + ROW_BLOCK < l->m ? row + ROW_BLOCK : l->m, wide);
     }
 }
 
-/* w [n, k] -> panels; columns past n are 0. */
-void pawl_pack_float(const float *w, float *packed, int64_t n, int64_t k, int32_t threads) {
-    int64_t panels = (n + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++)
-        for (int64_t i = 0; i < k; i++)
-            for (int64_t c = 0; c < PANEL; c++) {
-                int64_t row = panel * PANEL + c;
-                packed[(panel * k + i) * PANEL + c] = row < n ? w[row * k + i] : 0.0f;
-            }
+/* wide: threads times pawl_linear_wide_bytes(k). */
+void pawl_linear(const Linear *linear, char *wide, int32_t threads) {
+    int64_t next = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = omp_get_thread_num();
+        linear_part(linear, &next, threads, (float *)(wide + thread * linear_wide_bytes(linear->k)));
+    }
 }
 
-void pawl_pack_short(const uint16_t *w, uint16_t *packed, int64_t n, int64_t k, int32_t threads) {
-    int64_t panels = (n + PANEL - 1) / PANEL;
+int64_t pawl_linear_wide_bytes(int64_t k) { return linear_wide_bytes(k); }
+
+int64_t pawl_panel_width(void) { return WIDTH; }
+
+/* w [n, k], rows of 4, 2 or 1 bytes by the format, and `skip` bytes from row to row -> panels; features past n are 0. */
+void pawl_pack(const char *w, char *packed, int64_t n, int64_t k, int64_t skip, int32_t format, int32_t threads) {
+    int64_t panels = (n + 2 * WIDTH - 1) / (2 * WIDTH) * 2, bytes = panel_bytes(format, k);
+    int size = format == FLOAT ? 4 : format == BYTE ? 1 : 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++)
-        for (int64_t i = 0; i < k; i++)
-            for (int64_t c = 0; c < PANEL; c++) {
-                int64_t row = panel * PANEL + c;
-                packed[(panel * k + i) * PANEL + c] = row < n ? w[row * k + i] : 0;
+    for (int64_t panel = 0; panel < panels; panel++) {
+        char *to = packed + panel * bytes;
+        memset(to, 0, (size_t)bytes);
+        for (int64_t c = 0; c < WIDTH && panel * WIDTH + c < n; c++) {
+            const char *from = w + (panel * WIDTH + c) * skip;
+            for (int64_t i = 0; i < k; i++) {
+                int64_t at = format == BRAIN ? (i / 2 * WIDTH + c) * 2 + (i & 1) : i * WIDTH + c;
+                memcpy(to + at * size, from + i * size, (size_t)size);
             }
+        }
+    }
 }

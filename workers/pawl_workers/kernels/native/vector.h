@@ -1,4 +1,5 @@
-/* Eight floats at a time: with AVX2 one register, elsewhere what the compiler makes of it. */
+/* Eight floats at a time (v8) where lanes are added up: the same bits on every processor with FMA. As many as a register
+   holds (vw: 16 with AVX-512, else 8) where each lane is a result of its own, and the width changes no bits. */
 #ifndef PAWL_VECTOR_H
 #define PAWL_VECTOR_H
 
@@ -74,17 +75,6 @@ INLINE v8 half8(const uint16_t *p) {
 #endif
 }
 
-/* Eight bfloat16: the upper halves of floats. */
-INLINE v8 brain8(const uint16_t *p) {
-#if defined(__AVX2__)
-    return (v8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
-#else
-    v8i x;
-    for (int i = 0; i < LANES; i++) x[i] = (int32_t)((uint32_t)p[i] << 16);
-    return (v8)x;
-#endif
-}
-
 /* In a fixed order, whatever the number of threads or rows. */
 INLINE float sum8(v8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
@@ -128,5 +118,96 @@ INLINE v8 tanh8(v8 x) {
     large = (v8)((v8i)large ^ (negative & (int32_t)0x80000000));
     return (v8)((is_small & (v8i)small) | (~is_small & (v8i)large));
 }
+
+/* erf(x) within 4e-7, as a ratio of polynomials on [-4, 4], outside of which it is 1 to the last bit or nearly.
+   Source: the coefficients are those of Eigen's float erf (MPL 2.0 documents them as fitted by minimax). */
+INLINE v8 erf8(v8 x) {
+    x = max8(min8(x, all8(4.0f)), all8(-4.0f));
+    v8 square = x * x, p = all8(-2.72614225801306e-10f);
+    p = fma8(p, square, all8(2.77068142495902e-8f));
+    p = fma8(p, square, all8(-2.10102402082508e-6f));
+    p = fma8(p, square, all8(-5.69250639462346e-5f));
+    p = fma8(p, square, all8(-7.34990630326855e-4f));
+    p = fma8(p, square, all8(-2.95459980854025e-3f));
+    p = fma8(p, square, all8(-1.60960333262415e-2f));
+    v8 q = all8(-1.45660718464996e-5f);
+    q = fma8(q, square, all8(-2.13374055278905e-4f));
+    q = fma8(q, square, all8(-1.68282697438203e-3f));
+    q = fma8(q, square, all8(-7.37332916720468e-3f));
+    q = fma8(q, square, all8(-1.42647390514189e-2f));
+    return x * p / q;
+}
+
+/* The activations, by the numbers that Python gives them. */
+enum { NO_ACTIVATION = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4 };
+
+INLINE v8 activate8(int activation, v8 x) {
+    switch (activation) {
+        /* The clamp keeps the exponential finite where its share is below the last bit. */
+        case SILU: return x / (all8(1.0f) + exp8(min8(-x, all8(80.0f))));
+        case GELU: return x * all8(0.5f) * (all8(1.0f) + erf8(x * all8(0.70710678118654752f)));
+        case GELU_TANH: {
+            v8 inner = all8(0.79788456080286536f) * fma8(x * x * x, all8(0.044715f), x);
+            return x * all8(0.5f) * (all8(1.0f) + tanh8(inner));
+        }
+        case RELU: return max8(x, all8(0.0f));
+        default: return x;
+    }
+}
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+typedef float vw __attribute__((vector_size(64)));
+
+INLINE vw allw(float x) { return (vw)_mm512_set1_ps(x); }
+INLINE vw fmaw(vw a, vw b, vw c) { return (vw)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE vw halfw(const uint16_t *p) { return (vw)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE vw bytew(const int8_t *p) {
+    return (vw)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+/* Two bfloat16 share 32 bits: the one of an even k is the lower half, that of the odd k after it the upper. */
+INLINE vw even_brainw(const uint32_t *p) { return (vw)_mm512_slli_epi32(_mm512_loadu_si512(p), 16); }
+INLINE vw odd_brainw(const uint32_t *p) {
+    return (vw)_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int32_t)0xffff0000));
+}
+INLINE vw eachw(vw x, v8 (*function)(int, v8), int argument) {
+    v8 low = function(argument, (v8)_mm512_castps512_ps256((__m512)x));
+    v8 high = function(argument, (v8)_mm512_extractf32x8_ps((__m512)x, 1));
+    return (vw)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
+}
+#else
+#define WIDTH 8
+typedef v8 vw;
+
+INLINE vw allw(float x) { return all8(x); }
+INLINE vw fmaw(vw a, vw b, vw c) { return fma8(a, b, c); }
+INLINE vw halfw(const uint16_t *p) { return half8(p); }
+INLINE vw bytew(const int8_t *p) {
+#if defined(__AVX2__)
+    return (vw)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    return (vw){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+#endif
+}
+INLINE vw even_brainw(const uint32_t *p) {
+    v8i x;
+    memcpy(&x, p, sizeof x);
+    return (vw)(x << 16);
+}
+INLINE vw odd_brainw(const uint32_t *p) {
+    v8i x;
+    memcpy(&x, p, sizeof x);
+    return (vw)(x & (int32_t)0xffff0000);
+}
+INLINE vw eachw(vw x, v8 (*function)(int, v8), int argument) { return function(argument, x); }
+#endif
+
+INLINE vw loadw(const float *p) {
+    vw x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+INLINE void storew(float *p, vw x) { memcpy(p, &x, sizeof x); }
 
 #endif

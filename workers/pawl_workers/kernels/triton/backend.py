@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +18,14 @@ from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
 from pawl_workers.kernels.triton.sampler import TritonSampler
 from pawl_workers.kernels.triton.tuning import Tuning
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import AttentionRule, NormWeights, PackedActivation, PackedNorm, QueryKeyNormWeights
+from pawl_workers.model.weights import (
+    AttentionRule,
+    LayerWeights,
+    NormWeights,
+    PackedActivation,
+    PackedNorm,
+    QueryKeyNormWeights,
+)
 from pawl_workers.staging import Staging
 
 __all__ = ["TritonKernels"]
@@ -72,6 +80,14 @@ class TritonKernels:
         """Keys and values alike: [num_blocks, K, 64, head_dim]."""
         cache = (num_blocks, shape.num_kv_heads, TILE, shape.head_dim)
         return cache, cache
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The model's own."""
+        return dtype
+
+    def compile_layers(self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """There is nothing to compile: the stages run one by one."""
+        del layers, caches
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> Layout:
         """Tell decodes from extends, cut extends into tiles, and put it all on its way to the device."""

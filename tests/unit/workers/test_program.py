@@ -1,0 +1,145 @@
+"""The compiled program of all layers: the bits of the stages, and what other types of KV and weights do to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pawl_workers.errors import WorkerError
+from pawl_workers.kernels import Precision
+from pawl_workers.kernels.cpu_program import CpuProgram
+from pawl_workers.options import WorkerOptions
+from pawl_workers.worker import Worker
+from tests.fakes.checkpoints import make_llama
+from tests.fakes.families import FAMILIES, write_checkpoint
+from tests.fakes.logit_runner import LogitRunner
+
+CACHES = [None, torch.float16, torch.int8]
+
+
+def tokens(seed: int, length: int, vocab_size: int) -> list[int]:
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def logits_of(runner: LogitRunner, lengths: list[int], chunk: int) -> list[Tensor]:
+    """All logits of some sequences that grow side by side, `chunk` tokens at a time."""
+    prompts = [tokens(row, length, runner.spec.vocab_size) for row, length in enumerate(lengths)]
+    for row, prompt in enumerate(prompts):
+        runner.add(row, prompt)
+    found: list[list[Tensor]] = [[] for _ in prompts]
+    left = dict(enumerate(lengths))
+    while any(left.values()):
+        step = runner.step({row: min(chunk, count) for row, count in left.items() if count})
+        for row, scores in step.items():
+            found[row].append(scores)
+            left[row] -= len(scores)
+    for row in range(len(prompts)):
+        runner.free(row)
+    return [torch.cat(parts) for parts in found]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@given(data=st.data())
+@settings(max_examples=2)
+def test_the_program_gives_the_bits_of_the_stages(
+    tmp_path_factory: pytest.TempPathFactory, family: str, data: st.DataObject
+) -> None:
+    """Every family, whole prompts and chunks, whatever the type of the cache."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, data.draw(FAMILIES[family]))
+    precision = Precision(data.draw(st.sampled_from(CACHES)), data.draw(st.sampled_from([None, torch.int8])))
+    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))
+    chunk = data.draw(st.sampled_from([1, 7, 70]))
+    at_once = LogitRunner(folder, "cpu", precision=precision, max_running=3)
+    staged = LogitRunner(folder, "cpu", precision=precision, max_running=3, one_by_one=True)
+    assert staged.cache.program is None
+    for ours, theirs in zip(logits_of(at_once, lengths, chunk), logits_of(staged, lengths, chunk), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_models_without_experts_have_a_program(tmp_path: Path) -> None:
+    runner = LogitRunner(make_llama(tmp_path), "cpu")
+    runner.add(0, [1, 2, 3])
+    runner.step({0: 3})
+    program = cast("CpuProgram", runner.cache.program)
+    seconds = program.take_seconds()
+    assert min(seconds.norms, seconds.linears, seconds.placing, seconds.attention) > 0
+    assert program.take_seconds().linears == 0
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_threads_share_out_splits_without_a_trace(tmp_path: Path, cache: torch.dtype | None) -> None:
+    """One long sequence: two threads take its splits one by one, one thread takes them in a row."""
+    folder = make_llama(tmp_path, max_position_embeddings=2048)
+    found = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        try:
+            runner = LogitRunner(folder, "cpu", precision=Precision(cache), max_running=1)
+            prompt = tokens(3, 1300, runner.spec.vocab_size)
+            found.append(runner.alone(prompt, [1000, 290, *[1] * 10]))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("cache", "bound"), [(torch.float16, 0.02), (torch.int8, 0.25)])
+def test_what_a_smaller_cache_costs(tmp_path: Path, cache: torch.dtype, bound: float) -> None:
+    """Logits move, by no more than the type's share of their spread; and have the same bits alone and in company."""
+    folder = make_llama(tmp_path)
+    exact, small = (LogitRunner(folder, "cpu", precision=Precision(dtype)) for dtype in (None, cache))
+    lengths = [60, 45, 3]
+    moved = [
+        ((ours - theirs).abs().max() / theirs.std()).item()
+        for ours, theirs in zip(logits_of(small, lengths, 9), logits_of(exact, lengths, 9), strict=True)
+    ]
+    assert 0 < max(moved) < bound
+    together = logits_of(small, lengths, 13)
+    alone = [small.alone(tokens(row, length, small.spec.vocab_size)) for row, length in enumerate(lengths)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(together, alone, strict=True))
+
+
+def test_keys_are_rounded_to_the_nearest(tmp_path: Path) -> None:
+    """The first layer's keys, which no earlier rounding has moved: as torch rounds them, or within half a step."""
+    folder = make_llama(tmp_path)
+    prompt, cached = tokens(1, 50, 256), []
+    for dtype in CACHES:
+        runner = LogitRunner(folder, "cpu", precision=Precision(dtype), max_running=1)
+        runner.add(0, prompt)
+        runner.step({0: 50})
+        cached.append((runner, runner.cache[0].keys[list(runner.blocks(0))]))
+    exact = cached[0][1].transpose(2, 3)  # [blocks, K, 32, head_dim]
+    assert torch.equal(cached[1][1].transpose(2, 3), exact.half())
+    blocks, heads, _, head_dim = exact.shape
+    raw = cached[2][1]  # [blocks, K, (head_dim + 4) * 32]: bytes, and a scale for each token
+    scales = raw[..., head_dim * 32 :].contiguous().view(torch.float32).unsqueeze(-1)
+    values = raw[..., : head_dim * 32].view(blocks, heads, head_dim, 32).transpose(2, 3).float() * scales
+    assert torch.allclose(scales.squeeze(-1), exact.abs().amax(dim=-1) / 127)
+    assert ((values - exact).abs() <= scales * 0.5001).all()
+
+
+def test_a_smaller_cache_holds_more(tmp_path: Path) -> None:
+    """For the same bytes: half for float16; a quarter, and the scales, for int8."""
+    folder = str(make_llama(tmp_path, head_dim=64))
+    blocks = {
+        kv_dtype: Worker.load(
+            WorkerOptions(folder, kernels="cpu", kv_dtype=kv_dtype, kv_bytes=1 << 20, max_running=64)
+        ).facts.num_blocks
+        for kv_dtype in ("float32", "float16", "int8")
+    }
+    assert blocks["float16"] >= 2 * blocks["float32"]
+    assert 4 * blocks["float32"] > blocks["int8"] >= 3.5 * blocks["float32"]
+
+
+def test_other_kernels_refuse_other_types(tmp_path: Path) -> None:
+    folder = str(make_llama(tmp_path))
+    with pytest.raises(WorkerError, match=r"only the cpu kernels keep KV .* are 'onednn' on cpu"):
+        Worker.load(WorkerOptions(folder, kernels="onednn", kv_dtype="float16"))
+    with pytest.raises(WorkerError, match="kv_dtype 'int3' is not supported; known: auto, float32, float16, int8"):
+        Worker.load(WorkerOptions(folder, kv_dtype="int3"))

@@ -1,0 +1,85 @@
+"""How a step's queries are cut into tiles for the CPU attention; where they are cut changes no bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pawl_workers.batch import AttentionLayout, AttentionShape, IntArray, SequenceArrays
+
+__all__ = ["CpuLayout", "lay_out"]
+
+_BLOCK = 32
+_SPLIT = 512
+_MOST_ROWS = 24  # query rows of a tile, as in attention.h
+_FIELDS = 7
+_ITEMS_PER_THREAD = 4  # below, the splits of long contexts are shared out too
+
+
+@dataclass(frozen=True, slots=True)
+class CpuLayout(AttentionLayout):
+    """What all layers of a step share.
+
+    Attributes:
+        slots: block * 32 + offset of each token, [T].
+        tables: [S, table_stride].
+        tiles: sequence, first row, its position, tokens, first head, heads, first pair, [tiles, 7].
+        pairs: tile and split, [pairs, 2], where threads share out splits; else None.
+    """
+
+    slots: Tensor
+    tables: Tensor
+    tiles: Tensor
+    pairs: Tensor | None
+
+    @property
+    def table_stride(self) -> int:
+        """Blocks of each row of the tables."""
+        return self.tables.shape[1]
+
+    def partial_floats(self, num_kv_heads: int, padded: int) -> int:
+        """Floats that the results of all pairs take before they are merged."""
+        return 0 if self.pairs is None else len(self.pairs) * num_kv_heads * _MOST_ROWS * (padded + 2)
+
+
+def lay_out(sequences: SequenceArrays, shape: AttentionShape, num_threads: int) -> CpuLayout:
+    """Cut the step into tiles of up to 24 query rows."""
+    blocks = sequences.block_tables[sequences.sequence_of_token, sequences.positions // _BLOCK]
+    slots = blocks * _BLOCK + sequences.positions % _BLOCK
+    tiles = _tiles(sequences, shape.num_heads // shape.num_kv_heads)
+    num_splits = -(-(tiles[:, 2] + tiles[:, 3]) // _SPLIT)
+    pairs = None
+    few = len(tiles) * shape.num_kv_heads < num_threads * _ITEMS_PER_THREAD
+    if num_threads > 1 and few and int(num_splits.max()) > 1:
+        tiles[:, 6] = np.cumsum(num_splits) - num_splits
+        tile = np.repeat(np.arange(len(tiles)), num_splits)
+        pairs = torch.from_numpy(np.stack((tile, np.arange(len(tile)) - tiles[tile, 6]), axis=1))
+    return CpuLayout(
+        torch.from_numpy(slots),
+        torch.from_numpy(np.ascontiguousarray(sequences.block_tables, dtype=np.int64)),
+        torch.from_numpy(tiles),
+        pairs,
+    )
+
+
+def _tiles(sequences: SequenceArrays, group: int) -> IntArray:
+    at_once = max(1, _MOST_ROWS // group)
+    num_tiles = -(-sequences.lengths // at_once)
+    sequence = np.repeat(np.arange(len(num_tiles)), num_tiles)
+    token = (np.arange(len(sequence)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)) * at_once
+    parts = []
+    for first_head in range(0, group, _MOST_ROWS):
+        tiles = np.zeros((len(sequence), _FIELDS), dtype=np.int64)
+        tiles[:, 0] = sequence
+        tiles[:, 1] = sequences.starts[sequence] + token
+        tiles[:, 2] = (sequences.contexts - sequences.lengths)[sequence] + token
+        tiles[:, 3] = np.minimum(at_once, sequences.lengths[sequence] - token)
+        tiles[:, 4] = first_head
+        tiles[:, 5] = min(_MOST_ROWS, group - first_head)
+        parts.append(tiles)
+    # The longest first: what is left at the end is short.
+    tiles = np.concatenate(parts)
+    return tiles[np.argsort(-(tiles[:, 2] + tiles[:, 3]), kind="stable")]

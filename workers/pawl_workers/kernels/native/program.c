@@ -1,0 +1,106 @@
+/* A program: what all layers of a model do in one step, in one parallel region with a barrier after each operation.
+
+   The operations are those of linear.c, attention.c and elementwise.c, with the same bits. What stays from step to step
+   (weights, sizes, the cache) is in an operation; what changes (rows, buffers, tables) in the frame. */
+#include <omp.h>
+#include <string.h>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+#define MOST_ROTARIES 4
+
+enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4 };
+
+typedef struct {
+    int32_t kind;
+    int32_t from, to; /* buffers of the frame: what is read and what is written */
+    int32_t rotary;   /* of PLACE; -1: none */
+    union {
+        Norm norm;
+        Linear linear;
+        Place place;
+        Attention attention;
+    };
+} Operation;
+
+typedef struct {
+    float *buffers[8];
+    const float *cosines[MOST_ROTARIES], *sines[MOST_ROTARIES]; /* [rows, turned] */
+    const int64_t *slots, *tables, *tiles, *pairs;              /* as in elementwise.h and attention.h */
+    float *partials;
+    int64_t *counters;     /* one for each operation */
+    char *scratch;         /* threads times scratch_bytes */
+    double *seconds;       /* added up by kind of operation, or NULL */
+    int64_t turned[MOST_ROTARIES]; /* dimensions of a head that turn */
+    int64_t rows, num_tiles, num_pairs, table_stride, scratch_bytes;
+} Frame;
+
+static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threads, char *scratch) {
+    float *from = f->buffers[o->from], *to = f->buffers[o->to];
+    switch (o->kind) {
+        case NORM: {
+            Norm norm = o->norm;
+            norm.x = from, norm.y = to, norm.rows = f->rows;
+            norm_part(&norm, next, threads);
+            break;
+        }
+        case LINEAR: {
+            Linear linear = o->linear;
+            linear.x = from, linear.y = to, linear.m = f->rows;
+            linear_part(&linear, next, threads, (float *)scratch);
+            break;
+        }
+        case PLACE: {
+            Place place = o->place;
+            place.heads = from, place.q = to, place.rows = f->rows, place.slots = f->slots;
+            place.cosines = o->rotary < 0 ? NULL : f->cosines[o->rotary];
+            place.sines = o->rotary < 0 ? NULL : f->sines[o->rotary];
+            place.turned = o->rotary < 0 ? 0 : f->turned[o->rotary];
+            place_part(&place, next, threads);
+            break;
+        }
+        default: {
+            Attention attention = o->attention;
+            attention.q = from, attention.out = to;
+            attention.tables = f->tables, attention.tiles = f->tiles, attention.pairs = f->pairs;
+            attention.partials = f->partials, attention.num_tiles = f->num_tiles, attention.num_pairs = f->num_pairs;
+            attention.table_stride = f->table_stride;
+            if (o->kind == ATTEND) attention_part(&attention, next, scratch);
+            else merge_part(&attention, next, scratch);
+        }
+    }
+}
+
+/* Operations in order; a MERGE is passed over where no tile's splits were shared out. */
+void pawl_run(const Operation *operations, int64_t num_operations, const Frame *frame, int32_t threads) {
+    memset(frame->counters, 0, (size_t)num_operations * sizeof(int64_t));
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = omp_get_thread_num();
+        char *scratch = frame->scratch + thread * frame->scratch_bytes;
+        double before = frame->seconds ? omp_get_wtime() : 0.0;
+        for (int64_t i = 0; i < num_operations; i++) {
+            if (operations[i].kind == MERGE && !frame->pairs) continue;
+            run(&operations[i], frame, frame->counters + i, threads, scratch);
+#pragma omp barrier
+            if (frame->seconds && thread == 0) {
+                double now = omp_get_wtime();
+                frame->seconds[operations[i].kind] += now - before;
+                before = now;
+            }
+        }
+    }
+}
+
+int64_t pawl_program_scratch_bytes(int64_t widest) {
+    int64_t wide = linear_wide_bytes(widest), tile = attention_scratch_bytes();
+    return ((wide > tile ? wide : tile) + 63) / 64 * 64;
+}
+
+/* Sizes that Python's copies of the structures are checked against. */
+void pawl_structure_sizes(int64_t *sizes) {
+    sizes[0] = sizeof(Norm), sizes[1] = sizeof(Linear), sizes[2] = sizeof(Place), sizes[3] = sizeof(Attention);
+    sizes[4] = sizeof(Operation), sizes[5] = sizeof(Frame);
+}
