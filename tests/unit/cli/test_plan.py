@@ -87,8 +87,14 @@ def test_an_unknown_model_is_one_message(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("shard_size", ["5GB", "1MB"])
 def test_a_model_on_the_hub_is_planned_by_its_headers_alone(shard_size: str, tmp_path: Path) -> None:
     """The client's real requests; of the weights no more than the first 100 kB of each file are fetched."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048}
-    folder = make_llama(tmp_path / "model", dtype=torch.bfloat16, max_shard_size=shard_size, **sizes)
+    folder = make_llama(
+        tmp_path / "model",
+        dtype=torch.bfloat16,
+        max_shard_size=shard_size,
+        hidden_size=256,
+        intermediate_size=512,
+        vocab_size=2048,
+    )
     with local_hub(folder, "owner/name") as hub:
         variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
         ran = subprocess.run(
