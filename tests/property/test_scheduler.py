@@ -137,6 +137,7 @@ class Bench:
     def finish(self, ended: Ended) -> None:
         handle = cast("int", ended.handle)
         assert handle not in self.ended, "ended twice"
+        assert ended.preemption_count <= self.limits.max_preemptions
         self.ended[handle] = ended
 
     def run(self, max_steps: int = 5_000) -> None:
@@ -165,6 +166,9 @@ def make_limits(draw: random.Random) -> SchedulerLimits:
         prefix_cache=draw.random() < 0.7,
         watermark=draw.choice([0.0, 0.1]),
         max_bypass=draw.randint(0, 3),
+        max_preemptions=draw.randint(1, 4),
+        output_quantile=draw.choice([0.0, 0.5, 0.9]),
+        ageing_s=draw.choice([0.0, 3.0]),
     )
 
 
@@ -368,7 +372,7 @@ def test_a_whole_cached_prompt_leaves_one_token_to_compute() -> None:
 
 
 def test_preemption_takes_the_lowest_class_and_loses_no_token() -> None:
-    bench = Bench(limits(num_blocks=6, prefix_cache=False))
+    bench = Bench(limits(num_blocks=6, prefix_cache=False, output_quantile=0.0))
     bench.submit(bench.request([1] * 4, 14, priority=1))
     bench.submit(bench.request([2] * 4, 14))
     bench.submit(bench.request([3] * 4, 14))

@@ -9,8 +9,8 @@ from itertools import compress
 import numpy as np
 
 from pawl_server.scheduler.ledger import LedgerEntry
-from pawl_server.scheduler.planner import Admission, Plan
-from pawl_server.scheduler.sequence import Ended, EndReason, SequenceState, Status
+from pawl_server.scheduler.planner import Admission, Plan, Victim
+from pawl_server.scheduler.sequence import Ended, EndReason, Preemption, SequenceState, Status
 from pawl_server.scheduler.slots import BoolArray, IntArray
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import PromptLogprobs, StepResult, TokenLogprobs
@@ -46,8 +46,9 @@ def launch(state: SchedulerState, plan: Plan) -> None:
     """Write a plan into the ledger: victims out, admissions in, blocks held, tokens in flight."""
     plan.draft.apply(plan.step, plan.now)
     for victim in plan.victims:
-        victim.preemptions += 1
-        state.requeue(victim, plan.now)
+        _preempt(state, plan, victim)
+    if not plan.victims:
+        state.lengths.calm()
     for sequence, num_before in plan.bypassed:
         sequence.bypassed += len(plan.admissions) - num_before
     state.free_rows = plan.free_rows
@@ -69,6 +70,20 @@ def launch(state: SchedulerState, plan: Plan) -> None:
     slots.planned[rows] = planned
     slots.expected[rows] = expected + num_samples
     state.ledger.append(LedgerEntry(plan.step, plan.epoch, rows, slots.generation[rows], num_tokens, num_samples))
+
+
+def _preempt(state: SchedulerState, plan: Plan, victim: Victim) -> None:
+    sequence, slots = victim.sequence, state.slots
+    cached = int(slots.published[sequence.row]) * slots.block_size
+    record = Preemption(
+        plan.step, victim.reason, victim.num_short, sequence.num_computed, sequence.num_computed - cached
+    )
+    sequence.last_preemption = record
+    sequence.tokens_lost += record.num_lost
+    sequence.preemptions += 1
+    sequence.settled = sequence.preemptions >= state.limits.max_preemptions
+    state.lengths.raise_quantile()
+    state.requeue(sequence, plan.now)
 
 
 def _admit(state: SchedulerState, admission: Admission, now: float) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from pawl_server.kv.draft import BlockDraft
 from pawl_server.scheduler.admission import SchedulerLimits, blocks_for
 from pawl_server.scheduler.budget import StepBudget
+from pawl_server.scheduler.fit import Room
 from pawl_server.scheduler.preemption import victims_in_order
 from pawl_server.scheduler.queues import Cursor
 from pawl_server.scheduler.sequence import SequenceRequest, SequenceState
@@ -23,7 +24,7 @@ from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import NewSequence, StepPlan
 
-__all__ = ["Admission", "Plan", "plan_step"]
+__all__ = ["Admission", "Plan", "Victim", "plan_step"]
 
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 
@@ -39,6 +40,15 @@ class Admission:
     num_tokens: int
     num_computed: int  # tokens in `hits`
     cost: float  # charged to its tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """A running sequence that loses its KV, and why (see `Preemption`)."""
+
+    sequence: SequenceState
+    reason: str
+    num_short: int
 
 
 @dataclass(slots=True)
@@ -67,7 +77,7 @@ class Plan:
     num_decodes: int = 0
     num_pairs: int = 0
     append_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
-    victims: list[SequenceState] = field(default_factory=list)
+    victims: list[Victim] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     bypassed: list[tuple[SequenceState, int]] = field(default_factory=list)
     free_rows: list[int] = field(default_factory=list)
@@ -140,19 +150,17 @@ def plan_step(
         now: seconds.
         budget: how many prompt tokens may stand beside decodes; None = as many as `limits` allow.
     """
-    forced: list[SequenceState] = []
+    forced: list[Victim] = []
     while True:
         plan = _attempt(state, limits, now, budget, forced)
         if plan.num_sequences:
             return plan
         if state.ledger:
             return None
-        gone = {victim.row for victim in plan.victims}
-        left = np.array([row for row in state.slots.running().tolist() if row not in gone], dtype=np.int64)
-        order = victims_in_order(state.slots, left)
+        order = victims_in_order(state.slots, _left(plan, state.slots))
         if not order:
             return None
-        forced = [*plan.victims, state.slots.owner(order[0])]
+        forced = [*plan.victims, Victim(state.slots.owner(order[0]), "progress", 1)]
 
 
 def _attempt(
@@ -160,7 +168,7 @@ def _attempt(
     limits: SchedulerLimits,
     now: float,
     budget: StepBudget | None,
-    forced: Sequence[SequenceState],
+    forced: Sequence[Victim],
 ) -> Plan:
     freed = list(state.rows_to_free)
     plan = Plan(
@@ -185,19 +193,25 @@ def _attempt(
     if budget is not None:
         context = int(slots.planned[behind[0]]) if len(behind) else 0
         plan.budget = budget.prompt_tokens(plan.num_decodes, plan.num_pairs, context, plan.budget)
-    partial = _grant_prefills(plan, slots, limits, behind)
+    num_partial = _grant_prefills(plan, slots, limits, behind)
     if not plan.victims and len(state.queue) and plan.budget > 0 and plan.free_rows:
         with state.queue.cursor() as cursor:
-            _admit(plan, state, limits, cursor, partial)
+            _admit(plan, state, limits, cursor, num_partial)
     return plan
 
 
-def _preempt(plan: Plan, victim: SequenceState, want: IntArray) -> None:
+def _left(plan: Plan, slots: SlotTable) -> IntArray:
+    """Rows that run and are not preempted by the plan so far."""
+    return np.setdiff1d(slots.running(), [victim.sequence.row for victim in plan.victims])
+
+
+def _preempt(plan: Plan, victim: Victim, want: IntArray) -> None:
+    row = victim.sequence.row
     plan.victims.append(victim)
-    plan.draft.release(victim.blocks)
-    plan.free_rows.append(victim.row)
-    plan.freed_rows.append(victim.row)
-    want[victim.row] = 0
+    plan.draft.release(victim.sequence.blocks)
+    plan.free_rows.append(row)
+    plan.freed_rows.append(row)
+    want[row] = 0
 
 
 def _grant_decodes(plan: Plan, slots: SlotTable, want: IntArray, decodes: BoolArray) -> None:
@@ -205,14 +219,13 @@ def _grant_decodes(plan: Plan, slots: SlotTable, want: IntArray, decodes: BoolAr
     short = decodes & (slots.planned >= slots.capacity)
     needed = int(np.count_nonzero(short))
     if needed > plan.draft.num_available:
-        gone = {victim.row for victim in plan.victims}
-        left = np.array([row for row in slots.running().tolist() if row not in gone], dtype=np.int64)
-        for row in victims_in_order(slots, left):
+        for row in victims_in_order(slots, _left(plan, slots)):
             if needed <= plan.draft.num_available:
                 break
+            victim = Victim(slots.owner(row), "decode", needed - plan.draft.num_available)
             needed -= bool(short[row])
             short[row] = decodes[row] = False
-            _preempt(plan, slots.owner(row), want)
+            _preempt(plan, victim, want)
     if needed:
         rows = np.flatnonzero(short).tolist()
         blocks = plan.draft.take(min(needed, plan.draft.num_available)) or []
@@ -230,17 +243,13 @@ def _pairs(context: int, num_tokens: int) -> int:
     return num_tokens * context + num_tokens * (num_tokens + 1) // 2
 
 
-@dataclass(slots=True)
-class _Partial:
-    """Sequences in mid-prompt after this step: how many, and the blocks that they will still need."""
+def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows: IntArray) -> int:
+    """A chunk for each that is in mid-prompt, in the order given, as far as budget and blocks go.
 
-    count: int = 0
-    num_blocks: int = 0
-
-
-def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows: IntArray) -> _Partial:
-    """A chunk for each that is in mid-prompt, in the order given, as far as budget and blocks go."""
-    partial = _Partial()
+    Returns:
+        How many stay in mid-prompt.
+    """
+    num_partial = 0
     granted: list[tuple[int, int]] = []
     size = limits.block_size
     for row in rows.tolist():
@@ -248,7 +257,7 @@ def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows:
         want = int(slots.expected[row]) - planned
         room = capacity + plan.draft.num_available * size - planned
         chunk = min(want, limits.max_prefill_chunk, plan.budget, room)
-        if partial.count >= limits.max_partial_prefills:
+        if num_partial >= limits.max_partial_prefills:
             chunk = 0
         blocks = plan.draft.take(max(0, blocks_for(planned + chunk - capacity, size))) if chunk > 0 else None
         if blocks is None:
@@ -261,13 +270,11 @@ def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows:
             _announce(plan, slots.owner(row), row, slots.owner(row).blocks[planned // size :] + blocks, planned, chunk)
         if blocks:
             plan.append_blocks.append((row, blocks))
-        if chunk < want:
-            partial.count += 1
-            partial.num_blocks += max(0, blocks_for(planned + want - capacity, size)) - len(blocks)
+        num_partial += chunk < want
     if granted:
         plan.rows = np.concatenate([plan.rows, np.array([row for row, _ in granted], dtype=np.int64)])
         plan.grants = np.concatenate([plan.grants, np.array([chunk for _, chunk in granted], dtype=np.int64)])
-    return partial
+    return num_partial
 
 
 def _announce(
@@ -288,10 +295,11 @@ def _max_hits(sequence: SequenceState, block_size: int) -> int:
     return below // block_size
 
 
-def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: Cursor, partial: _Partial) -> None:
+def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: Cursor, num_partial: int) -> None:
     """Start waiting sequences in order. One that does not fit may be overtaken a bounded number of times."""
     size = limits.block_size
     may_admit = limits.max_running  # until somebody has been overtaken as often as he may be
+    room = Room(state.slots, state.lengths, state.limits, sum(len(blocks) for _, blocks in plan.append_blocks))
     for sequence in cursor:
         if plan.budget < 1 or not plan.free_rows or len(plan.admissions) >= may_admit:
             return
@@ -302,19 +310,18 @@ def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: C
             most = _max_hits(sequence, size)
             hits = plan.draft.prefix_hits(chain, most)
             num_stored = plan.draft.host_hits(chain, len(hits), most)
-        computed = (len(hits) + num_stored) * size
-        want = sequence.num_tokens - computed
-        chunk = min(want, limits.max_prefill_chunk, plan.budget)
-        whole = blocks_for(sequence.num_tokens, size) - len(hits)
-        spare = limits.watermark_blocks if state.running or plan.admissions else 0
-        cost = whole + plan.draft.num_free_among(hits)
-        if cost > plan.draft.num_available - partial.num_blocks - spare:
+        need = room.need(sequence)
+        num_shared = len(hits) - plan.draft.num_free_among(hits)
+        if not room.fits(need, plan.draft.num_available, num_shared, settled=sequence.settled):
             may_admit = min(may_admit, len(plan.admissions) + limits.max_bypass - sequence.bypassed)
             plan.bypassed.append((sequence, len(plan.admissions)))
             if len(plan.bypassed) > limits.max_bypass:
                 return
             continue
-        if chunk < want and partial.count >= limits.max_partial_prefills:
+        computed = (len(hits) + num_stored) * size
+        want = sequence.num_tokens - computed
+        chunk = min(want, limits.max_prefill_chunk, plan.budget)
+        if chunk < want and num_partial >= limits.max_partial_prefills:
             return
         plan.draft.share(hits)
         restored = plan.draft.restore(chain, len(hits), num_stored) if chain is not None and num_stored else []
@@ -322,8 +329,8 @@ def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: C
         if blocks is None or restored is None:
             return
         hits += restored
-        partial.num_blocks += whole - len(restored) - len(blocks)
-        partial.count += chunk < want
+        room.admit(need, len(hits) + len(blocks), settled=sequence.settled)
+        num_partial += chunk < want
         price = 0.0
         if not sequence.charged:
             price = state.accounts.prompt_cost(sequence.tenant, want, computed)

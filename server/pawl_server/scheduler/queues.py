@@ -133,6 +133,10 @@ class WaitingQueue:
             for level in self._levels.values()
             if (tenant := level.least_served(self._accounts)) is not None
         ]
+        for level in self._levels.values():
+            waiting += [
+                self._accounts.service(entry[2].tenant) for entry in level.resumed if entry[2].ticket == entry[1]
+            ]
         floor = min(waiting, default=self._last_service)
         if len(self._accounts) > len(self._num_waiting) + _MAX_IDLE_TENANTS:
             self._accounts.forget_idle(floor)

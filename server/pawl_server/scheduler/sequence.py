@@ -14,7 +14,7 @@ from pawl_server.kv.block_hash import HashChain
 from pawl_server.scheduler.slots import SlotTable
 from pawl_workers.plan import SamplingSpec
 
-__all__ = ["EndReason", "Ended", "SequenceRequest", "SequenceState", "Status"]
+__all__ = ["EndReason", "Ended", "Preemption", "SequenceRequest", "SequenceState", "Status"]
 
 
 class Status(Enum):
@@ -81,14 +81,25 @@ class Ended:
     preemption_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """Why a sequence lost its KV: who needed blocks, and how many there were too few."""
+
+    step: int
+    reason: str  # "decode": those who decode needed blocks; "progress": nobody could go on
+    num_short: int
+    num_computed: int  # tokens it had computed
+    num_lost: int  # of them, those that are not in the prefix cache
+
+
 class SequenceState:
     """A live sequence. Written by launch, commit and the events between steps alone."""
 
     __slots__ = (
         "_slots", "_tokens", "arrived_at", "blocks", "bypassed", "cached_prompt_tokens", "chain", "charged",
-        "first_granted_at", "first_token_at", "last_token_at", "level", "limit", "num_prompt", "num_stale", "order",
-        "preempted_at", "preemptions", "prompt_logprobs_next", "recompute_until", "request", "row",
-        "stalled_before_first_token", "stalled_s", "status", "tenant", "ticket",
+        "first_granted_at", "first_token_at", "last_preemption", "last_token_at", "level", "limit", "num_prompt",
+        "num_stale", "order", "preempted_at", "preemptions", "prompt_logprobs_next", "recompute_until", "request",
+        "row", "settled", "stalled_before_first_token", "stalled_s", "status", "tenant", "ticket", "tokens_lost",
     )  # fmt: skip
 
     def __init__(
@@ -122,6 +133,9 @@ class SequenceState:
         self.recompute_until = 0  # tokens that had been computed before a preemption
         self.prompt_logprobs_next = request.prompt_logprobs_from
         self.preemptions = 0
+        self.last_preemption: Preemption | None = None
+        self.tokens_lost = 0  # computed tokens that preemptions took, cached ones not counted
+        self.settled = False  # whether it was preempted as often as may be
         self.arrived_at = now
         self.first_granted_at = -1.0
         self.first_token_at = -1.0

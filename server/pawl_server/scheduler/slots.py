@@ -42,6 +42,7 @@ class SlotTable:
         level: priority class.
         tenant: number of the tenant.
         samples: whether it generates.
+        settled: whether it was preempted as often as may be.
         shares: whether its blocks are offered to others.
         watched: whether its next token must be looked at one by one (first token, end of a stall).
         last_token_at: seconds.
@@ -55,6 +56,7 @@ class SlotTable:
         self.stop_at, self.num_prompt, self.recompute_until, self.published = _zeros(shape, 4)
         self.generation, self.order, self.level, self.tenant = _zeros(shape, 4)
         self.samples: BoolArray = np.zeros(shape, dtype=np.bool_)
+        self.settled: BoolArray = np.zeros(shape, dtype=np.bool_)
         self.shares: BoolArray = np.zeros(shape, dtype=np.bool_)
         self.watched: BoolArray = np.zeros(shape, dtype=np.bool_)
         self.last_token_at = np.full(shape, -1.0)
@@ -75,7 +77,7 @@ class SlotTable:
         self.recompute_until[row] = sequence.recompute_until
         self.order[row], self.level[row] = sequence.order, sequence.level
         self.tenant[row] = sequence.tenant
-        self.samples[row] = sequence.samples
+        self.samples[row], self.settled[row] = sequence.samples, sequence.settled
         self.shares[row] = sequence.chain is not None
         self.watched[row] = True
         if len(stop_ids) > self._stop_ids.shape[1]:
@@ -93,7 +95,7 @@ class SlotTable:
             self.recompute_until, self.published, self.order, self.level, self.tenant,
         ):  # fmt: skip
             array[row] = 0
-        self.samples[row] = self.shares[row] = self.watched[row] = False
+        self.samples[row] = self.settled[row] = self.shares[row] = self.watched[row] = False
         self.last_token_at[row] = -1.0
         self.generation[row] += 1
 

@@ -17,6 +17,7 @@ from pawl_server.scheduler.admission import Refusal, SchedulerLimits, refuse, to
 from pawl_server.scheduler.explain import SequenceView, count_reasons, describe
 from pawl_server.scheduler.fairness import Prices, TenantAccounts
 from pawl_server.scheduler.ledger import LedgerEntry
+from pawl_server.scheduler.output_lengths import OutputLengths
 from pawl_server.scheduler.queues import WaitingQueue
 from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest, SequenceState, Status
 from pawl_server.scheduler.slots import SlotTable
@@ -54,6 +55,7 @@ class SchedulerState:
         )
         self.slots = SlotTable(limits.max_running, limits.block_size)
         self.accounts = TenantAccounts(Prices())
+        self.lengths = OutputLengths(limits.output_quantile)
         self.queue = WaitingQueue(self.accounts, limits.ageing_s)
         self.ledger: deque[LedgerEntry] = deque()  # launched steps, oldest first
         self.live: dict[Hashable, SequenceState] = {}
@@ -116,6 +118,8 @@ class SchedulerState:
             self.rows_to_free.append(sequence.row)
             del self.running[sequence.order]
             sequence.leave_row()
+        if sequence.charged and sequence.num_output:
+            self.lengths.observe(sequence.num_output)
         sequence.status = Status.ENDED
         del self.live[sequence.request.handle]
         self.accounts.leave(sequence.tenant)

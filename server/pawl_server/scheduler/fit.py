@@ -1,0 +1,88 @@
+"""Whether a waiting sequence fits: its tokens, the output it is expected to have, and what those who run still need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pawl_server.scheduler.admission import SchedulerLimits, blocks_for
+from pawl_server.scheduler.output_lengths import OutputLengths
+from pawl_server.scheduler.sequence import SequenceState
+from pawl_server.scheduler.slots import SlotTable
+
+__all__ = ["Need", "Room", "need_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Blocks of one sequence: for the tokens it has, for those it is expected to have, and for all it may have."""
+
+    now: int
+    expected: int
+    most: int
+
+
+def need_of(sequence: SequenceState, lengths: OutputLengths, block_size: int) -> Need:
+    """Blocks of a waiting sequence. The KV of the last token is never needed."""
+    tokens = sequence.num_tokens
+    most = expected = tokens
+    if sequence.samples:
+        total = sequence.num_prompt + int(lengths.expected(np.array([sequence.num_output], dtype=np.int64))[0])
+        most = max(tokens, sequence.limit - 1)
+        expected = max(tokens, min(most, total - 1))
+    return Need(blocks_for(tokens, block_size), blocks_for(expected, block_size), blocks_for(most, block_size))
+
+
+class Room:
+    """What admission may count on in one step. Make it once a step, and tell it who is admitted.
+
+    Somebody who was preempted as often as may be is *settled*: while one such runs, everybody is admitted with all
+    the blocks that he may ever take, so that there is no shortage and nobody is preempted again.
+    """
+
+    def __init__(self, slots: SlotTable, lengths: OutputLengths, limits: SchedulerLimits, num_granted: int) -> None:
+        rows = slots.running()
+        size = limits.block_size
+        output = np.maximum(slots.length[rows] - slots.num_prompt[rows], 0)
+        most = np.where(slots.samples[rows], slots.stop_at[rows] - 1, slots.length[rows])
+        total = np.minimum(most, slots.num_prompt[rows] + lengths.expected(output) - 1)
+        total = np.maximum(total, slots.expected[rows])
+        self._limits = limits
+        self._lengths = lengths
+        # Blocks that those who run are expected to take yet, less those that this step gives them.
+        self._promised = int(np.maximum(0, -(-(total - slots.capacity[rows]) // size)).sum()) - num_granted
+        self._most = int((-(-np.maximum(most, slots.expected[rows]) // size)).sum())
+        self._settled = bool(slots.settled[rows].any())
+        self._busy = len(rows) > 0
+
+    @property
+    def promised(self) -> int:
+        """Blocks that are kept free for those who run, the watermark included."""
+        return self._promised + self._limits.watermark_blocks if self._busy else 0
+
+    def need(self, sequence: SequenceState) -> Need:
+        """Blocks of a waiting sequence."""
+        return need_of(sequence, self._lengths, self._limits.block_size)
+
+    def fits(self, need: Need, num_available: int, num_shared: int, *, settled: bool) -> bool:
+        """Whether a sequence fits.
+
+        Args:
+            need: of the sequence.
+            num_available: blocks that nobody holds.
+            num_shared: blocks of the sequence that others hold already.
+            settled: whether it must not be preempted again.
+        """
+        if not self._busy:
+            return need.now - num_shared <= num_available
+        if settled or self._settled:
+            return self._most + need.most <= self._limits.num_blocks
+        return need.expected - num_shared <= num_available - self.promised
+
+    def admit(self, need: Need, num_blocks: int, *, settled: bool) -> None:
+        """A sequence was admitted and holds `num_blocks` blocks."""
+        self._promised += need.expected - num_blocks
+        self._most += need.most
+        self._settled = self._settled or settled
+        self._busy = True
