@@ -23,12 +23,13 @@ class Need:
     most: int
 
 
-def need_of(sequence: SequenceState, lengths: OutputLengths, block_size: int) -> Need:
+def need_of(sequence: SequenceState, lengths: OutputLengths, block_size: int, now: float) -> Need:
     """Blocks of a waiting sequence. The KV of the last token is never needed."""
     tokens = sequence.num_tokens
     most = expected = tokens
     if sequence.samples:
-        total = sequence.num_prompt + int(lengths.expected(np.array([sequence.num_output], dtype=np.int64))[0])
+        output = np.array([sequence.num_output], dtype=np.int64)
+        total = sequence.num_prompt + int(lengths.expected(output, now)[0])
         most = max(tokens, sequence.limit - 1)
         expected = max(tokens, min(most, total - 1))
     return Need(blocks_for(tokens, block_size), blocks_for(expected, block_size), blocks_for(most, block_size))
@@ -41,15 +42,18 @@ class Room:
     the blocks that he may ever take, so that there is no shortage and nobody is preempted again.
     """
 
-    def __init__(self, slots: SlotTable, lengths: OutputLengths, limits: SchedulerLimits, num_granted: int) -> None:
+    def __init__(
+        self, slots: SlotTable, lengths: OutputLengths, limits: SchedulerLimits, num_granted: int, now: float
+    ) -> None:
         rows = slots.running()
         size = limits.block_size
         output = np.maximum(slots.length[rows] - slots.num_prompt[rows], 0)
         most = np.where(slots.samples[rows], slots.stop_at[rows] - 1, slots.length[rows])
-        total = np.minimum(most, slots.num_prompt[rows] + lengths.expected(output) - 1)
+        total = np.minimum(most, slots.num_prompt[rows] + lengths.expected(output, now) - 1)
         total = np.maximum(total, slots.expected[rows])
         self._limits = limits
         self._lengths = lengths
+        self._now = now
         # Blocks that those who run are expected to take yet, less those that this step gives them.
         self._promised = int(np.maximum(0, -(-(total - slots.capacity[rows]) // size)).sum()) - num_granted
         self._most = int((-(-np.maximum(most, slots.expected[rows]) // size)).sum())
@@ -63,7 +67,7 @@ class Room:
 
     def need(self, sequence: SequenceState) -> Need:
         """Blocks of a waiting sequence."""
-        return need_of(sequence, self._lengths, self._limits.block_size)
+        return need_of(sequence, self._lengths, self._limits.block_size, self._now)
 
     def fits(self, need: Need, num_available: int, num_shared: int, *, settled: bool) -> bool:
         """Whether a sequence fits.

@@ -16,7 +16,8 @@ __all__ = ["OutputLengths"]
 _EDGES: Final[IntArray] = np.unique(np.round(2.0 ** (np.arange(97) / 4.0)).astype(np.int64))
 _PRIOR_TOKENS = 128  # what an engine expects that has seen nothing
 _RAISE = 0.1
-_CALM = 0.999  # of the distance to the base that is left after a step without a preemption
+_CALM_S = 60.0  # time in which what preemptions added falls to 1/e
+_GRAIN = 64  # the quantile is used in 1/64ths, so that what follows from it is seldom worked out again
 _MOST = 0.95
 _HEAVY = 1e100
 
@@ -32,17 +33,19 @@ class OutputLengths:
     """
 
     def __init__(self, quantile: float, memory: float = 500.0) -> None:
-        self._base = self._quantile = quantile
+        self._base = quantile
+        self._raised = 0.0  # above the base, at the time of the last preemption
+        self._raised_at = 0.0
         self._growth = math.exp(1.0 / memory)
         self._weight = 1.0  # of the next output; grows instead of letting the others decay
         self._counts: NDArray[np.float64] = np.zeros(len(_EDGES))
         self._counts[np.searchsorted(_EDGES, _PRIOR_TOKENS)] = 1.0
-        self._totals: IntArray | None = None  # expected final output by bin of the present one
+        self._totals: tuple[float, IntArray] | None = None  # expected final output by bin of the present, at a quantile
 
-    @property
-    def quantile(self) -> float:
-        """The quantile that admission counts on now."""
-        return self._quantile
+    def quantile(self, now: float) -> float:
+        """The quantile that admission counts on."""
+        raised = self._raised * math.exp(-max(0.0, now - self._raised_at) / _CALM_S)
+        return self._base + math.floor(raised * _GRAIN) / _GRAIN
 
     def observe(self, num_output: int) -> None:
         """An output ended with so many tokens."""
@@ -53,32 +56,24 @@ class OutputLengths:
             self._weight = 1.0
         self._totals = None
 
-    def raise_quantile(self) -> None:
+    def raise_quantile(self, now: float) -> None:
         """Somebody was preempted."""
-        self._quantile = min(max(_MOST, self._base), self._quantile + _RAISE)
-        self._totals = None
+        raised = self._raised * math.exp(-max(0.0, now - self._raised_at) / _CALM_S) + _RAISE
+        self._raised, self._raised_at = min(raised, max(0.0, _MOST - self._base)), now
 
-    def calm(self) -> None:
-        """A step went by without a preemption."""
-        if self._quantile > self._base:
-            self._quantile = max(self._base, self._base + (self._quantile - self._base) * _CALM - 1e-6)
-            self._totals = None
-
-    def expected(self, num_output: IntArray) -> IntArray:
-        """Tokens that outputs which have `num_output` tokens now will have in the end: the quantile of those
-        which came that far.
-        """  # noqa: D205 (one sentence)
-        totals = self._totals
-        if totals is None:
-            totals = self._totals = self._conditional()
+    def expected(self, num_output: IntArray, now: float) -> IntArray:
+        """Tokens in the end of outputs that have `num_output` now: the quantile of those which came that far."""
+        quantile = self.quantile(now)
+        if self._totals is None or self._totals[0] != quantile:
+            self._totals = quantile, self._conditional(quantile)
         bins = np.minimum(np.searchsorted(_EDGES, num_output), len(_EDGES) - 1)
-        return np.maximum(totals[bins], num_output + 1)
+        return np.maximum(self._totals[1][bins], num_output + 1)
 
-    def _conditional(self) -> IntArray:
+    def _conditional(self, quantile: float) -> IntArray:
         """For each bin, the quantile of the outputs in it and in the bins above; its own edge where there are none."""
         up_to = np.cumsum(self._counts)
         before = np.concatenate([[0.0], up_to[:-1]])
-        wanted = before + self._quantile * (up_to[-1] - before)
+        wanted = before + quantile * (up_to[-1] - before)
         places = np.minimum(np.searchsorted(up_to, wanted, side="left"), len(_EDGES) - 1)
         places = np.where(up_to[-1] - before > 0, places, np.arange(len(_EDGES)))
         return np.asarray(_EDGES[np.maximum(places, np.arange(len(_EDGES)))], dtype=np.int64)

@@ -299,7 +299,8 @@ def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: C
     """Start waiting sequences in order. One that does not fit may be overtaken a bounded number of times."""
     size = limits.block_size
     may_admit = limits.max_running  # until somebody has been overtaken as often as he may be
-    room = Room(state.slots, state.lengths, state.limits, sum(len(blocks) for _, blocks in plan.append_blocks))
+    num_granted = sum(len(blocks) for _, blocks in plan.append_blocks)
+    room = Room(state.slots, state.lengths, limits, num_granted, plan.now)
     for sequence in cursor:
         if plan.budget < 1 or not plan.free_rows or len(plan.admissions) >= may_admit:
             return

@@ -19,7 +19,7 @@ def test_the_estimate_is_the_quantile_of_what_came_as_far(lengths: list[int], qu
     for so_far in (0, 10, 1000):
         longer = sorted(length for length in [*lengths, 128] if length >= so_far)
         if len(longer) > 20:
-            estimate = int(outputs.expected(np.array([so_far]))[0])
+            estimate = int(outputs.expected(np.array([so_far]), 0.0)[0])
             low, high = (longer[min(int(q * len(longer)), len(longer) - 1)] for q in (quantile - 0.1, quantile + 0.05))
             assert low / 1.25 - 1 <= estimate <= high * 1.25 + 1
 
@@ -27,25 +27,24 @@ def test_the_estimate_is_the_quantile_of_what_came_as_far(lengths: list[int], qu
 def test_what_came_further_than_anybody_is_expected_to_go_on_a_little() -> None:
     outputs = OutputLengths(0.5)
     outputs.observe(10)
-    assert 5000 < int(outputs.expected(np.array([5000]))[0]) < 6500
+    assert 5000 < int(outputs.expected(np.array([5000]), 0.0)[0]) < 6500
 
 
 def test_preemptions_raise_the_quantile_and_calm_brings_it_back() -> None:
     outputs = OutputLengths(0.5)
     for length in (10, 20, 40, 80, 160, 320, 640):
         outputs.observe(length)
-    usual = int(outputs.expected(np.array([0]))[0])
+    usual = int(outputs.expected(np.array([0]), 0.0)[0])
     for _ in range(3):
-        outputs.raise_quantile()
-    assert outputs.quantile == pytest.approx(0.8)
-    assert int(outputs.expected(np.array([0]))[0]) > 2 * usual
+        outputs.raise_quantile(1.0)
+    assert outputs.quantile(1.0) == pytest.approx(0.8, abs=1 / 64)
+    assert int(outputs.expected(np.array([0]), 1.0)[0]) > 2 * usual
     for _ in range(20):
-        outputs.raise_quantile()
-    assert outputs.quantile == 0.95
-    for _ in range(20_000):
-        outputs.calm()
-    assert outputs.quantile == 0.5
-    assert int(outputs.expected(np.array([0]))[0]) == usual
+        outputs.raise_quantile(1.0)
+    assert outputs.quantile(1.0) == pytest.approx(0.95, abs=1 / 64)
+    assert 0.6 < outputs.quantile(61.0) < 0.7
+    assert outputs.quantile(1000.0) == 0.5
+    assert int(outputs.expected(np.array([0]), 1000.0)[0]) == usual
 
 
 def test_old_outputs_are_forgotten() -> None:
@@ -54,4 +53,4 @@ def test_old_outputs_are_forgotten() -> None:
         outputs.observe(1000)
     for _ in range(500):
         outputs.observe(10)
-    assert int(outputs.expected(np.array([0]))[0]) < 15
+    assert int(outputs.expected(np.array([0]), 0.0)[0]) < 15

@@ -25,7 +25,7 @@ MS = 1_000_000
 def replica(num_blocks: int = 64, *, chunk: int = 64, rows: int = 8, max_bypass: int = 8) -> SchedulerLimits:
     return SchedulerLimits(
         num_blocks=num_blocks, block_size=4, max_running=rows, max_batch_tokens=128, max_context=512,
-        max_prefill_chunk=chunk, watermark=0.0, max_bypass=max_bypass,
+        max_prefill_chunk=chunk, watermark=0.0, max_bypass=max_bypass, output_quantile=0.0,
     )  # fmt: skip
 
 
