@@ -353,6 +353,8 @@ class RequestState(_message.Message):
     REPLICA_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    PREEMPTION_REASON_FIELD_NUMBER: _builtins.int
+    LOST_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     phase: _builtins.str
@@ -373,6 +375,10 @@ class RequestState(_message.Message):
     """The caller's label of an end user."""
     priority: _builtins.int
     """Its priority."""
+    preemption_reason: _builtins.str
+    """Why it was preempted last, with the numbers; empty if it never was."""
+    lost_tokens: _builtins.int
+    """Tokens that it has to compute again, or had to, because of preemptions."""
     @_builtins.property
     def age(self) -> _duration_pb2.Duration:
         """Time since it arrived at the engine."""
@@ -391,10 +397,12 @@ class RequestState(_message.Message):
         replica: _builtins.int = ...,
         user: _builtins.str = ...,
         priority: _builtins.int = ...,
+        preemption_reason: _builtins.str = ...,
+        lost_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_count", b"block_count", "output_tokens", b"output_tokens", "phase", b"phase", "preemption_count", b"preemption_count", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "replica", b"replica", "request_id", b"request_id", "user", b"user", "wait_reason", b"wait_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_count", b"block_count", "lost_tokens", b"lost_tokens", "output_tokens", b"output_tokens", "phase", b"phase", "preemption_count", b"preemption_count", "preemption_reason", b"preemption_reason", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "replica", b"replica", "request_id", b"request_id", "user", b"user", "wait_reason", b"wait_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
