@@ -14,11 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import Committed, StaleResultError, commit, launch, void
+from pawl_server.scheduler.decisions import decode
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_server.scheduler.planner import Plan, plan_step
 from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
-from pawl_workers.plan import PromptLogprobs, SamplingSpec, StepResult
+from pawl_workers.plan import PromptLogprobs, SamplingSpec, StepPlan, StepResult
 from tests.fakes.shadow_worker import ShadowWorker, isolated_output
 
 _NOBODY = -1
@@ -39,7 +40,7 @@ class Bench:
         self.scored: dict[int, int] = {}
         self.ended: dict[int, Ended] = {}
         self.now = 0.0
-        self.log: list[object] = []
+        self.log: list[StepPlan] = []
 
     def request(
         self,
@@ -229,8 +230,11 @@ def test_same_trace_same_decisions(seed: int) -> None:
             bench.submit(random_request(bench, draw))
             bench.step()
         bench.run()
-        logs.append(bench.log)
+        logs.append((bench.log, bench.state.decisions.records()))
     assert logs[0] == logs[1]
+    decided = [decode(record) for record in logs[0][1]]
+    assert sum(decision.num_steps for decision in decided) == len(logs[0][0])
+    assert sum(len(decision.started) for decision in decided) == sum(len(plan.new) for plan in logs[0][0])
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -439,7 +443,7 @@ def test_every_waiting_sequence_says_why() -> None:
     assert reasons == {"blocks": 1, "priority": 1}
     views = bench.state.describe(bench.now + 2.0)
     assert [view.phase for view in views] == ["prefill", "waiting", "waiting"]
-    assert "needs up to 6 KV blocks" in views[1].wait_reason
+    assert "needs up to 7 KV blocks, 6 for its 24 tokens" in views[1].wait_reason
     assert "position 2 of 2" in views[2].wait_reason
     assert views[0].wait_reason == ""
     assert views[1].age_s == 2.0

@@ -39,16 +39,16 @@ class Committed:
     num_prompt_cached: int = 0
     num_recomputed: int = 0
     num_preempted: int = 0
+    num_lost: int = 0  # tokens of those preempted that were computed and are not cached
     requeued: list[Hashable] = field(default_factory=list)  # their step is dropped: a prefix they shared failed
 
 
 def launch(state: SchedulerState, plan: Plan) -> None:
     """Write a plan into the ledger: victims out, admissions in, blocks held, tokens in flight."""
+    state.decisions.note(plan)
     plan.draft.apply(plan.step, plan.now)
     for victim in plan.victims:
         _preempt(state, plan, victim)
-    if not plan.victims:
-        state.lengths.calm()
     for sequence, num_before in plan.bypassed:
         sequence.bypassed += len(plan.admissions) - num_before
     state.free_rows = plan.free_rows
@@ -82,7 +82,7 @@ def _preempt(state: SchedulerState, plan: Plan, victim: Victim) -> None:
     sequence.tokens_lost += record.num_lost
     sequence.preemptions += 1
     sequence.settled = sequence.preemptions >= state.limits.max_preemptions
-    state.lengths.raise_quantile()
+    state.lengths.raise_quantile(plan.now)
     state.requeue(sequence, plan.now)
 
 
@@ -117,6 +117,8 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
         )
     state.ledger.popleft()
     committed = Committed(num_preempted=len(plan.victims))
+    records = [victim.sequence.last_preemption for victim in plan.victims]
+    committed.num_lost = sum(record.num_lost for record in records if record is not None)
     committed.num_prompt_cached = sum(admission.num_computed for admission in plan.admissions)
     owned: BoolArray = np.zeros(len(state.slots.length), dtype=np.bool_)  # rows whose results still count, [rows]
     owned[entry.rows] = entry.alive(state.slots)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from pawl_server.scheduler.admission import blocks_for
+from pawl_server.scheduler.fit import Room
 from pawl_server.scheduler.sequence import SequenceState, Status
 
 if TYPE_CHECKING:
     from pawl_server.scheduler.state import SchedulerState
 
 __all__ = ["SequenceView", "WaitReason", "count_reasons", "describe", "wait_reasons"]
+
+
+_MOST_ASKED = 256  # waiting sequences that are asked for their reason when these are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,51 +43,76 @@ class SequenceView:
     user: str
     priority: int
     tenant: str
+    preemption_reason: str
+    lost_tokens: int
 
 
-def wait_reasons(state: SchedulerState) -> Iterator[tuple[SequenceState, WaitReason]]:
-    """Each waiting sequence, in the order in which they are considered, with what keeps it out.
+def wait_reasons(state: SchedulerState, most: int | None = None) -> Iterator[tuple[SequenceState, WaitReason]]:
+    """Each waiting sequence, in the order in which they are considered, with what keeps it out; at most `most`.
 
     A cached prefix is not looked up: the number of blocks is the most that it may need.
     """
     limits = state.limits
     num_rows = len(state.free_rows) + len(state.rows_to_free)
-    spare = limits.watermark_blocks if state.running else 0
-    promised = sum(
-        blocks_for(running.num_tokens, limits.block_size) - len(running.blocks) for running in state.running.values()
-    )
-    available = max(0, state.pool.num_available - promised - spare)
+    room = Room(state.slots, state.lengths, limits, 0, state.pool.now)
     head: SequenceState | None = None
     head_fits = True
-    for position, sequence in enumerate(state.queue.in_order()):
-        needed = blocks_for(sequence.num_tokens, limits.block_size)
-        fits = needed <= available
+    for position, sequence in enumerate(islice(state.queue.in_order(), most)):
+        need = room.need(sequence)
+        fits = room.fits(need, state.pool.num_available, 0, settled=sequence.settled)
         if head is None:
             head, head_fits = sequence, fits
         place = f"position {position + 1} of {state.num_waiting}"
         if not num_rows:
             yield sequence, WaitReason("slots", f"all {limits.max_running} slots are taken, {place}")
-        elif sequence is not head and head.request.priority > sequence.request.priority:
-            yield sequence, WaitReason("priority", f"a higher class waits (priority {head.request.priority}), {place}")
+        elif head.level > sequence.level:
+            yield sequence, WaitReason("priority", f"a higher class waits (priority {head.level}), {place}")
         elif sequence is not head and not head_fits and head.bypassed >= limits.max_bypass:
             text = f"blocks are kept for the head of the queue, overtaken {head.bypassed} times, {place}"
             yield sequence, WaitReason("reservation", text)
         elif not fits:
-            yield sequence, WaitReason("blocks", f"needs up to {needed} KV blocks, {available} are available, {place}")
+            available = max(0, state.pool.num_available - room.promised)
+            text = (
+                f"needs up to {need.expected} KV blocks, {need.now} for its {sequence.num_tokens} tokens and the others"
+                f" for its output; {available} are available and {room.promised} kept for those who run, {place}"
+            )
+            yield sequence, WaitReason("blocks", text)
+        elif sequence.tenant != head.tenant:
+            mine, theirs = state.accounts.service(sequence.tenant), state.accounts.service(head.tenant)
+            text = f"its tenant has had {mine:.0f} weighted tokens, the next one's {theirs:.0f}, {place}"
+            yield sequence, WaitReason("fairness", text)
         else:
             text = f"the step's {limits.max_batch_tokens} tokens go to others, {place}"
             yield sequence, WaitReason("slots", text)
 
 
 def count_reasons(state: SchedulerState) -> dict[str, int]:
-    """Waiting sequences by reason; they sum to all that wait."""
-    return dict(Counter(reason.reason for _, reason in wait_reasons(state)))
+    """Waiting sequences by reason; they sum to all that wait.
+
+    Only the first are asked; the others wait behind the last of these, for its reason.
+    """
+    first = [reason.reason for _, reason in wait_reasons(state, _MOST_ASKED)]
+    counts = Counter(first)
+    if first:
+        counts[first[-1]] += len(state.queue) - len(first)
+    return dict(counts)
 
 
 def _phase(sequence: SequenceState) -> str:
     if sequence.status is Status.WAITING:
         return "preempted" if sequence.preemptions else "waiting"
     return "decode" if sequence.num_output else "prefill"
+
+
+def _why_preempted(sequence: SequenceState) -> str:
+    last = sequence.last_preemption
+    if last is None:
+        return ""
+    need = {"decode": "those who decode", "progress": "the oldest of the highest class"}[last.reason]
+    return (
+        f"step {last.step}: {need} were short of {last.num_short} KV blocks; {last.num_computed} tokens were computed,"
+        f" {last.num_lost} of them are not cached"
+    )
 
 
 def describe(state: SchedulerState, now: float) -> list[SequenceView]:
@@ -102,6 +131,8 @@ def describe(state: SchedulerState, now: float) -> list[SequenceView]:
             user=sequence.request.user,
             priority=sequence.request.priority,
             tenant=sequence.request.tenant,
+            preemption_reason=_why_preempted(sequence),
+            lost_tokens=sequence.tokens_lost,
         )
         for sequence in sorted(state.live.values(), key=lambda sequence: sequence.order)
     ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pawl_server.scheduler.sequence import SequenceState
+from pawl_server.scheduler.sequence import SequenceState, Status
 from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
 
 __all__ = ["LedgerEntry"]
@@ -42,6 +42,11 @@ class LedgerEntry:
         """Whether the sequence that runs in a row now is computed by this step."""
         found = np.flatnonzero(self.rows == row)
         return len(found) > 0 and bool(self.generations[found[0]] == slots.generation[row])
+
+    def members(self, slots: SlotTable) -> list[SequenceState]:
+        """The sequences of the step that have not ended."""
+        running = [slots.owner(row) for row in self.rows[self.alive(slots)].tolist()]
+        return running + [sequence for sequence in self.stale.values() if sequence.status is not Status.ENDED]
 
     def drain(self) -> None:
         """Nothing is owed any more to those who lost their KV since."""

@@ -14,6 +14,7 @@ from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
 from pawl_server.kv.block_pool import BlockPool
 from pawl_server.kv.host_tier import HostTier
 from pawl_server.scheduler.admission import Refusal, SchedulerLimits, refuse, token_limit
+from pawl_server.scheduler.decisions import DecisionRing
 from pawl_server.scheduler.explain import SequenceView, count_reasons, describe
 from pawl_server.scheduler.fairness import Prices, TenantAccounts
 from pawl_server.scheduler.ledger import LedgerEntry
@@ -55,6 +56,7 @@ class SchedulerState:
         )
         self.slots = SlotTable(limits.max_running, limits.block_size)
         self.accounts = TenantAccounts(Prices())
+        self.decisions = DecisionRing()
         self.lengths = OutputLengths(limits.output_quantile)
         self.queue = WaitingQueue(self.accounts, limits.ageing_s)
         self.ledger: deque[LedgerEntry] = deque()  # launched steps, oldest first
