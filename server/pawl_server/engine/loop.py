@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,16 @@ _NOTHING_FITS_S = 0.05  # pause when sequences wait and none of them can be plan
 
 
 @dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A launched step, oldest first in the loop's queue. Times of the loop's clock."""
+
+    plan: Plan
+    task: asyncio.Task[StepResult]
+    planned_at: float
+    launched_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Abort:
     key: SequenceKey
     reason: str
@@ -60,6 +71,7 @@ class EngineLoop:
         meter: is told of each of them.
         budget: how many prompt tokens a step takes beside decodes; None = as many as `limits` allow.
         clock: monotonic seconds.
+        depth: steps that may be in flight at once.
         check_every: check the scheduler's invariants every n steps; 0 = never.
     """
 
@@ -73,6 +85,7 @@ class EngineLoop:
         *,
         budget: StepBudget | None = None,
         clock: Callable[[], float] = time.monotonic,
+        depth: int = 1,
         check_every: int = 0,
     ) -> None:
         self.state = state
@@ -84,6 +97,8 @@ class EngineLoop:
         self.clock = clock
         self.num_steps = 0  # committed, over all epochs
         self._check_every = check_every
+        self._depth = depth
+        self._in_flight: deque[_InFlight] = deque()
         self._inbox: list[SequenceRequest | _Abort] = []
         self._delivery = Delivery()
         self._suspects = Suspects()
@@ -107,36 +122,59 @@ class EngineLoop:
         try:
             while not self._stopping:
                 await self.tick()
+            while self._in_flight:
+                await self._click()
         finally:
             reporter.cancel()
             self.meter.flush()
             self.stopped.set()
 
     def stop(self) -> None:
-        """Stop after the step that runs."""
+        """Stop after the steps that run."""
         self._stopping = True
         self._wake.set()
 
     async def tick(self) -> None:
-        """One click of the ratchet; waits for work when there is none."""
+        """One click of the ratchet; waits for work when there is none.
+
+        With a depth of 2 the next step is planned and launched before the one that runs is awaited.
+        """
         self._drain()
+        launched = len(self._in_flight) < self._depth_now() and self._launch()
+        if len(self._in_flight) >= self._depth_now() or (self._in_flight and not launched):
+            await self._click()
+        elif not launched:
+            await self._wait_for_work()
+
+    def _launch(self) -> bool:
+        """Plan a step and hand it to the executor; False when there is nothing to compute."""
         planned_at = self.clock()
         plan = plan_step(self.state, self._step_limits(), planned_at, self.budget)
         if plan is None:
-            await self._wait_for_work()
-            return
+            return False
         launch(self.state, plan)
-        launched_at = self.clock()
+        task = asyncio.create_task(self.executor.run(plan.wire()), name=f"step {plan.step}")
+        self._in_flight.append(_InFlight(plan, task, planned_at, self.clock()))
+        return True
+
+    async def _click(self) -> None:
+        """Wait for the oldest step and settle it: the pawl falls."""
+        step = self._in_flight[0]
         try:
-            with self.watchdog.watch(plan.step):
-                result = await self.executor.run(plan.wire())
+            with self.watchdog.watch(step.plan.step):
+                result = await step.task
         except Exception as error:
-            await self._recover(plan, error)
+            await self._recover(error)
             return
+        self._in_flight.popleft()
         answered_at = self.clock()
-        committed = commit(self.state, plan, result, now=answered_at)
+        committed = commit(self.state, step.plan, result, now=answered_at)
         self._delivery.emit(committed, self.num_steps + 1)
-        self._settle(plan, result, committed, (planned_at, launched_at, answered_at))
+        self._settle(step, result, committed, answered_at)
+
+    def _depth_now(self) -> int:
+        """Steps that may be in flight. On probation one: whoever crashes it must be known."""
+        return 1 if self._suspects.on_probation else self._depth
 
     def attach(self, outbox: Outbox) -> None:
         """A connection opened; its tokens go into `outbox`."""
@@ -207,16 +245,17 @@ class EngineLoop:
                 async with asyncio.timeout(timeout_s):
                     await self._wake.wait()
 
-    async def _recover(self, plan: Plan, error: Exception) -> None:
-        """A step crashed: void it, queue its sequences again and find out who it was.
+    async def _recover(self, error: Exception) -> None:
+        """The oldest step crashed: void all in flight, queue their sequences again and find out who it was.
 
         Raises:
             ServerError: the worker crashes again and again, or cannot be reset.
         """
-        members = plan.members(self.state.slots)
+        plan = self._in_flight[0].plan
+        members = [sequence.request for sequence in self.state.ledger[0].members(self.state.slots)]
         log.error("step %d crashed with %d sequences", plan.step, len(members), exc_info=error)
         now = self.clock()
-        void(self.state, plan)
+        await self._void()
         cause = f"{type(error).__name__}: {error}"
         if self._suspects.crash_storm(now):
             raise ServerError(
@@ -240,9 +279,16 @@ class EngineLoop:
         self.meter.idle(settled_at - self._settled_at)  # nothing came of it
         self._settled_at = settled_at
 
-    def _settle(self, plan: Plan, result: StepResult, committed: Committed, times: tuple[float, float, float]) -> None:
-        """Keep the books of a committed step. `times`: planned, launched, answered."""
-        planned_at, launched_at, answered_at = times
+    async def _void(self) -> None:
+        """Take every step in flight back, the newest first; what still runs cannot count."""
+        with self.watchdog.watch(self._in_flight[-1].plan.step):
+            await asyncio.gather(*(step.task for step in self._in_flight), return_exceptions=True)
+        while self._in_flight:
+            void(self.state, self._in_flight.pop().plan)
+
+    def _settle(self, step: _InFlight, result: StepResult, committed: Committed, answered_at: float) -> None:
+        """Keep the books of a committed step."""
+        plan = step.plan
         self.num_steps += 1
         self._idle = False
         self._progress_at = answered_at
@@ -256,6 +302,9 @@ class EngineLoop:
                 log.exception("after step %d the scheduler contradicts itself", self.num_steps)
         now = self.clock()
         worker_s = result.prepare_s + result.forward_s + result.sample_s
+        # What the step added to the time that passed: its planning does not, where an older step ran meanwhile.
+        elapsed_s = now - max(step.planned_at, self._settled_at)
+        schedule_s = min(step.launched_at - step.planned_at, max(0.0, elapsed_s - worker_s))
         if self.budget is not None:
             self.budget.observe(plan.num_tokens, plan.num_pairs, worker_s)
         self.meter.step(
@@ -263,12 +312,12 @@ class EngineLoop:
                 kind=plan.kind,
                 num_sequences=plan.num_sequences,
                 num_tokens=plan.num_tokens,
-                idle_s=planned_at - self._settled_at,
-                schedule_s=launched_at - planned_at,
+                idle_s=max(0.0, step.planned_at - self._settled_at),
+                schedule_s=schedule_s,
                 prepare_s=result.prepare_s,
                 forward_s=result.forward_s,
                 sample_s=result.sample_s,
-                postprocess_s=now - launched_at - worker_s,
+                postprocess_s=max(0.0, elapsed_s - schedule_s - worker_s),
                 num_output=len(committed.token_ids),
                 num_prompt_computed=committed.num_prompt_computed,
                 num_prompt_cached=committed.num_prompt_cached,
@@ -276,6 +325,7 @@ class EngineLoop:
                 num_preempted=committed.num_preempted,
                 num_swapped_out=len(plan.draft.swap_out),
                 num_swapped_in=len(plan.draft.swap_in),
+                num_lost=committed.num_lost,
             )
         )
         self._settled_at = now

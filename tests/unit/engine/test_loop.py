@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -21,7 +22,7 @@ from pawl_server.scheduler.admission import Refusal, SchedulerLimits
 from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
 from tests.fakes.engine_harness import expected_output, submit_frame
-from tests.fakes.engine_worker import VOCAB_SIZE, FakeEngineWorker
+from tests.fakes.engine_worker import DELAYED_POISON, POISON, VOCAB_SIZE, FakeEngineWorker
 
 LIMITS = SchedulerLimits(num_blocks=64, block_size=4, max_running=4, max_batch_tokens=16, max_context=64)
 
@@ -36,13 +37,13 @@ class Tripping(SchedulerState):
 
 
 @contextlib.asynccontextmanager
-async def _loop() -> AsyncIterator[EngineLoop]:
+async def _loop(depth: int = 1, worker: FakeEngineWorker | None = None) -> AsyncIterator[EngineLoop]:
     executor, watchdog = InProcessExecutor(), Watchdog(60.0)
-    await executor.load(FakeEngineWorker)
+    await executor.load(lambda: worker or FakeEngineWorker())
     state = Tripping(LIMITS, CacheRoot("m", "float32", 4))
     meter = Meter(EngineMetrics("m", 0))
     try:
-        yield EngineLoop(state, LIMITS, executor, watchdog, meter, check_every=1)
+        yield EngineLoop(state, LIMITS, executor, watchdog, meter, depth=depth, check_every=1)
     finally:
         watchdog.close()
         await executor.close()
@@ -142,3 +143,81 @@ async def test_it_sleeps_without_work_and_wakes_for_it() -> None:
         loop.stop()
         await asyncio.wait_for(running, 20)
         assert loop.stopped.is_set()
+
+
+async def test_with_two_steps_in_flight_the_next_is_launched_before_the_first_is_settled() -> None:
+    worker = FakeEngineWorker()
+    worker.gate = threading.Event()
+    async with _loop(2, worker) as loop:
+        outbox = Outbox(1)
+        loop.attach(outbox)
+        loop.submit(_request(1, [5, 6], 3))
+        await loop.tick()
+        tick = asyncio.create_task(loop.tick())
+        while len(loop.state.ledger) < 2:
+            await asyncio.sleep(0)
+        worker.gate.set()
+        await tick
+        assert [token for _, token in (await _take(outbox))[0]] == expected_output([5, 6], 1)
+        assert len(loop.state.ledger) == 1
+
+
+async def _run_to_the_end(loop: EngineLoop) -> None:
+    await loop.tick()
+    while loop.state.has_work() or loop.state.ledger:
+        await loop.tick()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_aborts_and_a_crash_change_nothing_for_the_others(depth: int) -> None:
+    """One crashes the worker whenever it starts, one in mid-output; one is aborted, perhaps while in flight."""
+    async with _loop(depth) as loop:
+        outbox = Outbox(1)
+        loop.attach(outbox)
+        prompts = {1: [5, 6], 2: [POISON, 1], 3: [7] * 9, 4: [DELAYED_POISON, 6], 5: [9]}
+        for handle, prompt in prompts.items():
+            loop.submit(_request(handle, prompt, 8))
+        for _ in range(3):
+            await loop.tick()
+        loop.abort((1, 5), "cancelled")
+        await _run_to_the_end(loop)
+        tokens, ends = await _take(outbox)
+        reasons = {end.handle: end.reason for end in ends}
+        assert sorted(reasons) == sorted(prompts), "everybody ends exactly once"
+        assert len(ends) == len(prompts)
+        for handle in (1, 3):
+            assert reasons[handle] == engine_pb2.END_REASON_MAX_TOKENS
+            assert [token for own, token in tokens if own == handle] == expected_output(prompts[handle], 8)
+        assert reasons[2] == reasons[4] == engine_pb2.END_REASON_FAILED
+        assert loop.state.counts().used_blocks == 0
+
+
+async def test_stop_settles_what_is_in_flight() -> None:
+    async with _loop(2) as loop:
+        outbox = Outbox(1)
+        loop.attach(outbox)
+        loop.submit(_request(1, [5, 6], 50))
+        running = asyncio.create_task(loop.run())
+        await outbox.take()
+        loop.stop()
+        await asyncio.wait_for(running, 20)
+        assert not loop.state.ledger
+
+
+async def test_at_most_one_row_is_wasted_on_a_sequence_that_stopped() -> None:
+    """With two steps in flight one step is too many after a stop token, and none where the end was certain."""
+    worker = FakeEngineWorker()
+    async with _loop(2, worker) as loop:
+        loop.attach(Outbox(1))
+        loop.submit(_request(1, [5, 6, 7], 4))
+        await _run_to_the_end(loop)
+        assert worker.num_executed == 4
+    stop = expected_output([5, 6, 7], 3)[-1]
+    worker = FakeEngineWorker()
+    async with _loop(2, worker) as loop:
+        loop.attach(Outbox(1))
+        frame = submit_frame([5, 6, 7], 40)
+        frame.stop_token_ids.append(stop)
+        loop.submit(to_request(frame, (1, 1), VOCAB_SIZE))
+        await _run_to_the_end(loop)
+        assert worker.num_executed == 3 + 1
