@@ -86,6 +86,8 @@ def _request_state(message: admin_pb2.RequestState) -> RequestState:
         replica=message.replica,
         user=message.user,
         priority=message.priority,
+        preemption_reason=message.preemption_reason,
+        lost_tokens=message.lost_tokens,
     )
 
 

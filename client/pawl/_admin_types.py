@@ -78,6 +78,8 @@ class RequestState:
         wait_reason: why it waits, with the numbers; empty while it runs.
         replica: number of the replica that it is on.
         user: the caller's label of an end user.
+        preemption_reason: why it was preempted last, with the numbers; empty if it never was.
+        lost_tokens: tokens to be computed again because of preemptions.
     """
 
     request_id: str
@@ -91,3 +93,5 @@ class RequestState:
     replica: int
     user: str
     priority: int
+    preemption_reason: str = ""
+    lost_tokens: int = 0

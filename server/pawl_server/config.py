@@ -75,6 +75,10 @@ class EngineSettings:
     retained_share: float = _setting(0.25, "share of the blocks that callers may ask to keep, [0, 0.9]")
     watermark: float = _setting(0.01, "share of the blocks kept free at admission, [0, 0.5]")
     max_bypass: int = _setting(8, "how often a sequence that does not fit may be overtaken")
+    pipeline_depth: int = _setting(1, "steps in flight at once: 2 plans the next one while one is computed, 1 or 2")
+    max_preemptions: int = _setting(4, "how often a sequence may lose its blocks to others, at least 1")
+    output_quantile: float = _setting(0.5, "quantile of the outputs seen that admission keeps blocks for, [0, 0.95]")
+    ageing_s: float = _setting(30.0, "a request that waited so long rises by one priority class; 0 = never")
     num_threads: int = _setting(0, "compute threads of a replica; 0 = cores / replicas", common=True)
     step_timeout_s: float = _setting(60.0, "a step that takes longer means a hung worker: the replica is rebuilt")
     check_every: int = _setting(0, "check the scheduler's invariants every n steps; 0 = never")
@@ -250,6 +254,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "watermark": (0.0, 0.5),
     "retained_share": (0.0, 0.9),
     "max_retain_prefix_s": (0.001, 31_536_000.0),
+    "max_preemptions": (1, 1 << 20),
+    "pipeline_depth": (1, 2),
+    "output_quantile": (0.0, 0.95),
     "port": (0, 65535),
     "admin_port": (0, 65535),
     "metrics_port": (0, 65535),

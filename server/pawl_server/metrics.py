@@ -206,6 +206,12 @@ class EngineMetrics:
         self.batch_tokens = {kind: batch_tokens.labels(*values, kind) for kind in STEP_KINDS}
         preemptions = Counter("pawl_preemptions", "Sequences that lost their KV blocks", [*names, "reason"], registry=r)
         self.preemptions = {reason: preemptions.labels(*values, reason) for reason in ("blocks", "worker_lost")}
+        self.preempted_tokens = Counter(
+            "pawl_preempted_tokens",
+            "Computed tokens that preempted sequences lost with their blocks",
+            names,
+            registry=r,
+        ).labels(*values)
         self.last_step = Gauge(
             "pawl_worker_last_step_timestamp_seconds",
             "Unix time of the last step",

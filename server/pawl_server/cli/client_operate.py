@@ -60,7 +60,7 @@ def requests(arguments: argparse.Namespace) -> int:
             state.replica,
             state.priority,
             state.user,
-            state.wait_reason,
+            state.wait_reason or state.preemption_reason,
         )
         for state in states
     ]
@@ -75,7 +75,7 @@ def requests(arguments: argparse.Namespace) -> int:
         "replica",
         "priority",
         "user",
-        "waits because",
+        "waits, or lost its blocks, because",
     )
     print_table(headers, rows)
     return 0

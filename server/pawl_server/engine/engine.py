@@ -134,6 +134,7 @@ class Engine:
             self._watchdog,
             meter,
             budget=StepBudget(spec.engine.target_gap_s) if spec.engine.target_gap_s > 0 else None,
+            depth=spec.engine.pipeline_depth,
             check_every=spec.engine.check_every,
         )
         service = EngineService(self._loop, _welcome(spec, facts, limits), spec.heartbeat_timeout_s)
@@ -260,6 +261,9 @@ def _limits(spec: EngineSpec, facts: WorkerFacts) -> SchedulerLimits:
             max_cache_events=MAX_CACHE_EVENTS,
             watermark=engine.watermark,
             max_bypass=engine.max_bypass,
+            max_preemptions=engine.max_preemptions,
+            output_quantile=engine.output_quantile,
+            ageing_s=engine.ageing_s,
         )
     except ValueError as error:
         raise InvalidRequest(str(error), reason="BAD_SETTING") from error

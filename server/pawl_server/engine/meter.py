@@ -41,6 +41,7 @@ class StepRecord:
     num_preempted: int
     num_swapped_out: int = 0
     num_swapped_in: int = 0
+    num_lost: int  # computed tokens of those preempted that are not cached
 
     @property
     def duration_s(self) -> float:
@@ -120,3 +121,4 @@ class Meter:
         metrics.swapped_blocks["in"].inc(record.num_swapped_in)
         if record.num_preempted:
             metrics.preemptions["blocks"].inc(record.num_preempted)
+            metrics.preempted_tokens.inc(record.num_lost)

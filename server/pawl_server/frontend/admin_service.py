@@ -163,6 +163,8 @@ def _state(sequence: engine_pb2.SequenceState, replica: int) -> admin_pb2.Reques
         replica=replica,
         user=sequence.user,
         priority=sequence.priority,
+        preemption_reason=sequence.preemption_reason,
+        lost_tokens=sequence.lost_tokens,
     )
 
 

@@ -22,19 +22,23 @@ __all__ = ["ANONYMOUS", "KeyFile", "Principal", "cache_key", "hash_key", "new_ke
 log = logging.getLogger(__name__)
 
 _PREFIX = "sha256:"
-_FIELDS = {"hash", "tenant", "max_priority", "requests_per_minute", "tokens_per_minute", "max_concurrent"}
+_FIELDS = {"hash", "tenant", "weight", "max_priority", "requests_per_minute", "tokens_per_minute", "max_concurrent"}
 _MAX_KEY_LENGTH = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The authenticated caller. Limits of 0 mean none."""
+    """The authenticated caller. Limits of 0 mean none.
+
+    `weight` is the tenant's share of an engine that is short of room, against the others who wait.
+    """
 
     tenant: str
     max_priority: int = 10
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
     max_concurrent: int = 0
+    weight: int = 1
 
 
 ANONYMOUS = Principal("anonymous")
@@ -80,6 +84,7 @@ class KeyFile:
         requests_per_minute = 600    # of the tenant; default 0 = no limit; so the next two
         tokens_per_minute = 100000
         max_concurrent = 32
+        weight = 2                   # the tenant's share when tenants wait; default 1
 
     Raises:
         InvalidRequest: the file cannot be read or has an entry that is wrong.
@@ -144,10 +149,12 @@ def _read_keys(path: Path) -> list[tuple[bytes, Principal]]:
     if not isinstance(entries, list) or not entries:
         raise InvalidRequest(f"{path} has no [[keys]]: nobody could call", reason="BAD_KEY_FILE")
     keys: list[tuple[bytes, Principal]] = []
-    limits: dict[str, tuple[int, int, int]] = {}
+    limits: dict[str, tuple[int, ...]] = {}
     for index, entry in enumerate(entries):
         digest, principal = _read_entry(f"{path}: keys[{index}]", entry)
-        own = (principal.requests_per_minute, principal.tokens_per_minute, principal.max_concurrent)
+        own = (
+            principal.requests_per_minute, principal.tokens_per_minute, principal.max_concurrent, principal.weight
+        )  # fmt: skip
         if limits.setdefault(principal.tenant, own) != own:
             text = (
                 f"{path}: keys[{index}]: limits belong to the tenant: give {principal.tenant!r} the same in every entry"
@@ -167,11 +174,11 @@ def _read_entry(where: str, entry: object) -> tuple[bytes, Principal]:
         good = text.startswith(_PREFIX) and len(digest) == 32 and isinstance(tenant, str) and bool(tenant)
     except (AttributeError, ValueError):
         good, digest = False, b""
-    low = {"max_priority": -10}
+    low = {"max_priority": -10, "weight": 1}
     for name, value in numbers.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
         good = good and whole and low.get(name, 0) <= value and (name != "max_priority" or value <= 10)
     if not good:
-        text = f'{where}: hash must be "sha256:" and 64 hex digits, tenant a name, limits whole numbers >= 0'
+        text = f'{where}: hash must be "sha256:" and 64 hex digits, tenant a name, limits whole numbers, weight >= 1'
         raise InvalidRequest(text, reason="BAD_KEY_FILE")
     return digest, Principal(tenant, **({"max_priority": 0} | numbers))

@@ -193,6 +193,7 @@ def submit_handling(submit: engine_pb2.Submit, core: Core, handling: Handling, c
     submit.retain_prefix_s = handling.retain_prefix_s
     submit.user = handling.user
     submit.tenant = call.principal.tenant
+    submit.weight = call.principal.weight
 
 
 def _sampling(choice: SamplingChoice, logprobs: int | None) -> engine_pb2.Sampling:

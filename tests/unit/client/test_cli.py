@@ -142,7 +142,7 @@ def test_models_and_requests(run: Run, server: FakeServer, capsys: pytest.Captur
         next(stream.text_stream)
         assert run("requests") == 0
         headers, line = capsys.readouterr().out.splitlines()
-        assert headers.endswith("waits because")
+        assert headers.endswith("because")
         assert line.split()[:3] == ["r", "decode", "3"]
         assert run("requests", "--json") == 0
         assert json.loads(capsys.readouterr().out)[0]["request_id"] == "r"

@@ -22,6 +22,7 @@ RECORD = StepRecord(
     num_preempted=1,
     num_swapped_out=7,
     num_swapped_in=5,
+    num_lost=70,
 )
 
 
@@ -35,6 +36,7 @@ def test_steps_are_filled_in_at_a_scrape_and_only_once() -> None:
         assert totals["pawl_prompt_tokens_total"] == 22
         assert totals["pawl_step_duration_seconds_count"] == 2
         assert totals["pawl_preemptions_total"] == 2
+        assert totals["pawl_preempted_tokens_total"] == 140
         assert totals["pawl_batch_tokens_sum"] == 6
         assert totals["pawl_kv_swapped_blocks_total"] == 24
     assert meter.output_tokens == 6

@@ -68,6 +68,7 @@ def to_request(submit: engine_pb2.Submit, key: SequenceKey, vocab_size: int) -> 
         priority=submit.priority,
         user=submit.user,
         tenant=submit.tenant,
+        weight=submit.weight if submit.weight > 0 else 1.0,
     )
 
 
@@ -203,4 +204,6 @@ def to_sequence_state(view: SequenceView) -> engine_pb2.SequenceState:
         user=view.user,
         priority=view.priority,
         tenant=view.tenant,
+        preemption_reason=view.preemption_reason,
+        lost_tokens=view.lost_tokens,
     )
