@@ -4,6 +4,9 @@ Fills the scheduler with sequences that decode, answers each plan with a token p
 launch and commit of the steps in which everybody decodes. Block boundaries are staggered by the lengths of the
 prompts, so blocks are taken and prefixes published as in service. Cases are run in turn, several rounds; a line gives
 the median of all steps, the spread of the rounds' medians, and the 99th percentile. Run it on an idle machine.
+
+With `--peer-python PATH`, an interpreter that has vLLM, its scheduler is driven on the same prompts in the same run, in
+turn with ours; the last columns give its median, and how many times as long it takes, round by round.
 """
 
 from __future__ import annotations
@@ -11,14 +14,17 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pawl_loadtest import scheduler_bench_vllm
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import commit, launch
@@ -27,7 +33,7 @@ from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import SamplingSpec, StepPlan, StepResult
 
-__all__ = ["CASES", "Case", "Trace", "decode_steps", "main"]
+__all__ = ["CASES", "Case", "Outcome", "Peer", "Trace", "decode_steps", "main"]
 
 BLOCK_SIZE = 16
 _EOS = 2
@@ -43,6 +49,7 @@ class Case:
 
 
 CASES = (Case(64, 0), Case(256, 0), Case(1024, 0), Case(256, 1_000), Case(256, 100_000))
+_MOST_WAITING_AT_PEER = 1_000  # it takes minutes to queue more
 GOALS_US = {64: 150, 256: 300, 1024: 1000}
 
 
@@ -78,6 +85,16 @@ class _Stub:
         return StepResult(plan.step, plan.epoch, rows, [_TOKEN] * len(rows), [], [], [], 0.0, 0.0, 0.0)
 
 
+def _limits(case: Case, num_steps: int) -> SchedulerLimits:
+    most_tokens = 4 * BLOCK_SIZE + num_steps
+    return SchedulerLimits(
+        num_blocks=case.running * (most_tokens // BLOCK_SIZE + 2) + 64, block_size=BLOCK_SIZE,
+        max_running=case.running, max_batch_tokens=case.running + 4096, max_context=2 * most_tokens,
+        max_prefill_chunk=512, max_partial_prefills=case.running, max_waiting=case.running + case.waiting,
+        output_quantile=0.0,
+    )  # fmt: skip
+
+
 def decode_steps(trace: Trace, num_steps: int) -> list[float]:
     """Seconds of plan, wire form, launch and commit of each step in which everybody decodes.
 
@@ -85,17 +102,12 @@ def decode_steps(trace: Trace, num_steps: int) -> list[float]:
         RuntimeError: a sequence is refused, or not everybody gets to run.
     """
     case = trace.case
-    most_tokens = 4 * BLOCK_SIZE + num_steps
-    limits = SchedulerLimits(
-        num_blocks=case.running * (most_tokens // BLOCK_SIZE + 2) + 64, block_size=BLOCK_SIZE,
-        max_running=case.running, max_batch_tokens=case.running + 4096, max_context=2 * most_tokens,
-        max_prefill_chunk=512, max_partial_prefills=case.running, max_waiting=case.running + case.waiting,
-    )  # fmt: skip
+    limits = _limits(case, num_steps)
     state = SchedulerState(limits, CacheRoot("bench", "float32", BLOCK_SIZE))
     for number, prompt in enumerate(trace.prompts()):
         request = SequenceRequest(
             handle=(1, number), request_id=str(number), prompt_ids=prompt, sampling=SamplingSpec(),
-            max_output_tokens=most_tokens, cache_key=b"bench", eos_token_ids=frozenset({_EOS}),
+            max_output_tokens=limits.max_context // 2, cache_key=b"bench", eos_token_ids=frozenset({_EOS}),
         )  # fmt: skip
         refusal = state.submit(request, 0.0)
         if refusal is not None:
@@ -124,27 +136,96 @@ def decode_steps(trace: Trace, num_steps: int) -> list[float]:
     return seconds
 
 
+class Peer:
+    """vLLM's scheduler in a process of its own.
+
+    Args:
+        python: an interpreter that has vLLM.
+    """
+
+    def __init__(self, python: Path) -> None:
+        self._python = python
+        environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [python, scheduler_bench_vllm.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=environment, text=True,
+        )  # fmt: skip
+
+    def decode_steps(self, trace: Trace, num_steps: int) -> list[float]:
+        """As the function of this name, for the peer.
+
+        Raises:
+            RuntimeError: the peer died.
+        """
+        limits = _limits(trace.case, num_steps)
+        work: scheduler_bench_vllm.Work = {
+            "running": trace.case.running, "block_size": BLOCK_SIZE, "num_blocks": limits.num_blocks,
+            "max_batch_tokens": limits.max_batch_tokens, "max_context": limits.max_context,
+            "max_output_tokens": limits.max_context // 2, "num_steps": num_steps, "token_id": _TOKEN,
+            "prompts": list(trace.prompts()),
+        }  # fmt: skip
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("the peer has no pipes")
+        self._process.stdin.write(json.dumps(work) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"the peer ended with {self._process.wait()}: {self._python} {scheduler_bench_vllm.__file__}"
+            )
+        seconds: list[float] = json.loads(line)["seconds"]
+        return seconds
+
+    def close(self) -> None:
+        """Stop the process."""
+        self._process.terminate()
+        self._process.wait()
+
+
 @dataclass(slots=True)
 class Outcome:
     """Steps of one case, by round, in microseconds."""
 
     case: Case
     rounds: list[list[float]] = field(default_factory=list)
+    peer_rounds: list[list[float]] = field(default_factory=list)
 
     @property
     def median(self) -> float:
         """Over all steps."""
         return statistics.median(step for steps in self.rounds for step in steps)
 
+    @property
+    def ratios(self) -> list[float]:
+        """Peer's median over ours, round by round."""
+        pairs = zip(self.peer_rounds, self.rounds, strict=False)
+        return [statistics.median(theirs) / statistics.median(ours) for theirs, ours in pairs]
+
     def line(self) -> str:
         """One row of the table."""
         medians = [statistics.median(steps) for steps in self.rounds]
         every = sorted(step for steps in self.rounds for step in steps)
         goal = GOALS_US[self.case.running]
-        return (
+        line = (
             f"{self.case.running:>8}{self.case.waiting:>9}{self.median:>10.0f}"
             f"{f'{min(medians):.0f}-{max(medians):.0f}':>14}{every[int(0.99 * len(every))]:>8.0f}{goal:>7}"
         )
+        if self.peer_rounds:
+            theirs = statistics.median(step for steps in self.peer_rounds for step in steps)
+            spread = f"{statistics.median(self.ratios):.1f} ({min(self.ratios):.1f}-{max(self.ratios):.1f})"
+            line += f"{theirs:>10.0f}{spread:>18}"
+        return line
+
+    def measure(self, peer: Peer | None, num_steps: int) -> None:
+        """One round: ours and the peer's, in alternating order."""
+        trace = Trace(self.case)
+        asks_peer = peer is not None and self.case.waiting <= _MOST_WAITING_AT_PEER
+        ours_first = len(self.rounds) % 2 == 0
+        for ours in (True, False) if ours_first else (False, True):
+            if ours:
+                self.rounds.append([1e6 * step for step in decode_steps(trace, num_steps)])
+            elif asks_peer and peer is not None:
+                self.peer_rounds.append([1e6 * step for step in peer.decode_steps(trace, num_steps)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,16 +234,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200, help="measured steps of a round")
     parser.add_argument("--running", type=int, nargs="*", help="only the cases with so many running")
+    parser.add_argument("--peer-python", type=Path, help="an interpreter that has vLLM: compare with its scheduler")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(arguments)
     cases = [case for case in CASES if not options.running or case.running in options.running]
     outcomes = [Outcome(case) for case in cases]
-    for _ in range(options.rounds):
-        for outcome in outcomes:
-            outcome.rounds.append([1e6 * step for step in decode_steps(Trace(outcome.case), options.steps)])
+    peer = Peer(options.peer_python) if options.peer_python else None
+    try:
+        for _ in range(options.rounds):
+            for outcome in outcomes:
+                outcome.measure(peer, options.steps)
+    finally:
+        if peer is not None:
+            peer.close()
     sys.stdout.write(
         f"a decode step without a model, {options.rounds} rounds of {options.steps} steps, microseconds\n"
-        f"{'running':>8}{'waiting':>9}{'median':>10}{'of rounds':>14}{'p99':>8}{'goal':>7}\n"
+        f"{'running':>8}{'waiting':>9}{'median':>10}{'of rounds':>14}{'p99':>8}{'goal':>7}"
+        + (f"{'vLLM':>10}{'times ours':>18}\n" if peer else "\n")
     )
     sys.stdout.write("".join(outcome.line() + "\n" for outcome in outcomes))
     if options.json:
