@@ -238,6 +238,7 @@ class Submit(_message.Message):
     USER_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     RETAIN_PREFIX_S_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Number that the front end gives the sequence; unique on this stream."""
     request_id: _builtins.str
@@ -262,6 +263,8 @@ class Submit(_message.Message):
     """Name of the authenticated tenant."""
     retain_prefix_s: _builtins.float
     """Keep its cached prefix for so many seconds after its end; 0 = as long as there is room."""
+    weight: _builtins.float
+    """Its share of the service against other tenants; 0 = 1."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -302,10 +305,11 @@ class Submit(_message.Message):
         user: _builtins.str = ...,
         tenant: _builtins.str = ...,
         retain_prefix_s: _builtins.float = ...,
+        weight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_key", b"cache_key", "eos_token_ids", b"eos_token_ids", "handle", b"handle", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_from", b"prompt_logprobs_from", "request_id", b"request_id", "resume_ids", b"resume_ids", "retain_prefix_s", b"retain_prefix_s", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_key", b"cache_key", "eos_token_ids", b"eos_token_ids", "handle", b"handle", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_from", b"prompt_logprobs_from", "request_id", b"request_id", "resume_ids", b"resume_ids", "retain_prefix_s", b"retain_prefix_s", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "user", b"user", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
@@ -961,6 +965,8 @@ class SequenceState(_message.Message):
     USER_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    PREEMPTION_REASON_FIELD_NUMBER: _builtins.int
+    LOST_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Public request id."""
     phase: _builtins.str
@@ -983,6 +989,10 @@ class SequenceState(_message.Message):
     """Priority."""
     tenant: _builtins.str
     """Tenant."""
+    preemption_reason: _builtins.str
+    """Why it was preempted last, with the numbers; empty if it never was."""
+    lost_tokens: _builtins.int
+    """Tokens that it has to compute again, or had to, because of preemptions."""
     def __init__(
         self,
         *,
@@ -997,10 +1007,12 @@ class SequenceState(_message.Message):
         user: _builtins.str = ...,
         priority: _builtins.int = ...,
         tenant: _builtins.str = ...,
+        preemption_reason: _builtins.str = ...,
+        lost_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "num_blocks", b"num_blocks", "output_tokens", b"output_tokens", "phase", b"phase", "preemption_count", b"preemption_count", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "tenant", b"tenant", "user", b"user", "wait_reason", b"wait_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "lost_tokens", b"lost_tokens", "num_blocks", b"num_blocks", "output_tokens", b"output_tokens", "phase", b"phase", "preemption_count", b"preemption_count", "preemption_reason", b"preemption_reason", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "tenant", b"tenant", "user", b"user", "wait_reason", b"wait_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
