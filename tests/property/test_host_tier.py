@@ -67,7 +67,7 @@ def test_blocks_come_back_as_they_went(seed: int) -> None:
 def test_the_traces_do_restore() -> None:
     restored = [run_trace(seed) for seed in range(60)]
     assert sum(count > 0 for count in restored) > 15
-    assert sum(restored) > 100
+    assert sum(restored) > 50
 
 
 def test_nothing_is_moved_when_computing_is_cheaper() -> None:
