@@ -54,6 +54,12 @@ async def test_generate_continues_a_prompt(server: RunningFrontEnd) -> None:
     assert dict(await call.initial_metadata())["pawl-request-id"] == answer.request_id
 
 
+async def test_a_hint_to_keep_the_prefix_reaches_the_engine(server: RunningFrontEnd) -> None:
+    for options in (types_pb2.RequestOptions(retain_prefix=duration_pb2.Duration(seconds=90, nanos=500_000_000)), None):
+        await server.inference.Generate(_request(stop=_stop(max_output_tokens=1), options=options))
+    assert [submit.retain_prefix_s for submit in server.engine.submits] == [90.5, 0.0]
+
+
 async def test_unset_is_the_models_default_and_zero_is_zero(server: RunningFrontEnd) -> None:
     await server.inference.Generate(_request(stop=_stop(max_output_tokens=1)))
     sampling = types_pb2.SamplingParams(temperature=0.0, seed=0, min_p=0.0)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from pawl_workers.plan import SamplingSpec
+from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import make_llama
 from tests.fakes.worker_driver import WorkerDriver
@@ -55,6 +56,32 @@ def test_graphs_generate_what_the_reference_generates(folder: Path) -> None:
         assert all(one.failure is None for one in sequences)
         found.append([one.output for one in sequences])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_swapped_and_forked_blocks_hold_what_they_held(folder: Path, kernels: str) -> None:
+    """A prefix goes to pinned host memory, its blocks are overwritten, and it comes back and is forked."""
+    worker = Worker.load(dataclasses.replace(_options(folder, "float32", kernels=kernels), host_kv_bytes=64 << 20))
+    size = worker.facts.block_size
+    assert worker.facts.num_host_blocks >= 4
+    assert worker.facts.restore_block_s + worker.facts.restore_fixed_s > 0
+    worker.reset(1)
+    prompt = [(7 * place) % 251 for place in range(2 * size + size // 2)]
+    greedy, length = SamplingSpec(temperature=0.0), len(prompt)
+
+    def new(row: int, token_ids: list[int], blocks: list[int], num_computed: int = 0) -> NewSequence:
+        return NewSequence(row, token_ids, length, num_computed, blocks, greedy)
+
+    def run(step: int, sequence: NewSequence, freed: Sequence[int] = (), **moves: list[tuple[int, int]]) -> list[int]:
+        grant = length - sequence.num_computed
+        return worker.execute(
+            StepPlan(step, 1, list(freed), [sequence], [], [sequence.row], [grant], **moves)
+        ).token_ids
+
+    alone = run(1, new(0, prompt, [1, 2, 3]))
+    run(2, new(0, [9] * length, [1, 2, 4]), [0], swap_out=[(1, 3), (2, 0)])
+    assert run(3, new(0, prompt, [7, 8, 9], 2 * size), [0], swap_in=[(3, 7), (0, 8)]) == alone
+    assert run(4, new(1, prompt, [7, 8, 11], length - 3), copies=[(9, 11)]) == alone
 
 
 def test_a_decode_step_does_not_wait_for_the_device(folder: Path, synchronising_is_an_error: None) -> None:
