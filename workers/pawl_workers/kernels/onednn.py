@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels import gathered_attention
-from pawl_workers.kernels.reference import ReferenceActivation, ReferenceLinear, ReferenceNorm
+from pawl_workers.kernels.reference import ReferenceLinear, ReferenceNorm
 from pawl_workers.kernels.rotation import split_and_turn
+from pawl_workers.kernels.steady_activation import SteadyActivation
 from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.model.spec import Activation
 from pawl_workers.model.weights import AttentionRule, LayerWeights, NormWeights, QueryKeyNormWeights
@@ -84,9 +85,9 @@ class OneDnnKernels:
         """Torch's own."""
         return ReferenceNorm(weights)
 
-    def pack_activation(self, activation: Activation, *, gated: bool) -> ReferenceActivation:
-        """Torch's own."""
-        return ReferenceActivation(activation, gated)
+    def pack_activation(self, activation: Activation, *, gated: bool) -> SteadyActivation:
+        """Of operations whose rows are independent."""
+        return SteadyActivation(activation, gated)
 
     def cache_shapes(self, num_blocks: int, shape: AttentionShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Keys and values alike: [num_blocks, K, 32, head_dim]."""
