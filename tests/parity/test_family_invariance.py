@@ -207,12 +207,17 @@ def planted(weights: Weights, place: str, fault: type[SplitByRows]) -> Weights:
         return replace(weights, head=replace(weights.head, linear=fault(weights.head.linear)))
     first, *others = weights.layers
     assert isinstance(first.mlp, MlpWeights)
-    if place in {"up", "down"}:
-        first = replace(first, mlp=replace(first.mlp, **{place: fault(getattr(first.mlp, place))}))
-    else:
-        attention = replace(first.attention, **{place: fault(getattr(first.attention, place))})
-        first = replace(first, attention=attention)
-    return replace(weights, layers=(first, *others))
+    attention, mlp = first.attention, first.mlp
+    match place:
+        case "qkv":
+            attention = replace(attention, qkv=fault(attention.qkv))
+        case "output":
+            attention = replace(attention, output=fault(attention.output))
+        case "up":
+            mlp = replace(mlp, up=fault(mlp.up))
+        case _:
+            mlp = replace(mlp, down=fault(mlp.down))
+    return replace(weights, layers=(replace(first, attention=attention, mlp=mlp), *others))
 
 
 @pytest.mark.parametrize("fault", [SplitByRows, TorchLinear])
@@ -220,7 +225,7 @@ def planted(weights: Weights, place: str, fault: type[SplitByRows]) -> Weights:
 def test_a_kernel_that_depends_on_the_batch_is_caught(tmp_path: Path, place: str, fault: type[SplitByRows]) -> None:
     """Wherever it stands, within a few schedules; the sound kernels pass the same ones."""
     folder = make_llama(tmp_path, hidden_size=64, intermediate_size=120, max_position_embeddings=MAX_POSITIONS)
-    sound, faulty = (LogitRunner(folder, "cpu", max_running=MAX_ROWS) for _ in range(2))
+    sound, faulty = (LogitRunner(folder, "cpu", max_running=MAX_ROWS, one_by_one=True) for _ in range(2))
     faulty.weights = planted(faulty.weights, place, fault)
     caught = False
     for seed in range(5):
