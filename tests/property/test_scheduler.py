@@ -90,6 +90,9 @@ class Bench:
         if plan is None:
             return False
         assert 1 <= plan.num_tokens <= self.limits.max_batch_tokens
+        if plan.victims:
+            best = min(self.state.running.values(), key=lambda s: (-s.level, s.order))
+            assert best not in [victim.sequence for victim in plan.victims], "the oldest of the top class lost its KV"
         wire = plan.wire()
         launch(self.state, plan)
         check_invariants(self.state)

@@ -24,7 +24,7 @@ def _hold(condition: object, what: str) -> None:
 
 
 def check_invariants(state: SchedulerState) -> None:
-    """Verify blocks, tables, queues and the ledger (numbers 1-7, 9-13, 15, 19-21 of the design's list).
+    """Verify blocks, tables, queues and the ledger (numbers 1-7, 9-13, 15, 19-21, 26, 27 of the design's list).
 
     Raises:
         InvariantError: naming the first thing that does not hold.
@@ -50,8 +50,12 @@ def check_invariants(state: SchedulerState) -> None:
     for sequence in waiting:
         _hold(sequence.status is Status.WAITING, "a waiting sequence says that it does not wait")
         _hold(not sequence.blocks and sequence.row < 0, "a waiting sequence holds KV")
+        _hold(sequence.bypassed <= state.limits.max_bypass, "a sequence was overtaken more often than may be")
     for sequence in running:
         _check_running(state, sequence)
+    for sequence in [*waiting, *running]:
+        _hold(sequence.preemptions <= state.limits.max_preemptions, "a sequence was preempted more often than may be")
+        _hold(sequence.level >= sequence.request.priority, "a sequence fell below its class")
     _check_ledger(state)
     launched = {entry.step for entry in state.ledger}
     _hold(state.pool.pending_steps() <= launched, "a block is announced by a step that is not in flight")

@@ -1,0 +1,105 @@
+"""Bugs planted in the scheduler, one at a time: the traces of its property tests must fail over each."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from pawl_server.kv.block_pool import PoolError
+from pawl_server.scheduler import committer, planner
+from pawl_server.scheduler.committer import StaleResultError
+from pawl_server.scheduler.fit import Room
+from pawl_server.scheduler.invariants import InvariantError, check_invariants
+from pawl_server.scheduler.ledger import LedgerEntry
+from pawl_server.scheduler.queues import Cursor
+from pawl_server.scheduler.sequence import SequenceState
+from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
+from tests.property.test_scheduler import Bench, make_limits, random_request
+
+NUM_TRACES = 60
+
+
+def run_trace(seed: int) -> None:
+    """Arrivals, aborts and lost workers at any depth; what is left runs to its end and is compared."""
+    draw = random.Random(seed)
+    bench = Bench(make_limits(draw), depth=draw.randint(1, 3))
+    for _ in range(draw.randint(5, 20)):
+        bench.submit(random_request(bench, draw))
+        for _ in range(draw.randint(0, 3)):
+            bench.step()
+        if draw.random() < 0.2 and bench.requests:
+            ended = bench.state.abort(draw.choice(list(bench.requests)), "cancelled", bench.now)
+            if ended is not None:
+                bench.finish(ended)
+        if draw.random() < 0.05:
+            bench.lose_worker()
+        check_invariants(bench.state)
+    bench.run()
+    assert set(bench.ended) == set(bench.requests)
+    for handle in bench.requests:
+        bench.check_output(handle)
+
+
+def run_traces() -> None:
+    """All of them, from the first."""
+    for seed in range(NUM_TRACES):
+        run_trace(seed)
+
+
+def test_the_traces_pass_without_a_bug() -> None:
+    run_traces()
+
+
+def _drop_late(*_: object) -> None:
+    """Tokens of those preempted in flight are lost."""
+
+
+def _everybody_alive(entry: LedgerEntry, slots: SlotTable) -> BoolArray:
+    """A result is given to whoever has the row now."""
+    return np.asarray(slots.length[entry.rows] > 0, dtype=np.bool_)
+
+
+def _oldest_first(slots: SlotTable, rows: IntArray) -> list[int]:
+    """Nobody is protected, and the class does not count."""
+    oldest: list[int] = rows[np.argsort(slots.order[rows])].tolist()
+    return oldest
+
+
+def _anybody_fits(*_: object, **__: object) -> bool:
+    """The fit test counts nothing."""
+    return True
+
+
+def _all_hits(sequence: SequenceState, block_size: int) -> int:
+    """Nothing is left to compute of a prompt that is cached as a whole."""
+    return -(-sequence.num_tokens // block_size)
+
+
+def _keep_what_was_lifted(*_: object) -> None:
+    """What a pass over the queue lifted out of it is not put back."""
+
+
+def _keep_nothing(sequence: SequenceState, now: float) -> None:
+    """A sequence that loses its KV does not say that it waits."""
+    del now
+    sequence.leave_row()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "bug"),
+    [
+        (committer, "_deliver_late", _drop_late),
+        (LedgerEntry, "alive", _everybody_alive),
+        (planner, "victims_in_order", _oldest_first),
+        (Room, "fits", _anybody_fits),
+        (planner, "_max_hits", _all_hits),
+        (Cursor, "__exit__", _keep_what_was_lifted),
+        (SequenceState, "lose_kv", _keep_nothing),
+    ],
+)
+def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, where: object, name: str, bug: object) -> None:
+    monkeypatch.setattr(where, name, bug)
+    with pytest.raises((AssertionError, InvariantError, PoolError, StaleResultError, LookupError, ValueError)):
+        run_traces()
