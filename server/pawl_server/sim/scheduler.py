@@ -167,6 +167,7 @@ class SimulatedScheduler:
                 return plan
             newest = self.state.running[max(self.state.running)]
             newest.preemptions += 1
+            self.state.lengths.raise_quantile(now_s)
             self.state.pool.release(newest.blocks)
             self.state.rows_to_free.append(newest.row)
             self.state.requeue(newest, now_s)
