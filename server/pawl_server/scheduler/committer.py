@@ -122,12 +122,14 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
     committed.num_prompt_cached = sum(admission.num_computed for admission in plan.admissions)
     owned: BoolArray = np.zeros(len(state.slots.length), dtype=np.bool_)  # rows whose results still count, [rows]
     owned[entry.rows] = entry.alive(state.slots)
-    for failure in result.failures:
-        _retract(state, committed, entry, failure.row, now)
-    owned[entry.rows] = entry.alive(state.slots)
+    if result.failures:
+        for failure in result.failures:
+            _retract(state, committed, entry, failure.row, now)
+        owned[entry.rows] = entry.alive(state.slots)
     state.pool.settle(plan.step)
     _fail(state, committed, entry, owned, result, now)
-    _advance(state, committed, entry.rows[owned[entry.rows]], entry.num_tokens[owned[entry.rows]])
+    going = owned[entry.rows]
+    _advance(state, committed, entry.rows[going], entry.num_tokens[going])
     for scored in result.prompt_logprobs:
         sequence = state.slots.owner(scored.row) if owned[scored.row] else entry.stale.get(scored.row)
         if sequence is not None and sequence.status is not Status.ENDED:
@@ -164,10 +166,12 @@ def _advance(state: SchedulerState, committed: Committed, rows: IntArray, num_to
     before = slots.computed[rows]
     after = before + num_tokens
     slots.computed[rows] = after
-    again = np.minimum(slots.recompute_until[rows] - before, num_tokens).clip(0)
-    prompt = np.minimum(slots.num_prompt[rows] - before, num_tokens) - again
-    committed.num_recomputed += int(again.sum())
-    committed.num_prompt_computed += int(prompt.clip(0).sum())
+    recompute_until, num_prompt = slots.recompute_until[rows], slots.num_prompt[rows]
+    if (before < recompute_until).any() or (before < num_prompt).any():  # not where everybody decodes
+        again = np.minimum(recompute_until - before, num_tokens).clip(0)
+        prompt = np.minimum(num_prompt - before, num_tokens) - again
+        committed.num_recomputed += int(again.sum())
+        committed.num_prompt_computed += int(prompt.clip(0).sum())
     full = after // slots.block_size
     fuller = (full > slots.published[rows]) & slots.shares[rows]
     for row, num_full in zip(rows[fuller].tolist(), full[fuller].tolist(), strict=True):
@@ -260,7 +264,10 @@ def _deliver_late(
 def _end_scored(state: SchedulerState, committed: Committed, rows: IntArray, now: float) -> None:
     """Sequences that wanted nothing but log-probabilities of their prompt end when it is computed."""
     slots = state.slots
-    rows = rows[~slots.samples[rows]]
+    samples = slots.samples[rows]
+    if samples.all():
+        return
+    rows = rows[~samples]
     for row in rows[(slots.length[rows] > 0) & (slots.computed[rows] == slots.length[rows])].tolist():
         _end(state, committed, slots.owner(row), EndReason.MAX_TOKENS, now)
 
