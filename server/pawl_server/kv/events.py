@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+
+import msgspec
 
 __all__ = ["CacheEvent", "CacheEvents", "PrefixRemoved", "PrefixStored", "PrefixesUnknown"]
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixStored:
+class PrefixStored(msgspec.Struct, frozen=True, gc=False):
     """A full block can be shared from now on.
 
     Attributes:
@@ -25,15 +25,13 @@ class PrefixStored:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixRemoved:
+class PrefixRemoved(msgspec.Struct, frozen=True, gc=False):
     """A prefix is not cached any more."""
 
     name: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixesUnknown:
+class PrefixesUnknown(msgspec.Struct, frozen=True, gc=False):
     """Events were lost: what was said before does not hold; what follows does."""
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from pawl_server.kv.block_hash import HashChain
 from pawl_server.kv.events import CacheEvents, PrefixRemoved, PrefixStored
@@ -17,8 +18,7 @@ from pawl_server.kv.events import CacheEvents, PrefixRemoved, PrefixStored
 __all__ = ["PrefixIndex"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
+class _Pending(msgspec.Struct, frozen=True, gc=False):
     """What is announced of a block: the step that fills it, who in that step, and what it will be."""
 
     step: int
