@@ -71,7 +71,8 @@ class PoolMachine(RuleBasedStateMachine):
         """A step: perhaps a victim gives way, then some start, each sharing what those before it will compute."""
         before = list(self.pool.eviction_order())
         self.step += 1
-        draft, added = self.draft_class(self.pool), []
+        draft = self.draft_class(self.pool)
+        added: list[Sequence] = []
         idle = [sequence for sequence in self.going if sequence.in_flight is None]
         out = idle[victim % len(idle)] if victim is not None and idle else None
         self.pool.advance(self.now)
@@ -80,7 +81,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.model.release(out.table)
             self.going.remove(out)
         for namespace, tokens, grant in starts:
-            sequence = self._start(draft, namespace, tokens, grant, exact=out is None)
+            # Tenants' claims are weighed as the pool has them: what this draft itself does counts from the next on.
+            sequence = self._start(draft, namespace, tokens, grant, exact=out is None and not added)
             if sequence is not None:
                 added.append(sequence)
         assert list(self.pool.eviction_order()) == before, "planning changed the pool"
@@ -104,9 +106,9 @@ class PoolMachine(RuleBasedStateMachine):
         if cost > draft.num_available:
             assert missing + sum(not self.model.blocks[block].holders for block in hits) > unused
             return None
+        order = [block for block in self.model.order() if block not in hits]
         draft.share(hits)
         self.model.share(hits)
-        order = self.model.order()
         blocks = draft.take(missing)
         assert blocks is not None, "the fit test said that there is room"
         if exact:

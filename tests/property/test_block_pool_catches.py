@@ -107,6 +107,6 @@ def test_a_planted_bug_is_found(planted: type[BlockPool] | type[BlockDraft]) -> 
         pool_class = planted if issubclass(planted, BlockPool) else BlockPool
         draft_class = planted if issubclass(planted, BlockDraft) else BlockDraft
 
-    found = settings(max_examples=300, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False)
+    found = settings(max_examples=2000, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False)
     with pytest.raises((AssertionError, PoolError)):
         run_state_machine_as_test(Planted, settings=found)

@@ -201,7 +201,7 @@ class BlockDraft:
         """
         for index, block in zip(range(begin, len(chain)), blocks, strict=False):
             name = chain.names[index]
-            if name not in self._pending and self._pool.lookup(name) is None:
+            if self._lookup(name) is None:  # a block that this step overwrites does not count
                 self._pending[name] = block
                 self._announced.append((block, chain, index, producer))
 

@@ -93,10 +93,14 @@ class PrefixIndex:
     def settle(self, step: int) -> None:
         """The steps up to this one are done: what they announced is published."""
         unsettled = self._unsettled
-        while unsettled and unsettled[0][0] <= step:
-            announced, block, name = unsettled.popleft()
+        while unsettled:
+            announced, block, name = unsettled[0]
             entry = self._pending.get(block)
-            if entry is not None and entry.step == announced and entry.stored.name == name:
+            holds = entry is not None and entry.step == announced and entry.stored.name == name
+            if holds and announced > step:
+                break
+            unsettled.popleft()
+            if holds:
                 self._settle(block)
 
     def _settle(self, block: int) -> None:
