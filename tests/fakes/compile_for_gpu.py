@@ -117,7 +117,7 @@ def main() -> None:
     _attention("8B strict", eight_billion, bf16, plain, QueryKeyNorm.WIDTH, strict=True)
     _attention("gemma", AttentionShape(8, 4, 256), bf16, gemma, QueryKeyNorm.HEAD, strict=False)
     sinks = AttentionRule(0.1, sinks=torch.zeros(14))
-    _attention("odd fp32", AttentionShape(14, 2, 80), torch.float32, sinks, QueryKeyNorm.HEAD, strict=False)
+    _attention("odd", AttentionShape(14, 2, 80), torch.float16, sinks, QueryKeyNorm.HEAD, strict=False)
     _compile_instead("rows")
     kernels = TritonKernels(bf16, half_billion, Staging(CPU))
     norm = TritonRmsNorm(NormWeights(NormKind.RMS, torch.ones(4096, dtype=bf16), None, 1e-6), fuses=True)

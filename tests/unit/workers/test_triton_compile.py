@@ -12,7 +12,7 @@ SHARED_BYTES = 227 << 10  # of an SM, for one block of threads (CUDA programming
 
 
 def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
-    """Heads of 80 to 256, strict and not, bf16 and fp32: within the machine's limits and on its tensor cores."""
+    """Heads of 80 to 256, strict and not, in 16 bits: within the machine's limits and on its tensor cores."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.fakes.compile_for_gpu"],
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -27,10 +27,9 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     assert len(kernels) == 31
     for kernel in kernels:
         assert kernel["shared_bytes"] <= SHARED_BYTES, kernel
-        if "fp32" not in kernel["variant"]:
-            assert kernel["spilled_bytes"] <= 16, kernel  # a loop's counters
+        assert kernel["spilled_bytes"] <= 16, kernel  # a loop's counters
         tensor_cores = (kernel["wgmma"], kernel["mma"])
-        if kernel["kernel"] == "_attend_tiles" and kernel["variant"] in {"0.6B", "gemma"}:
+        if kernel["kernel"] == "_attend_tiles" and kernel["variant"] != "8B strict":
             assert tensor_cores == (True, False), kernel
-        elif kernel["kernel"] in {"_attend_split", "_attend_tiles"} and "fp32" not in kernel["variant"]:
+        elif kernel["kernel"] in {"_attend_split", "_attend_tiles"}:
             assert tensor_cores == (False, True), kernel

@@ -68,7 +68,7 @@ def _kept(scores: NDArray[np.float32], temperature: float, top_k: int, top_p: fl
     rounded=st.booleans(),
     block=st.sampled_from([32, 256]),
 )
-@settings(max_examples=16)
+@settings(max_examples=12)
 def test_draws_invert_the_filtered_distribution(
     seed: int,
     size: int,
@@ -121,10 +121,10 @@ def test_greedy_rows_and_rows_without_a_token() -> None:
 
 def test_a_draw_depends_on_its_own_row_alone() -> None:
     generator = np.random.default_rng(0)
-    scores = torch.from_numpy(generator.standard_normal((4, 100)).astype(np.float32))
-    words = _words(0.8, 20, 0.9, 0.01, np.arange(4), np.arange(4) + 5)
+    scores = torch.from_numpy(generator.standard_normal((3, 60)).astype(np.float32))
+    words = _words(0.8, 20, 0.9, 0.01, np.arange(3), np.arange(3) + 5)
     together = draw(scores, words, adjusted=False)
-    for i in range(4):
+    for i in range(3):
         assert torch.equal(draw(scores[i : i + 1], words[i : i + 1], adjusted=False), together[i : i + 1])
 
 

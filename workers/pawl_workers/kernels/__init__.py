@@ -7,6 +7,7 @@ is at hand; `triton` serves GPUs. Knows no models, no rows and no plans.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -199,6 +200,10 @@ def _compiled(shape: AttentionShape, precision: Precision) -> Kernels:
 def _triton(
     device: torch.device, dtype: torch.dtype, shape: AttentionShape, staging: Staging | None, strict: bool
 ) -> Kernels:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise WorkerError(
+            f"the triton kernels compute on cuda, not on {device}; TRITON_INTERPRET=1 runs them in numpy, for tests"
+        )
     try:
         from pawl_workers.kernels.triton.backend import TritonKernels  # noqa: PLC0415 - as above
     except ImportError as error:

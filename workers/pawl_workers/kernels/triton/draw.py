@@ -57,7 +57,7 @@ def _uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
     return (((first.to(tl.uint64) << 32) | second.to(tl.uint64)) >> 11).to(tl.float64) * 1.1102230246251565e-16
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _draw(
     scores: tl.tensor,
     words: tl.tensor,
