@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[EngineProgress], None]
 
 _GIB = 1 << 30
+_TELL_EVERY_S = 0.1  # a checkpoint may have thousands of tensors
 
 
 class Engine:
@@ -149,10 +150,15 @@ class Engine:
         )
 
     async def _load(self) -> EngineWorker:
-        started = time.monotonic()
+        started = told = time.monotonic()
 
         def on_progress(phase: str, done: int, total: int) -> None:
-            if phase == "weights" and done < total:
+            nonlocal started, told
+            if phase == "imports":
+                self._say("imports", started, "torch and the worker", done, total)
+                started = time.monotonic()
+            elif phase == "weights" and done < total and time.monotonic() - told >= _TELL_EVERY_S:
+                told = time.monotonic()
                 self._say("weights", started, "", done, total)
 
         worker = await self._executor.load(lambda: self._load_worker(self.spec, on_progress))
@@ -230,6 +236,8 @@ class Engine:
         counts: dict[str, int] | None = None,
     ) -> None:
         seconds = time.monotonic() - started
+        if total and done == total:
+            log.info("%s: %s (%.2f s)", step, text, seconds)
         self._progress(
             EngineProgress(step=step, done=done, total=total, text=text, seconds=seconds, facts=counts or {})
         )

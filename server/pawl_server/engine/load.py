@@ -32,6 +32,7 @@ def load_torch_worker(spec: EngineSpec, on_progress: LoadProgress) -> EngineWork
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # but not so soon asleep as to miss the next layer
     from pawl_workers.worker import Worker  # noqa: PLC0415 (imports torch)
 
+    on_progress("imports", 1, 1)
     options = worker_options(spec.model, spec.engine, num_threads)
     return Worker.load(options, lambda phase, done, total: on_progress(phase, int(done), int(total)))
 

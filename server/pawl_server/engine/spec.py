@@ -62,7 +62,7 @@ class EngineAddresses(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class EngineProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", tag_field="event"):
-    """One step of the start: weights, memory, warm-up or self-test.
+    """One step of the start: imports, weights, memory, warm-up or self-test.
 
     `done` and `total` count the step's own units (bytes of weights, warm-up steps); a step is over when they
     are equal and not 0. `facts` are the numbers behind `text`, by name.

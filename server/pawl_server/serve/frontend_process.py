@@ -27,7 +27,7 @@ _KILL_MARGIN_S = 5.0  # beyond the grace, for closing listeners
 
 
 class FrontendProcess:
-    """One front end. `start`, then `stop`.
+    """One front end. `launch`, `ready`, then `stop`.
 
     Args:
         order: what it is told.
@@ -39,13 +39,8 @@ class FrontendProcess:
         self._command = command
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self, timeout_s: float) -> ServerAddresses:
-        """Start it and wait until it serves.
-
-        Raises:
-            InvalidRequest: it refuses a setting.
-            Unavailable: it failed, or was not ready in time.
-        """
+    async def launch(self) -> None:
+        """Start it. Its listeners open at once; health says NOT_SERVING until a replica is ready."""
         # Ray's token and addresses are not for the process that faces the network.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self._process = process = await asyncio.create_subprocess_exec(
@@ -58,12 +53,18 @@ class FrontendProcess:
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("the front end process needs two pipes")
         process.stdin.write(encode(self._order))
-        try:
-            async with asyncio.timeout(timeout_s):
-                line = await process.stdout.readline()
-        except TimeoutError:
-            raise Unavailable(f"the front end was not ready within {timeout_s:g} s", reason="FRONTEND_FAILED") from None
-        return await self._answer(process, line)
+
+    async def ready(self) -> ServerAddresses:
+        """Wait until it serves.
+
+        Raises:
+            InvalidRequest: it refuses a setting.
+            Unavailable: it failed.
+        """
+        process = self._process
+        if process is None or process.stdout is None:
+            raise RuntimeError("the front end is not started")
+        return await self._answer(process, await process.stdout.readline())
 
     async def _answer(self, process: asyncio.subprocess.Process, line: bytes) -> ServerAddresses:
         if not line:

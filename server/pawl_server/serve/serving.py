@@ -1,7 +1,7 @@
 """`pawl serve`: fleet, front ends and one /metrics, started in order, watched, and ended in order.
 
-Owns the order of start (checks, fleet, replicas ready, front ends, metrics, READY) and of the end (front ends
-drain, replicas stop, Ray goes). Every process it started is gone when it returns.
+Owns the order of start (checks, fleet and first front end, replicas ready, other front ends, metrics, READY) and of
+the end (front ends drain, replicas stop, Ray goes). Every process it started is gone when it returns.
 """
 
 from __future__ import annotations
@@ -104,8 +104,7 @@ class _Server:
             await self._fleet.start()
             life = FleetLife(self._fleet, self._config.fleet.replicas, self._gauges, self._output)
             following = await stack.enter_async_context(life.followed())
-            await _first_of(following, asyncio.create_task(life.all_ready()))
-            starting = asyncio.create_task(self._start_front())
+            starting = asyncio.create_task(self._start_front(life))
             await _first_of(following, starting)
             addresses = starting.result()
             if warning := exposure_warning(self._config):
@@ -130,15 +129,27 @@ class _Server:
         for front_end in self._front_ends:
             front_end.kill()
 
-    async def _start_front(self) -> ServerAddresses:
-        """Start the front ends and the metrics; returns where clients connect."""
+    async def _start_front(self, life: FleetLife) -> ServerAddresses:
+        """Start the front ends, the first beside the replicas, and the metrics; returns where clients connect."""
         settings = self._config.frontend
         child = self._config.replace(metrics_host="127.0.0.1", metrics_port=0, ready_file="")
-        first = await self._start_front_end(child)
+        early = asyncio.create_task((await self._launch_front_end(child)).ready())
+        replicas = asyncio.create_task(life.all_ready())
+        try:
+            await asyncio.wait({early, replicas}, return_when=asyncio.FIRST_COMPLETED)
+            if early.done():
+                early.result()  # a front end that fails need not wait for the replicas
+            await replicas
+            first = await _within(early, _FRONTEND_START_S)
+        finally:
+            early.cancel()
+            replicas.cancel()
         metrics_of = [first.metrics]
         # The others share the first one's port; operators reach each at an admin port of its own.
         beside = child.replace(port=_port(first.grpc), admin_port=0)
-        metrics_of += [(await self._start_front_end(beside)).metrics for _ in range(1, settings.frontends)]
+        for _ in range(1, settings.frontends):
+            other = asyncio.create_task((await self._launch_front_end(beside)).ready())
+            metrics_of.append((await _within(other, _FRONTEND_START_S)).metrics)
         self._metrics = JoinedMetrics(self._gauges, metrics_of)
         try:
             port = self._metrics.start(settings.metrics_host, settings.metrics_port)
@@ -157,11 +168,12 @@ class _Server:
             process_id=first.process_id,
         )
 
-    async def _start_front_end(self, config: Config) -> ServerAddresses:
+    async def _launch_front_end(self, config: Config) -> FrontendProcess:
         order = FrontendOrder(config=config, fleet_address=self._fleet.address, token=self._token)
         front_end = FrontendProcess(order)
         self._front_ends.append(front_end)
-        return await front_end.start(_FRONTEND_START_S)
+        await front_end.launch()
+        return front_end
 
     async def _front_end_lost(self) -> None:
         """Wait for the end of any front end.
@@ -179,6 +191,19 @@ class _Server:
             f"a front end ended by itself with exit code {done.pop().result()}; its log is above",
             reason="FRONTEND_LOST",
         )
+
+
+async def _within(answer: asyncio.Task[ServerAddresses], timeout_s: float) -> ServerAddresses:
+    """The answer of a front end whose replicas are ready.
+
+    Raises:
+        PawlError: it refused, failed, or was not ready in time.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await answer
+    except TimeoutError:
+        raise Unavailable(f"the front end was not ready within {timeout_s:g} s", reason="FRONTEND_FAILED") from None
 
 
 async def _first_of(following: asyncio.Task[None], work: asyncio.Task[object]) -> None:
