@@ -52,6 +52,9 @@ class ModelSettings:
     kv_dtype: str = _setting("auto", "cached keys and values: auto (as computed), float32, float16 or int8 (cpu)")
     weight_dtype: str = _setting("auto", "linear layers: auto (exact) or int8 with a scale per output feature (cpu)")
     strict: bool = _setting(False, "on cuda: results that no other request can touch, to the bit, at some speed")
+    dummy_weights: bool = _setting(
+        False, "random weights in the shapes of the checkpoint's config.json, for benchmarks"
+    )
     max_context: int = _setting(0, "most tokens of prompt and output; 0 = the model's own limit", common=True)
 
 

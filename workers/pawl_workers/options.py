@@ -37,6 +37,7 @@ class WorkerOptions:
     host_kv_bytes: int = 0  # second tier of KV blocks in host memory; 0 = none
     revision: str | None = None  # of a hub id
     strict: bool = False  # on cuda: bits that depend on nothing else in the step, at some cost; a cpu always does so
+    dummy_weights: bool = False  # random ones in the configured shapes, bf16; none are read
 
 
 def choose_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ from pawl_workers.errors import CheckpointError, OutOfMemoryError, WorkerError
 from pawl_workers.kernels import Kernels, choose_backend
 from pawl_workers.memory import MemoryPlan, activation_bytes, available_bytes, plan_memory
 from pawl_workers.model.headers import StoredTensor, folder_headers, hub_headers
-from pawl_workers.model.loading import CheckpointConfig, Reading, plan_reading, read_config
+from pawl_workers.model.loading import CheckpointConfig, Reading, plan_dummy, plan_reading, read_config
 from pawl_workers.model.source import is_hub_id, resolve_checkpoint
 from pawl_workers.options import WorkerOptions, choose_device, choose_dtype, choose_precision
 from pawl_workers.staging import Staging
@@ -95,7 +95,11 @@ def plan_start(options: WorkerOptions, *, fetch: bool = True) -> StartPlan:
         WorkerError: device, type or kernels are not available.
     """
     choose_device(options.device), choose_dtype(options)  # wrong ones are refused before anything is fetched
-    config = read_config(resolve_checkpoint(options.model, options.revision, tokenizer_only=not fetch))
+    config = read_config(
+        resolve_checkpoint(options.model, options.revision, tokenizer_only=not fetch or options.dummy_weights)
+    )
+    if options.dummy_weights:
+        return plan_checkpoint(options, config, plan_dummy(config))
     reading = plan_reading(config, _headers(options, config.folder, fetch=fetch))
     return plan_checkpoint(options, config, reading)
 

@@ -285,7 +285,7 @@ def _facts(plan: StartPlan, weights: Weights, memory: MemoryPlan, started: float
         eos_token_ids=plan.config.eos_token_ids,
         data_type=str(plan.dtype).removeprefix("torch."),
         kv_type=_kv_type(plan),
-        revision=checkpoint_revision(plan.config.folder),
+        revision=checkpoint_revision(plan.config.folder, dummy_weights=options.dummy_weights),
         block_size=plan.kernels.block_size,
         num_blocks=memory.num_blocks,
         weight_bytes=memory.weight_bytes,

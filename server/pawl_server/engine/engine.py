@@ -166,6 +166,8 @@ class Engine:
         text = (
             f"{facts.num_parameters / 1e6:.1f} M parameters, {facts.data_type} on {facts.device}, KV in {facts.kv_type}"
         )
+        if self.spec.model.dummy_weights:
+            text += ", RANDOM WEIGHTS"
         counts = {"weight_bytes": facts.weight_bytes, "num_parameters": facts.num_parameters}
         self._say("weights", started, text, facts.weight_bytes, facts.weight_bytes, counts)
         return worker

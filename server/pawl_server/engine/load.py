@@ -61,4 +61,5 @@ def worker_options(model: ModelSettings, engine: EngineSettings, num_threads: in
         memory_fraction=engine.kv_memory_fraction,
         most_kv_bytes=engine.kv_max_bytes or None,
         host_kv_bytes=engine.host_kv_bytes if engine.prefix_cache else 0,
+        dummy_weights=model.dummy_weights,
     )

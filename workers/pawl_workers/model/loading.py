@@ -18,13 +18,14 @@ from torch import Tensor
 
 from pawl_workers.errors import CheckpointError, OutOfMemoryError
 from pawl_workers.model.config_reader import ConfigReader
+from pawl_workers.model.dummy import DUMMY_FILE, dummy_tensor
 from pawl_workers.model.families import Family, find_family
 from pawl_workers.model.headers import StoredTensor, folder_headers
 from pawl_workers.model.slots import Slot, Slots, held_bytes, slot_shapes
 from pawl_workers.model.spec import ModelSpec, TensorTarget
 from pawl_workers.model.weights import Packer, Weights
 
-__all__ = ["CheckpointConfig", "Reading", "load_weights", "plan_reading", "read_config"]
+__all__ = ["CheckpointConfig", "Reading", "load_weights", "plan_dummy", "plan_reading", "read_config"]
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -155,6 +156,16 @@ def plan_reading(config: CheckpointConfig, stored: Sequence[StoredTensor]) -> Re
     return Reading(tuple(entries), _slots(entries, shapes))
 
 
+def plan_dummy(config: CheckpointConfig, kind: str = "BF16") -> Reading:
+    """Plan to make every tensor that the model needs, of one type, instead of reading them; the folder needs none."""
+    shapes, num_bytes = slot_shapes(config.spec), _DTYPES[kind].itemsize
+    entries = []
+    for name, target in config.family.names(config.spec).items():
+        shape = _part_shape(shapes[target.slot], target)
+        entries.append(_Entry(StoredTensor(DUMMY_FILE, name, shape, kind, math.prod(shape) * num_bytes), target))
+    return Reading(tuple(entries), _slots(entries, shapes))
+
+
 def _check(tensor: StoredTensor, wanted: tuple[int, ...]) -> None:
     where = f"{tensor.file.name}: {tensor.name}"
     if tensor.kind not in _DTYPES:
@@ -218,6 +229,9 @@ def load_weights(
 
 def _read(entries: Sequence[_Entry]) -> Iterator[tuple[_Entry, Tensor]]:
     for path in dict.fromkeys(entry.stored.file for entry in entries):
+        if path == DUMMY_FILE:
+            yield from ((e, dummy_tensor(e.stored, _DTYPES[e.stored.kind], i)) for i, e in enumerate(entries))
+            continue
         try:
             with safe_open(path, framework="pt") as file:
                 for entry in entries:

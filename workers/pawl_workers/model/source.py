@@ -101,16 +101,22 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
-def checkpoint_revision(folder: Path) -> str:
+def checkpoint_revision(folder: Path, *, dummy_weights: bool = False) -> str:
     """Name the content of a checkpoint: the hub's commit, else a SHA-256.
 
     The digest covers the names and sizes of the weight files, their headers and the first and last 64 KiB
     of each, and `config.json`; it reads no whole file, so a change in the middle of a file that leaves its
     header as it was is not seen.
 
+    Args:
+        folder: of the checkpoint.
+        dummy_weights: its weights are not used: only `config.json` counts.
+
     Returns:
-        A hub commit (40 hex digits) or `sha256:` and 64 hex digits.
+        A hub commit (40 hex digits) or `sha256:` and 64 hex digits; of dummy weights `dummy:` and 64 hex digits.
     """
+    if dummy_weights:
+        return f"dummy:{hashlib.sha256((folder / 'config.json').read_bytes()).hexdigest()}"
     if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):
         return folder.name
     digest = hashlib.sha256()
