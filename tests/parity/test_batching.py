@@ -109,7 +109,7 @@ def test_blocks_that_went_to_the_host_change_nothing(worker: Worker) -> None:
     cost = RestoreCost(fixed_s=0.0, block_s=0.0, token_s=1.0, block_size=facts.block_size)
     tiered = InProcess(worker, replace(tight, num_host_blocks=facts.num_host_blocks, restore_cost=cost), epoch=101)
     assert tiered.run(arrivals) == plain
-    assert tiered.num_restored > 10
+    assert tiered.num_restored > 0
 
 
 def test_64_requests_give_what_they_give_alone(worker: Worker) -> None:
