@@ -119,11 +119,12 @@ class CpuLinear:
 
     def unpack(self) -> Tensor:
         """Return the weight, [out, in], bit for bit; of bytes, what they stand for."""
-        width, values = self._library.panel_width, self._packed.view(self.data_type)
-        if self.data_type is torch.bfloat16:  # [panels, pairs, features, 2]
-            values = values.view(-1, -(-self.in_features // 2), width, 2).permute(0, 2, 1, 3)
-            values = values.reshape(-1, values.shape[2] * 2)
+        width = self._library.panel_width
+        if self.data_type is torch.bfloat16:  # [panels, pairs, features, 2]: a pair is turned as one word
+            pairs = self._packed.view(torch.int32).view(-1, -(-self.in_features // 2), width)
+            values = pairs.transpose(1, 2).reshape(-1, pairs.shape[1]).view(torch.bfloat16)
         else:
-            values = values.view(-1, self.in_features, width).transpose(1, 2).reshape(-1, self.in_features)
+            panels = self._packed.view(self.data_type).view(-1, self.in_features, width)
+            values = panels.transpose(1, 2).reshape(-1, self.in_features)
         weight = values[: self.out_features, : self.in_features].float()
         return weight if self.scales is None else weight * self.scales.unsqueeze(1)
