@@ -80,7 +80,7 @@ class EngineSettings:
     max_bypass: int = _setting(8, "how often a sequence that does not fit may be overtaken")
     pipeline_depth: int = _setting(1, "steps in flight at once: 2 plans the next one while one is computed, 1 or 2")
     max_preemptions: int = _setting(4, "how often a sequence may lose its blocks to others, at least 1")
-    output_quantile: float = _setting(0.5, "quantile of the outputs seen that admission keeps blocks for, [0, 0.95]")
+    output_quantile: float = _setting(0.1, "quantile of the outputs seen that admission keeps blocks for, [0, 0.95]")
     ageing_s: float = _setting(30.0, "a request that waited so long rises by one priority class; 0 = never")
     num_threads: int = _setting(0, "compute threads of a replica; 0 = cores / replicas", common=True)
     step_timeout_s: float = _setting(60.0, "a step that takes longer means a hung worker: the replica is rebuilt")

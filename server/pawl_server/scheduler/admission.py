@@ -30,7 +30,7 @@ class SchedulerLimits:
     watermark: float = 0.01  # share of the blocks kept free at admission while something runs
     max_bypass: int = 8
     max_preemptions: int = 4  # how often a sequence may be preempted
-    output_quantile: float = 0.5  # of the output lengths seen, that admission keeps blocks for
+    output_quantile: float = 0.1  # of the output lengths seen, that admission keeps blocks for
     ageing_s: float = 0.0  # a sequence that waited so long rises by one class; 0 = never
 
     def __post_init__(self) -> None:
