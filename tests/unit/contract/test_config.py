@@ -26,7 +26,8 @@ def test_precedence_is_flag_variable_file_default(tmp_path: Path) -> None:
 def test_every_setting_can_be_given_by_file_and_variable(name: str, tmp_path: Path) -> None:
     setting = next(s for s in settings() if s.name == name)
     shown = {bool: "false", int: "7", float: "0.5", str: '"x"'}[setting.kind]
-    words = {
+    others = {
+        "pipeline_depth": "2",
         "device": '"cpu"',
         "dtype": '"float32"',
         "kernels": '"reference"',
@@ -35,7 +36,7 @@ def test_every_setting_can_be_given_by_file_and_variable(name: str, tmp_path: Pa
         "log_level": '"debug"',
         "log_format": '"json"',
     }
-    shown = words.get(name, shown)
+    shown = others.get(name, shown)
     file = tmp_path / "pawl.toml"
     file.write_text(f"[{setting.section}]\n{name} = {shown}\n")
     by_file = load_config(file=file, environment={})
