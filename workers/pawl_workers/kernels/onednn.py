@@ -7,21 +7,19 @@ on), not promised: the tests hold it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels import gathered_attention
+from pawl_workers.kernels.as_computed import AsComputed
 from pawl_workers.kernels.reference import ReferenceLinear, ReferenceNorm
 from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.kernels.steady_activation import SteadyActivation
 from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.model.spec import Activation
-from pawl_workers.model.weights import AttentionRule, LayerWeights, NormWeights, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
 
 __all__ = ["OneDnnKernels", "OneDnnLinear"]
 
@@ -58,7 +56,7 @@ class OneDnnLinear:
         return self._packed.to_dense()
 
 
-class OneDnnKernels:
+class OneDnnKernels(AsComputed):
     """oneDNN linears and gathered attention; blocks of 32 tokens."""
 
     name = "onednn"
@@ -68,14 +66,6 @@ class OneDnnKernels:
     def __init__(self) -> None:
         available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no types here
         self._has_onednn = bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-    def linear_dtype(self, stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
-        """The model's own."""
-        return computed
-
-    def packed_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
-        """As many as the weight's."""
-        return math.prod(shape) * computed.itemsize
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> OneDnnLinear | ReferenceLinear:
         """Pack for oneDNN; without it, keep the tensors (results may then depend on the batch)."""
@@ -93,14 +83,6 @@ class OneDnnKernels:
         """Keys and values alike: [num_blocks, K, 32, head_dim]."""
         cache = (num_blocks, shape.num_kv_heads, self.block_size, shape.head_dim)
         return cache, cache
-
-    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The model's own."""
-        return dtype
-
-    def compile_layers(self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """There is nothing to compile: the stages run one by one."""
-        del layers, caches
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:
         """Cut the step into query tiles and group those of one size."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
+from pawl_workers.kernels.as_computed import AsComputed
 from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import AttentionRule, LayerWeights, NormWeights, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
 
 __all__ = ["ReferenceActivation", "ReferenceKernels", "ReferenceLinear", "ReferenceNorm"]
 
@@ -106,7 +105,7 @@ class _Layout(AttentionLayout):
     sequences: list[_Sequence]
 
 
-class ReferenceKernels:
+class ReferenceKernels(AsComputed):
     """Gather, masked softmax in float32, and `F.linear`."""
 
     name = "reference"
@@ -115,14 +114,6 @@ class ReferenceKernels:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-
-    def linear_dtype(self, stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
-        """The model's own."""
-        return computed
-
-    def packed_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
-        """As many as the weight's."""
-        return math.prod(shape) * computed.itemsize
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
         """Keep the tensors."""
@@ -140,14 +131,6 @@ class ReferenceKernels:
         """Keys and values alike: [num_blocks, K, 16, head_dim]."""
         cache = (num_blocks, shape.num_kv_heads, self.block_size, shape.head_dim)
         return cache, cache
-
-    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The model's own."""
-        return dtype
-
-    def compile_layers(self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """There is nothing to compile: the stages run one by one."""
-        del layers, caches
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:
         """Find each token's slot and each sequence's blocks and mask."""

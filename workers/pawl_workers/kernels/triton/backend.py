@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
+from pawl_workers.kernels.as_computed import AsComputed
 from pawl_workers.kernels.reference import ReferenceLinear, ReferenceNorm
 from pawl_workers.kernels.triton.extend import extend
 from pawl_workers.kernels.triton.layout import TILE, Layout, lay_out_host
@@ -20,7 +18,6 @@ from pawl_workers.kernels.triton.tuning import Tuning
 from pawl_workers.model.spec import Activation, NormKind
 from pawl_workers.model.weights import (
     AttentionRule,
-    LayerWeights,
     NormWeights,
     PackedActivation,
     PackedNorm,
@@ -31,7 +28,7 @@ from pawl_workers.staging import Staging
 __all__ = ["TritonKernels"]
 
 
-class TritonKernels:
+class TritonKernels(AsComputed):
     """cuBLAS linears; attention, norms, gates and the rotary turn in Triton; blocks of 64 tokens.
 
     Args:
@@ -54,14 +51,6 @@ class TritonKernels:
         """Query rows of an extend tile."""
         return self._tuning.extend_rows
 
-    def linear_dtype(self, stored: torch.dtype, computed: torch.dtype) -> torch.dtype:
-        """The model's own."""
-        return computed
-
-    def packed_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
-        """As many as the weight's."""
-        return math.prod(shape) * computed.itemsize
-
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
         """Keep the tensors: cuBLAS takes them as they are."""
         return ReferenceLinear(weight, bias)
@@ -80,14 +69,6 @@ class TritonKernels:
         """Keys and values alike: [num_blocks, K, 64, head_dim]."""
         cache = (num_blocks, shape.num_kv_heads, TILE, shape.head_dim)
         return cache, cache
-
-    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The model's own."""
-        return dtype
-
-    def compile_layers(self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """There is nothing to compile: the stages run one by one."""
-        del layers, caches
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> Layout:
         """Tell decodes from extends, cut extends into tiles, and put it all on its way to the device."""
