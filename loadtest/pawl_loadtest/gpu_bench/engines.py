@@ -10,13 +10,10 @@ from pathlib import Path
 import torch
 
 from pawl_loadtest.gpu_bench.workload import Request
+from pawl_loadtest.peers.in_process import generate_all
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
-from pawl_server.scheduler.committer import commit, launch
-from pawl_server.scheduler.planner import plan_step
-from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
-from pawl_workers.plan import SamplingSpec
 from pawl_workers.worker import Worker, WorkerOptions
 
 __all__ = ["Outcome", "Pawl", "Transformers"]
@@ -80,32 +77,12 @@ class Pawl:
         self._worker.reset(self._epoch)
         root = CacheRoot("gpu-bench", self._worker.facts.data_type, self._limits.block_size)
         state = SchedulerState(self._limits, root, epoch=self._epoch)
-        output: dict[object, list[int]] = {}
+        wanted = [(list(one.prompt_ids), one.output_tokens) for one in requests]
         _synchronise()
         started = time.perf_counter()
-        for number, one in enumerate(requests):
-            output[number] = []
-            refusal = state.submit(
-                SequenceRequest(
-                    handle=number,
-                    request_id=str(number),
-                    prompt_ids=list(one.prompt_ids),
-                    cache_key=b"",
-                    sampling=SamplingSpec(temperature=0.0),
-                    max_output_tokens=one.output_tokens,
-                ),
-                0.0,
-            )
-            if refusal is not None:
-                raise RuntimeError(refusal.message)
-        while (plan := plan_step(state, self._limits, 0.0)) is not None:
-            wire = plan.wire()
-            launch(state, plan)
-            committed = commit(state, plan, self._worker.execute(wire), 0.0)
-            for handle, token_id in zip(committed.handles, committed.token_ids, strict=True):
-                output[handle].append(token_id)
+        output = generate_all(state, self._limits, self._worker, wanted)
         _synchronise()
-        return Outcome(list(output.values()), time.perf_counter() - started)
+        return Outcome(output, time.perf_counter() - started)
 
 
 class Transformers:

@@ -15,7 +15,7 @@ from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import SamplingSpec
 from pawl_workers.worker import Worker, WorkerFacts, WorkerOptions
 
-__all__ = ["InProcess"]
+__all__ = ["InProcess", "generate_all"]
 
 
 class InProcess:
@@ -72,29 +72,37 @@ class InProcess:
         self._worker.reset(self._epoch)
         root = CacheRoot("bench", self.facts.data_type, self._limits.block_size)
         state = SchedulerState(self._limits, root, epoch=self._epoch)
-        output: dict[object, list[int]] = {}
-        for number, prompt in enumerate(prompts):
-            output[number] = []
-            refusal = state.submit(
-                SequenceRequest(
-                    handle=number,
-                    request_id=str(number),
-                    prompt_ids=prompt,
-                    cache_key=b"",
-                    sampling=SamplingSpec(temperature=0.0),
-                    max_output_tokens=output_tokens,
-                ),
-                0.0,
-            )
-            if refusal is not None:
-                raise RuntimeError(refusal.message)
-        while (plan := plan_step(state, self._limits, 0.0)) is not None:
-            wire = plan.wire()
-            launch(state, plan)
-            committed = commit(state, plan, self._worker.execute(wire), 0.0)
-            for handle, token_id in zip(committed.handles, committed.token_ids, strict=True):
-                output[handle].append(token_id)
-        return list(output.values())
+        wanted = [(prompt, output_tokens) for prompt in prompts]
+        return generate_all(state, self._limits, self._worker, wanted)
+
+
+def generate_all(
+    state: SchedulerState, limits: SchedulerLimits, worker: Worker, wanted: Sequence[tuple[Sequence[int], int]]
+) -> list[list[int]]:
+    """Greedy tokens for each (prompt, number of tokens), submitted at once to an empty scheduler and a reset worker."""
+    output: dict[object, list[int]] = {}
+    for number, (prompt_ids, output_tokens) in enumerate(wanted):
+        output[number] = []
+        refusal = state.submit(
+            SequenceRequest(
+                handle=number,
+                request_id=str(number),
+                prompt_ids=prompt_ids,
+                cache_key=b"",
+                sampling=SamplingSpec(temperature=0.0),
+                max_output_tokens=output_tokens,
+            ),
+            0.0,
+        )
+        if refusal is not None:
+            raise RuntimeError(refusal.message)
+    while (plan := plan_step(state, limits, 0.0)) is not None:
+        wire = plan.wire()
+        launch(state, plan)
+        committed = commit(state, plan, worker.execute(wire), 0.0)
+        for handle, token_id in zip(committed.handles, committed.token_ids, strict=True):
+            output[handle].append(token_id)
+    return list(output.values())
 
 
 def _num_blocks(workload: Workload) -> int:
