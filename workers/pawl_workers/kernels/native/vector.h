@@ -119,8 +119,8 @@ INLINE v8 tanh8(v8 x) {
     return (v8)((is_small & (v8i)small) | (~is_small & (v8i)large));
 }
 
-/* erf(x) within 4e-7, as a ratio of polynomials on [-4, 4], outside of which it is 1 to the last bit or nearly.
-   Source: the coefficients are those of Eigen's float erf (MPL 2.0 documents them as fitted by minimax). */
+/* erf(x) within 6e-7, as a ratio of polynomials on [-4, 4], outside of which it is 1 or nearly.
+   Source: the coefficients of Eigen's erf for floats. */
 INLINE v8 erf8(v8 x) {
     x = max8(min8(x, all8(4.0f)), all8(-4.0f));
     v8 square = x * x, p = all8(-2.72614225801306e-10f);
