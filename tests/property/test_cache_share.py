@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
 from pawl_server.kv.block_pool import BlockPool
 from pawl_server.kv.draft import BlockDraft
-from tests.property.test_scheduler import Bench, limits
+from tests.fakes.scheduler_bench import Bench, limits
 
 HALF_LIFE_S = 100.0
 

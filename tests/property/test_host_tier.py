@@ -14,8 +14,8 @@ from pawl_server.kv.host_draft import HostDraft
 from pawl_server.kv.host_tier import HostTier, RestoreCost
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_workers.plan import StepPlan
+from tests.fakes.scheduler_bench import Bench, limits, make_limits, random_request
 from tests.fakes.shadow_worker import ShadowWorker
-from tests.property.test_scheduler import Bench, limits, make_limits, random_request
 
 CHEAP = RestoreCost(fixed_s=0.0, block_s=1e-6, token_s=1.0, block_size=4)
 

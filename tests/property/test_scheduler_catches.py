@@ -16,7 +16,7 @@ from pawl_server.scheduler.ledger import LedgerEntry
 from pawl_server.scheduler.queues import Cursor
 from pawl_server.scheduler.sequence import SequenceState
 from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
-from tests.property.test_scheduler import Bench, make_limits, random_request
+from tests.fakes.scheduler_bench import Bench, make_limits, random_request
 
 NUM_TRACES = 60
 

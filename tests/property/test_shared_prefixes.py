@@ -17,7 +17,7 @@ from pawl_server.scheduler.invariants import InvariantError, check_invariants
 from pawl_server.scheduler.sequence import EndReason
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import StepPlan
-from tests.property.test_scheduler import Bench, limits, make_limits, random_request
+from tests.fakes.scheduler_bench import Bench, limits, make_limits, random_request
 
 PROMPT = list(range(25))
 

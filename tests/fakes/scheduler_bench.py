@@ -1,0 +1,193 @@
+"""A scheduler over a shadow KV cache, driven step by step: what the property tests of the scheduler stand on."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from typing import cast
+
+from pawl_server.kv.block_hash import CacheRoot
+from pawl_server.scheduler.admission import SchedulerLimits
+from pawl_server.scheduler.committer import Committed, commit, launch, void
+from pawl_server.scheduler.invariants import check_invariants
+from pawl_server.scheduler.planner import Plan, plan_step
+from pawl_server.scheduler.sequence import Ended, SequenceRequest
+from pawl_server.scheduler.state import SchedulerState
+from pawl_workers.plan import PromptLogprobs, SamplingSpec, StepResult
+from tests.fakes.shadow_worker import ShadowWorker, isolated_output
+
+__all__ = ["Bench", "limits", "make_limits", "random_request"]
+
+_NOBODY = -1
+
+
+class Bench:
+    """A scheduler, a shadow worker, and what each sequence has given so far. `depth` steps may be in flight."""
+
+    def __init__(self, limits: SchedulerLimits, depth: int = 1) -> None:
+        self.limits = limits
+        self.depth = depth
+        self.in_flight: deque[tuple[Plan, StepResult]] = deque()
+        self.owners: deque[dict[int, int]] = deque()  # handle by row, of each step in flight
+        self.state = SchedulerState(limits, CacheRoot("model", "float32", limits.block_size))
+        self.worker = ShadowWorker(limits.block_size)
+        self.requests: dict[int, SequenceRequest] = {}
+        self.output: dict[int, list[int]] = {}
+        self.scored: dict[int, int] = {}
+        self.ended: dict[int, Ended] = {}
+        self.now = 0.0
+        self.log: list[object] = []
+
+    def request(
+        self,
+        prompt: list[int],
+        max_output: int,
+        tenant: int = 0,
+        *,
+        eos: bool = False,
+        bypass: bool = False,
+        priority: int = 0,
+        prompt_logprobs: int = -1,
+    ) -> SequenceRequest:
+        handle = len(self.requests)
+        return SequenceRequest(
+            handle=handle,
+            request_id=f"r{handle}",
+            prompt_ids=prompt,
+            sampling=SamplingSpec(seed=tenant),
+            max_output_tokens=max_output,
+            cache_key=bytes([tenant]),
+            eos_token_ids=frozenset({5}) if eos else frozenset(),
+            bypass_prefix_cache=bypass,
+            priority=priority,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def submit(self, request: SequenceRequest) -> bool:
+        refused = self.state.submit(request, self.now) is not None
+        if not refused:
+            self.requests[cast("int", request.handle)] = request
+            self.output[cast("int", request.handle)] = []
+        return not refused
+
+    def step(self) -> bool:
+        """One tick of the loop; False when there was nothing to do."""
+        self.now += 1.0
+        launched = self.launch()
+        if not launched and not self.in_flight:
+            return False
+        if not launched or len(self.in_flight) >= self.depth:
+            self.commit()
+        return True
+
+    def launch(self) -> bool:
+        """Plan and launch the next step; the worker computes it at once, its result waits."""
+        plan = plan_step(self.state, self.limits, self.now)
+        if plan is None:
+            return False
+        assert 1 <= plan.num_tokens <= self.limits.max_batch_tokens
+        if plan.victims:
+            best = min(self.state.running.values(), key=lambda s: (-s.level, s.order))
+            assert best not in [victim.sequence for victim in plan.victims], "the oldest of the top class lost its KV"
+        wire = plan.wire()
+        launch(self.state, plan)
+        check_invariants(self.state)
+        self.log.append(wire)
+        self.in_flight.append((plan, self.worker.execute(wire)))
+        members = [cast("int", request.handle) for request in plan.members(self.state.slots)]
+        self.owners.append(dict(zip(wire.rows, members, strict=True)))
+        return True
+
+    def commit(self) -> Committed:
+        """Settle the oldest step: every token sampled for a sequence that lives is delivered."""
+        plan, result = self.in_flight.popleft()
+        owners = self.owners.popleft()
+        ended = set(self.ended)
+        committed = commit(self.state, plan, result, self.now)
+        dropped = cast("set[int]", set(committed.requeued))
+        live = [owners[row] for row in result.rows if owners[row] not in ended | dropped | {_NOBODY}]
+        assert sorted(cast("list[int]", committed.handles)) == sorted(live)
+        for later in self.owners:  # what they rely on failed, so that nothing more comes of these steps for them
+            for row in [row for row, handle in later.items() if handle in dropped]:
+                later[row] = _NOBODY
+        self.apply(committed)
+        return committed
+
+    def lose_worker(self) -> None:
+        """Every step in flight fails, and the worker's KV is gone."""
+        while self.in_flight:
+            void(self.state, self.in_flight.pop()[0])
+        self.owners.clear()
+        epoch = self.state.epoch + 1
+        self.state.reset_worker(epoch, self.now)
+        self.worker.reset(epoch)
+
+    def apply(self, committed: Committed) -> None:
+        triples = zip(cast("list[int]", committed.handles), committed.indices, committed.token_ids, strict=True)
+        for handle, index, token_id in triples:
+            assert handle not in self.ended, "a token after the end"
+            assert index == len(self.output[handle]), "a gap or a repeat"
+            self.output[handle].append(token_id)
+        for handle, scored in cast("list[tuple[int, PromptLogprobs]]", committed.prompt_logprobs):
+            assert scored.first_position == self.scored.get(handle, 1)
+            self.scored[handle] = scored.first_position + len(scored.positions)
+        for ended in committed.ended:
+            self.finish(ended)
+
+    def finish(self, ended: Ended) -> None:
+        handle = cast("int", ended.handle)
+        assert handle not in self.ended, "ended twice"
+        assert ended.preemption_count <= self.limits.max_preemptions
+        self.ended[handle] = ended
+
+    def run(self, max_steps: int = 5_000) -> None:
+        for _ in range(max_steps):
+            if not self.step():
+                return
+        raise AssertionError("no end in sight: livelock")
+
+    def check_output(self, handle: int) -> None:
+        request = self.requests[handle]
+        expected = isolated_output(request.prompt_ids, request.sampling.seed, len(self.output[handle]))
+        assert self.output[handle] == expected
+
+
+def make_limits(draw: random.Random) -> SchedulerLimits:
+    block_size = draw.choice([1, 2, 4])
+    max_running = draw.randint(1, 6)
+    return SchedulerLimits(
+        num_blocks=draw.randint(4, 40),
+        block_size=block_size,
+        max_running=max_running,
+        max_batch_tokens=max_running + draw.randint(0, 20),
+        max_context=64,
+        max_partial_prefills=draw.randint(1, 3),
+        max_prefill_chunk=draw.randint(1, 16),
+        prefix_cache=draw.random() < 0.7,
+        watermark=draw.choice([0.0, 0.1]),
+        max_bypass=draw.randint(0, 3),
+        max_preemptions=draw.randint(1, 4),
+        output_quantile=draw.choice([0.0, 0.5, 0.9]),
+        ageing_s=draw.choice([0.0, 3.0]),
+    )
+
+
+def random_request(bench: Bench, draw: random.Random) -> SequenceRequest:
+    prefix = [7] * draw.randint(0, 12)  # shared beginnings, so that the cache is hit
+    prompt = prefix + [draw.randint(0, 31) for _ in range(draw.randint(1, 16))]
+    kind = draw.random()
+    max_output = 0 if kind < 0.1 else -1 if kind < 0.2 else draw.randint(1, 20)
+    scored = 0 if kind < 0.15 else -1
+    return bench.request(
+        prompt, max_output, draw.randint(0, 1), prompt_logprobs=scored, priority=draw.choice([0, 0, 1]),
+        eos=draw.random() < 0.5, bypass=draw.random() < 0.1,
+    )  # fmt: skip
+
+
+def limits(**changes: int | float | bool) -> SchedulerLimits:
+    """A small replica, but for what is said."""
+    base: dict[str, int | float | bool] = {
+        "num_blocks": 8, "block_size": 4, "max_running": 4, "max_batch_tokens": 16, "max_context": 64,
+        "max_prefill_chunk": 8, "watermark": 0.0,
+    }  # fmt: skip
+    return SchedulerLimits(**{**base, **changes})  # type: ignore[arg-type]
