@@ -306,7 +306,7 @@ class EngineLoop:
         elapsed_s = now - max(step.planned_at, self._settled_at)
         schedule_s = min(step.launched_at - step.planned_at, max(0.0, elapsed_s - worker_s))
         if self.budget is not None:
-            self.budget.observe(plan.num_tokens, plan.num_pairs, worker_s)
+            self.budget.observe(plan.load, worker_s)
         self.meter.step(
             StepRecord(
                 kind=plan.kind,

@@ -1,21 +1,39 @@
 """How many prompt tokens a step may take, so that those who decode get their next token in time.
 
-A step's time is fitted as c0 + c1 * tokens + c2 * pairs, where pairs are (query, key) pairs of the attention, by
-recursive least squares with forgetting over measured steps. Pure: times come in as numbers.
+A step's time is fitted as c0 + c1 * tokens + c2 * pairs + c3 * KV read, where pairs are (query, key) pairs of the
+attention, by recursive least squares with forgetting over measured steps. Decodes read as much KV as they have
+pairs; a chunk of a prompt has that many pairs for each of its tokens and reads the KV once. Pure: times come in as
+numbers.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["StepBudget", "StepTimeModel"]
+__all__ = ["StepBudget", "StepLoad", "StepTimeModel"]
 
-_SCALES = (1.0, 1e-2, 1e-5)  # of 1, tokens and pairs: brings them near each other, for a well-conditioned fit
+_SCALES = np.array([1.0, 1e-2, 1e-5, 1e-5])  # brings the terms near each other, for a well-conditioned fit
 _LEAST_STEPS = 8  # measured before the fit is trusted
 _LEAST_INFORMATION = 1e-4  # in every direction, for what is believed: steps that are all alike unteach nothing else
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What a step computes, as far as its time depends on it.
+
+    Attributes:
+        num_tokens: of all its sequences.
+        num_pairs: (query, key) pairs: for each token those up to and including itself.
+        num_read: tokens whose KV is read, for each sequence once.
+    """
+
+    num_tokens: int
+    num_pairs: int
+    num_read: int
 
 
 class StepTimeModel:
@@ -32,35 +50,35 @@ class StepTimeModel:
 
     def __init__(self, memory_steps: float = 200.0) -> None:
         self._keep = math.exp(-1.0 / memory_steps)
-        self._coefficients: NDArray[np.float64] = np.zeros(3)
-        self._information: NDArray[np.float64] = np.eye(3) * _LEAST_INFORMATION
+        self._coefficients: NDArray[np.float64] = np.zeros(len(_SCALES))
+        self._information: NDArray[np.float64] = np.eye(len(_SCALES)) * _LEAST_INFORMATION
         self.num_steps = 0
 
     @property
-    def coefficients(self) -> tuple[float, float, float]:
-        """Seconds of a step, of a token, and of a pair; never negative."""
-        c0, c1, c2 = (max(0.0, float(value) * scale) for value, scale in zip(self._coefficients, _SCALES, strict=True))
-        return c0, c1, c2
+    def coefficients(self) -> tuple[float, float, float, float]:
+        """Seconds of a step, of a token, of a pair, and of a token's KV read; never negative."""
+        step, token, pair, read = np.maximum(0.0, self._coefficients * _SCALES).tolist()
+        return step, token, pair, read
 
     @property
     def trusted(self) -> bool:
         """Whether enough steps were measured."""
         return self.num_steps >= _LEAST_STEPS
 
-    def predict(self, num_tokens: int, num_pairs: int) -> float:
+    def predict(self, load: StepLoad) -> float:
         """Seconds that such a step takes."""
-        c0, c1, c2 = self.coefficients
-        return c0 + c1 * num_tokens + c2 * num_pairs
+        step, token, pair, read = self.coefficients
+        return step + token * load.num_tokens + pair * load.num_pairs + read * load.num_read
 
-    def observe(self, num_tokens: int, num_pairs: int, seconds: float) -> None:
+    def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from a measured step."""
         unit = max(seconds, 1e-7)
         if self.trusted:
-            unit = max(unit, 0.25 * self.predict(num_tokens, num_pairs))
-        x = np.array([1.0, num_tokens, num_pairs]) * _SCALES / unit
+            unit = max(unit, 0.25 * self.predict(load))
+        x = np.array([1.0, load.num_tokens, load.num_pairs, load.num_read]) * _SCALES / unit
         error = seconds / unit - float(self._coefficients @ x)
         lost = (1.0 - self._keep) * _LEAST_INFORMATION
-        self._information = self._keep * self._information + np.outer(x, x) + np.diag([lost] * 3)
+        self._information = self._keep * self._information + np.outer(x, x) + np.diag([lost] * len(_SCALES))
         self._coefficients = self._coefficients + np.linalg.solve(self._information, x * error)
         self.num_steps += 1
 
@@ -78,30 +96,31 @@ class StepBudget:
         self.floor = floor
         self.model = StepTimeModel()
 
-    def observe(self, num_tokens: int, num_pairs: int, seconds: float) -> None:
+    def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from a measured step."""
         if self.target_s > 0:
-            self.model.observe(num_tokens, num_pairs, seconds)
+            self.model.observe(load, seconds)
 
-    def prompt_tokens(self, num_decodes: int, num_pairs: int, context: int, most: int) -> int:
-        """Prompt tokens for which the step's predicted time stays within the target.
+    def chunk(self, load: StepLoad, num_decodes: int, context: int, most: int) -> int:
+        """Tokens of a prompt that a step may take more, so that its predicted time stays within the target.
 
         Args:
-            num_decodes: tokens of those who decode.
-            num_pairs: their pairs.
-            context: tokens before the prompt tokens in question; each of them attends to these.
+            load: what the step computes so far.
+            num_decodes: sequences in it that wait for their next token.
+            context: tokens before the ones in question, whose KV they read; each of them attends to these.
             most: that the step may take otherwise.
         """
         if self.target_s <= 0 or num_decodes == 0 or not self.model.trusted:
             return most
-        _, per_token, per_pair = self.model.coefficients
-        slack = self.target_s - self.model.predict(num_decodes, num_pairs)
-        # n tokens after `context` others have n * context + n^2 / 2 pairs.
-        linear, square = per_token + per_pair * context, per_pair / 2
+        _, token, pair, read = self.model.coefficients
+        slack = self.target_s - self.model.predict(load) - read * context
+        # n tokens after `context` others have n * context + n^2 / 2 pairs, and their own KV is read with the rest.
+        linear, square = token + read + pair * context, pair / 2
         if slack <= 0:
             tokens = 0.0
         elif square > 0:
             tokens = (math.sqrt(linear * linear + 4 * square * slack) - linear) / (2 * square)
         else:
             tokens = slack / linear if linear > 0 else most
-        return max(min(int(min(tokens, most)), most), min(self.floor, most))
+        floor = self.floor - (load.num_tokens - num_decodes)  # less what other prompts got already
+        return max(0, min(max(int(min(tokens, most)), floor), most))

@@ -15,7 +15,7 @@ import numpy as np
 
 from pawl_server.kv.draft import BlockDraft
 from pawl_server.scheduler.admission import SchedulerLimits, blocks_for
-from pawl_server.scheduler.budget import StepBudget
+from pawl_server.scheduler.budget import StepBudget, StepLoad
 from pawl_server.scheduler.fit import Room
 from pawl_server.scheduler.preemption import victims_in_order
 from pawl_server.scheduler.queues import Cursor
@@ -64,6 +64,7 @@ class Plan:
         bypassed: waiting sequences that did not fit, each with the number of admissions planned before it.
         num_decodes: of `rows`, those that compute one token and sample.
         num_pairs: (query, key) pairs of the step's attention.
+        num_read: tokens whose KV it reads.
         budget: tokens that the step may still take.
     """
 
@@ -76,6 +77,7 @@ class Plan:
     grants: IntArray = field(default_factory=lambda: _NO_ROWS)
     num_decodes: int = 0
     num_pairs: int = 0
+    num_read: int = 0
     append_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
     victims: list[Victim] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
@@ -92,6 +94,11 @@ class Plan:
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
         return int(self.grants.sum()) + sum(admission.num_tokens for admission in self.admissions)
+
+    @property
+    def load(self) -> StepLoad:
+        """What the step computes, as far as its time depends on it."""
+        return StepLoad(self.num_tokens, self.num_pairs, self.num_read)
 
     @property
     def kind(self) -> str:
@@ -190,13 +197,10 @@ def _attempt(
     behind = np.flatnonzero(want > 1)
     if len(behind) > 1:
         behind = behind[np.lexsort((slots.order[behind], -slots.level[behind]))]
-    if budget is not None:
-        context = int(slots.planned[behind[0]]) if len(behind) else 0
-        plan.budget = budget.prompt_tokens(plan.num_decodes, plan.num_pairs, context, plan.budget)
-    num_partial = _grant_prefills(plan, slots, limits, behind)
+    num_partial = _grant_prefills(plan, slots, limits, behind, budget)
     if not plan.victims and len(state.queue) and plan.budget > 0 and plan.free_rows:
         with state.queue.cursor() as cursor:
-            _admit(plan, state, limits, cursor, num_partial)
+            _admit(plan, state, limits, cursor, num_partial, budget)
     return plan
 
 
@@ -234,16 +238,28 @@ def _grant_decodes(plan: Plan, slots: SlotTable, want: IntArray, decodes: BoolAr
     plan.rows = np.flatnonzero(decodes)
     plan.num_decodes = len(plan.rows)
     plan.grants = np.ones(plan.num_decodes, dtype=np.int64)
-    plan.num_pairs = int(slots.planned[plan.rows].sum()) + plan.num_decodes
+    plan.num_pairs = plan.num_read = int(slots.planned[plan.rows].sum()) + plan.num_decodes
     plan.budget -= plan.num_decodes
 
 
-def _pairs(context: int, num_tokens: int) -> int:
-    """(Query, key) pairs of tokens that stand after `context` others."""
-    return num_tokens * context + num_tokens * (num_tokens + 1) // 2
+def _most_tokens(plan: Plan, limits: SchedulerLimits, budget: StepBudget | None, context: int) -> int:
+    """Tokens that the next chunk may have at most, if it stands after `context` others."""
+    if budget is None:
+        return min(limits.max_prefill_chunk, plan.budget)
+    load = StepLoad(limits.max_batch_tokens - plan.budget, plan.num_pairs, plan.num_read)
+    return min(limits.max_prefill_chunk, budget.chunk(load, plan.num_decodes, context, plan.budget))
 
 
-def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows: IntArray) -> int:
+def _take(plan: Plan, context: int, num_tokens: int) -> None:
+    """A chunk after `context` tokens is part of the step."""
+    plan.budget -= num_tokens
+    plan.num_pairs += num_tokens * context + num_tokens * (num_tokens + 1) // 2
+    plan.num_read += context + num_tokens
+
+
+def _grant_prefills(
+    plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows: IntArray, budget: StepBudget | None
+) -> int:
     """A chunk for each that is in mid-prompt, in the order given, as far as budget and blocks go.
 
     Returns:
@@ -256,7 +272,7 @@ def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows:
         planned, capacity = int(slots.planned[row]), int(slots.capacity[row])
         want = int(slots.expected[row]) - planned
         room = capacity + plan.draft.num_available * size - planned
-        chunk = min(want, limits.max_prefill_chunk, plan.budget, room)
+        chunk = min(want, room, _most_tokens(plan, limits, budget, planned))
         if num_partial >= limits.max_partial_prefills:
             chunk = 0
         blocks = plan.draft.take(max(0, blocks_for(planned + chunk - capacity, size))) if chunk > 0 else None
@@ -264,8 +280,7 @@ def _grant_prefills(plan: Plan, slots: SlotTable, limits: SchedulerLimits, rows:
             chunk, blocks = 0, []
         else:
             granted.append((row, chunk))
-            plan.budget -= chunk
-            plan.num_pairs += _pairs(planned, chunk)
+            _take(plan, planned, chunk)
         if chunk and slots.shares[row]:
             _announce(plan, slots.owner(row), row, slots.owner(row).blocks[planned // size :] + blocks, planned, chunk)
         if blocks:
@@ -295,7 +310,14 @@ def _max_hits(sequence: SequenceState, block_size: int) -> int:
     return below // block_size
 
 
-def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: Cursor, num_partial: int) -> None:
+def _admit(
+    plan: Plan,
+    state: SchedulerState,
+    limits: SchedulerLimits,
+    cursor: Cursor,
+    num_partial: int,
+    budget: StepBudget | None,
+) -> None:
     """Start waiting sequences in order. One that does not fit may be overtaken a bounded number of times."""
     size = limits.block_size
     may_admit = limits.max_running  # until somebody has been overtaken as often as he may be
@@ -321,8 +343,8 @@ def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: C
             continue
         computed = (len(hits) + num_stored) * size
         want = sequence.num_tokens - computed
-        chunk = min(want, limits.max_prefill_chunk, plan.budget)
-        if chunk < want and num_partial >= limits.max_partial_prefills:
+        chunk = min(want, _most_tokens(plan, limits, budget, computed))
+        if chunk < 1 or (chunk < want and num_partial >= limits.max_partial_prefills):
             return
         plan.draft.share(hits)
         restored = plan.draft.restore(chain, len(hits), num_stored) if chain is not None and num_stored else []
@@ -339,5 +361,4 @@ def _admit(plan: Plan, state: SchedulerState, limits: SchedulerLimits, cursor: C
         _announce(plan, sequence, row, blocks, computed, chunk)
         plan.admissions.append(Admission(sequence, row, hits, blocks, chunk, computed, price))
         cursor.charge(sequence, price)
-        plan.budget -= chunk
-        plan.num_pairs += _pairs(computed, chunk)
+        _take(plan, computed, chunk)

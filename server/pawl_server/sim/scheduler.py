@@ -14,7 +14,7 @@ import numpy as np
 
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import Refusal, SchedulerLimits
-from pawl_server.scheduler.budget import StepBudget
+from pawl_server.scheduler.budget import StepBudget, StepLoad
 from pawl_server.scheduler.committer import Committed, commit, launch, void
 from pawl_server.scheduler.planner import Plan, plan_step
 from pawl_server.scheduler.sequence import Ended, SequenceRequest
@@ -103,7 +103,7 @@ class SimulatedScheduler:
         """Settle a step that took so many seconds."""
         committed = commit(self.state, step.plan, result, now_s)
         if self._budget is not None:
-            self._budget.observe(step.plan.num_tokens, step.plan.num_pairs, seconds)
+            self._budget.observe(step.plan.load, seconds)
         return committed
 
     def lose_worker(self, step: Step | None, now_s: float) -> int:
@@ -153,10 +153,10 @@ class SimulatedScheduler:
         launches_ns = [launched_ns, *ends_ns[:-1].tolist()]
         self.state.pool.advance(launches_ns[-1] / 1e9)
         if self._budget is not None:
-            num_pairs = step.plan.num_pairs
+            num_read = step.plan.num_read
             for begin_ns, end_ns in zip(launches_ns, ends_ns.tolist(), strict=True):
-                num_pairs += len(rows)
-                self._budget.observe(len(rows), num_pairs, (end_ns - begin_ns) / 1e9)
+                num_read += len(rows)
+                self._budget.observe(StepLoad(len(rows), num_read, num_read), (end_ns - begin_ns) / 1e9)
 
     def _without_victims(self, now_s: float) -> Plan | None:
         """Preempt the newest until a plan needs no victim; as in production, nobody is admitted in such a step."""
