@@ -110,17 +110,17 @@ class FakeServer:
         Args:
             error: what the caller will meet.
             method: only a call of this name, as in the proto (`StreamGenerate`); default: any.
-            after: of a stream, after so many deltas; 0 is after the start event; None before everything.
+            after: of a call that generates, after so many deltas; 0 is after the start event; None before everything.
             times: for so many calls.
         """
         self._plan(*[Fault("error", method, after, error)] * times)
 
     def hang(self, *, method: str = "", after: int = 0) -> None:
-        """Let the next stream stand still after so many deltas, until it is cancelled."""
+        """Let the next call that generates stand still after so many deltas, until it is cancelled."""
         self._plan(Fault("hang", method, after))
 
     def truncate(self, *, method: str = "", after: int = 0) -> None:
-        """Let the next stream stop after so many deltas, without an error and without its end event."""
+        """Let the next call that generates stop after so many deltas, without an error and without its end event."""
         self._plan(Fault("truncate", method, after))
 
     def _plan(self, *faults: Fault) -> None:

@@ -20,6 +20,8 @@ from pawl.testing._model import FakeModel
 
 __all__ = ["Fault", "LiveRequest", "ReceivedCall", "State", "abort"]
 
+_GENERATING = ("Generate", "StreamGenerate", "Chat", "StreamChat")
+
 
 @dataclass(frozen=True, slots=True)
 class ReceivedCall:
@@ -37,7 +39,7 @@ class Fault:
     Attributes:
         kind: an error, a stream that stands still, or a stream that stops without its end.
         method: of which call, as in the proto; empty for any.
-        after: after how many deltas; None for before anything was sent.
+        after: after how many deltas, so of a call that generates; None for before anything was sent.
         error: what to answer.
     """
 
@@ -45,6 +47,10 @@ class Fault:
     method: str
     after: int | None
     error: PawlError | None = None
+
+    def strikes(self, method: str) -> bool:
+        """Whether it is meant for a call of this name."""
+        return self.method in ("", method) and (self.after is None or method in _GENERATING)
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +98,7 @@ class State:
             if self.api_key and metadata.get("authorization") != f"Bearer {self.api_key}":
                 raise Unauthenticated("the API key is missing or not known; set PAWL_API_KEY")
             for place, fault in enumerate(self.faults):
-                if fault.method in ("", method):
+                if fault.strikes(method):
                     del self.faults[place]
                     break
             else:

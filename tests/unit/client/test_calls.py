@@ -228,6 +228,14 @@ def test_a_forgotten_stream_is_cancelled(server: FakeServer, client: Client) -> 
     assert server.wait_abandoned()
 
 
+def test_a_fault_after_deltas_waits_for_a_call_that_makes_them(server: FakeServer, client: Client) -> None:
+    """Other calls go by without taking it."""
+    server.truncate(after=1)
+    assert [model.id for model in client.models.list()] == ["fake"]
+    with client.stream("x") as stream, pytest.raises(pawl.StreamBroken):
+        stream.final()
+
+
 def test_a_fault_that_never_strikes_is_an_error() -> None:
     """A test that plans a fault and does not meet it is wrong."""
     with pytest.raises(AssertionError, match="never struck"), FakeServer() as server:
