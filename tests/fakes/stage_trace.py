@@ -20,10 +20,10 @@ from pawl_workers.model.weights import (
     EmbeddingWeights,
     ExpertWeights,
     MlpWeights,
-    PackedLinear,
     PackedNorm,
     Weights,
 )
+from pawl_workers.model.wrapped_linear import WrappedLinear
 from pawl_workers.stages.attention import attend
 from pawl_workers.stages.embed import embed
 from pawl_workers.stages.mlp import mlp
@@ -157,32 +157,12 @@ class _Recorder:
 
 
 @dataclass(frozen=True, slots=True)
-class _RecordedLinear:
-    linear: PackedLinear
+class _RecordedLinear(WrappedLinear):
     recorder: _Recorder
     name: str
 
-    @property
-    def in_features(self) -> int:
-        return self.linear.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.linear.out_features
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.linear.bias
-
-    @property
-    def num_bytes(self) -> int:
-        return self.linear.num_bytes
-
     def __call__(self, x: Tensor) -> Tensor:
         return self.recorder.in_layer(self.name, self.linear(x))
-
-    def unpack(self) -> Tensor:
-        return self.linear.unpack()
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional
 
 from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.cpu import CpuKernels
 from pawl_workers.model.loading import read_config
-from pawl_workers.model.weights import MlpWeights, PackedLinear, Weights
+from pawl_workers.model.weights import MlpWeights, Weights
+from pawl_workers.model.wrapped_linear import WrappedLinear
+from tests.fakes.batch_dependent import SplitByRows, TorchLinear
 from tests.fakes.checkpoints import make_llama
 from tests.fakes.families import FAMILIES, MAX_POSITIONS, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner
@@ -162,47 +163,7 @@ def test_schedules_preempt_and_share(tmp_path: Path) -> None:
     assert shared >= 5
 
 
-@dataclass(frozen=True, slots=True)
-class SplitByRows:
-    """A linear layer that sums over its inputs in one to four parts, by the number of rows that it computes."""
-
-    linear: PackedLinear
-
-    @property
-    def in_features(self) -> int:
-        return self.linear.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.linear.out_features
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.linear.bias
-
-    @property
-    def num_bytes(self) -> int:
-        return self.linear.num_bytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        parts = torch.arange(self.in_features).tensor_split(1 + len(x) % 4)
-        weight = self.linear.unpack().double()
-        products = [functional.linear(x[:, part].double(), weight[:, part]).float() for part in parts]
-        return torch.stack(products).sum(dim=0)
-
-    def unpack(self) -> Tensor:
-        return self.linear.unpack()
-
-
-@dataclass(frozen=True, slots=True)
-class TorchLinear(SplitByRows):
-    """`F.linear`: the library takes another kernel for a single row."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.linear.unpack(), self.linear.bias)
-
-
-def planted(weights: Weights, place: str, fault: type[SplitByRows]) -> Weights:
+def planted(weights: Weights, place: str, fault: type[WrappedLinear]) -> Weights:
     if place == "head":
         return replace(weights, head=replace(weights.head, linear=fault(weights.head.linear)))
     first, *others = weights.layers
@@ -222,7 +183,7 @@ def planted(weights: Weights, place: str, fault: type[SplitByRows]) -> Weights:
 
 @pytest.mark.parametrize("fault", [SplitByRows, TorchLinear])
 @pytest.mark.parametrize("place", ["qkv", "output", "up", "down", "head"])
-def test_a_kernel_that_depends_on_the_batch_is_caught(tmp_path: Path, place: str, fault: type[SplitByRows]) -> None:
+def test_a_kernel_that_depends_on_the_batch_is_caught(tmp_path: Path, place: str, fault: type[WrappedLinear]) -> None:
     """Wherever it stands, within a few schedules; the sound kernels pass the same ones."""
     folder = make_llama(tmp_path, hidden_size=64, intermediate_size=120, max_position_embeddings=MAX_POSITIONS)
     sound, faulty = (LogitRunner(folder, "cpu", max_running=MAX_ROWS, one_by_one=True) for _ in range(2))

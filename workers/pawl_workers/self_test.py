@@ -17,7 +17,8 @@ from pawl_workers.forward import forward
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels, ReferenceNorm
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.model.rotary import rotary_angles
-from pawl_workers.model.weights import LayerWeights, MlpWeights, PackedLinear, PackedNorm, Weights
+from pawl_workers.model.weights import LayerWeights, MlpWeights, PackedNorm, Weights
+from pawl_workers.model.wrapped_linear import WrappedLinear
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult, TokenLogprobs
 from pawl_workers.prepare import BatchSettings
 from pawl_workers.sampling.table import SamplingTable
@@ -41,32 +42,11 @@ class SelfTest:
 
 
 @dataclass(frozen=True, slots=True)
-class _UnpackedLinear:
+class _UnpackedLinear(WrappedLinear):
     """A packed layer computed by `F.linear`, unpacked at each call: needs memory for one layer at a time."""
 
-    packed: PackedLinear
-
-    @property
-    def in_features(self) -> int:
-        return self.packed.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.packed.out_features
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.packed.bias
-
-    @property
-    def num_bytes(self) -> int:
-        return 0
-
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.packed.unpack(), self.packed.bias)
-
-    def unpack(self) -> Tensor:
-        return self.packed.unpack()
+        return functional.linear(x, self.unpack(), self.bias)
 
 
 def run_self_test(
