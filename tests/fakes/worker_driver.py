@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,7 @@ class WorkerDriver:
         self._free = list(range(1, worker.facts.num_blocks + 1))
         self._rows = list(range(worker.facts.max_running))
         self._freed: list[int] = []
+        self._holders: Counter[int] = Counter()  # of each block
         chooser = random.Random(seed)
         chooser.shuffle(self._free)
         chooser.shuffle(self._rows)
@@ -62,23 +64,45 @@ class WorkerDriver:
         output: Sequence[int] = (),
         prompt_logprobs: int = -1,
         samples: bool = True,
+        cached: Sequence[int] = (),
     ) -> Generation:
-        """Make a sequence; it is sent with its first step. `output` are tokens generated earlier."""
+        """Make a sequence; it is sent with its first step.
+
+        Args:
+            prompt: its tokens.
+            sampling: greedy by default.
+            output: tokens generated earlier.
+            prompt_logprobs: -1 for none, or how many alternatives.
+            samples: whether it generates.
+            cached: blocks of another sequence, full, that hold its first tokens; they are shared.
+        """
+        self._holders.update(cached)
         return Generation(
             row=self._rows.pop(),
             token_ids=[*prompt, *output],
             num_prompt=len(prompt),
-            num_computed=0,
+            num_computed=len(cached) * self.worker.facts.block_size,
             sampling=sampling or SamplingSpec(temperature=0.0),
             prompt_logprobs=prompt_logprobs,
             samples=samples,
+            blocks=list(cached),
         )
 
     def finish(self, generation: Generation) -> None:
         """Free a sequence; the worker hears of it with the next step."""
-        self._freed.append(generation.row)
+        if generation.sent:
+            self._freed.append(generation.row)
         self._rows.insert(0, generation.row)
-        self._free += generation.blocks
+        self._holders.subtract(generation.blocks)
+        self._free += [block for block in generation.blocks if not self._holders[block]]
+
+    def preempt(self, generation: Generation, *, keep: int = 0) -> None:
+        """Free a sequence; with its next step it is sent again, computed anew but for `keep` full blocks."""
+        kept = generation.blocks[:keep]
+        self._holders.update(kept)
+        self.finish(generation)
+        generation.row, generation.blocks, generation.sent = self._rows.pop(), kept, False
+        generation.num_computed = keep * self.worker.facts.block_size
 
     def step(self, grants: Sequence[tuple[Generation, int]]) -> StepResult:
         """Run one step in which each sequence computes so many tokens."""
@@ -87,6 +111,7 @@ class WorkerDriver:
             size = self.worker.facts.block_size
             missing = -(-(generation.num_computed + grant) // size) - len(generation.blocks)
             blocks = [self._free.pop() for _ in range(missing)]
+            self._holders.update(blocks)
             generation.blocks += blocks
             if not generation.sent:
                 new.append(self._new_sequence(generation))
