@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pawl_workers.plan import NewSequence, PromptLogprobs, SamplingSpec, StepPlan, StepResult, TokenLogprobs
@@ -104,8 +104,10 @@ class WorkerDriver:
         generation.row, generation.blocks, generation.sent = self._rows.pop(), kept, False
         generation.num_computed = keep * self.worker.facts.block_size
 
-    def step(self, grants: Sequence[tuple[Generation, int]]) -> StepResult:
-        """Run one step in which each sequence computes so many tokens."""
+    def step(
+        self, grants: Sequence[tuple[Generation, int]], drafts: Mapping[int, Sequence[int]] | None = None
+    ) -> StepResult:
+        """Run one step in which each sequence computes so many tokens, the last of them drafts if its row has some."""
         new, appended = [], []
         for generation, grant in grants:
             size = self.worker.facts.block_size
@@ -119,16 +121,20 @@ class WorkerDriver:
                 appended.append((generation.row, blocks))
         self._step += 1
         rows, counts = [one.row for one, _ in grants], [count for _, count in grants]
-        plan = StepPlan(self._step, self._epoch, self._freed, new, appended, rows, counts)
+        drafted = [(row, list(ids)) for row, ids in (drafts or {}).items()]
+        plan = StepPlan(self._step, self._epoch, self._freed, new, appended, rows, counts, drafts=drafted)
         self._freed = []
         result = self.worker.execute(plan)
         by_row = {one.row: one for one, _ in grants}
+        drafted_rows = {row for row, _ in drafted}
         for generation, grant in grants:
-            generation.num_computed += grant
+            generation.num_computed += 0 if generation.row in drafted_rows else grant
         logprobs = result.logprobs or [None] * len(result.rows)
         for row, token_id, entry in zip(result.rows, result.token_ids, logprobs, strict=True):
             by_row[row].token_ids.append(token_id)
             by_row[row].logprobs.append(entry)
+        for row in drafted_rows.intersection(result.rows):
+            by_row[row].num_computed = len(by_row[row].token_ids) - 1  # what was rejected counts as not computed
         for scored in result.prompt_logprobs:
             by_row[scored.row].prompt.append(scored)
         for failure in result.failures:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -74,9 +75,8 @@ def test_swapped_and_forked_blocks_hold_what_they_held(folder: Path, kernels: st
 
     def run(step: int, sequence: NewSequence, freed: Sequence[int] = (), **moves: list[tuple[int, int]]) -> list[int]:
         grant = length - sequence.num_computed
-        return worker.execute(
-            StepPlan(step, 1, list(freed), [sequence], [], [sequence.row], [grant], **moves)
-        ).token_ids
+        plan = StepPlan(step, 1, list(freed), [sequence], [], [sequence.row], [grant])
+        return worker.execute(msgspec.structs.replace(plan, **moves)).token_ids
 
     alone = run(1, new(0, prompt, [1, 2, 3]))
     run(2, new(0, [9] * length, [1, 2, 4]), [0], swap_out=[(1, 3), (2, 0)])

@@ -10,6 +10,7 @@ import torch
 from pawl_workers.control_groups import memory_left
 from pawl_workers.errors import OutOfMemoryError
 from pawl_workers.model.spec import ModelSpec
+from pawl_workers.plan import LEAST_SAMPLES
 
 __all__ = ["MemoryPlan", "activation_bytes", "available_bytes", "plan_memory"]
 
@@ -41,7 +42,7 @@ def activation_bytes(spec: ModelSpec, max_batch_tokens: int, max_running: int, e
     up = spec.intermediate_size * (3 if spec.gated_mlp else 2)
     attention = 3 * spec.qkv_size
     per_token = 3 * spec.hidden_size + max(up, attention)
-    logits = max(max_running, 64) * spec.vocab_size * 4 * 3
+    logits = max(max_running, LEAST_SAMPLES) * spec.vocab_size * 4 * 3
     return max_batch_tokens * per_token * element_bytes + logits + _ATTENTION_WORKSPACE_BYTES
 
 

@@ -4,6 +4,10 @@ Plain data that survives a socket (`encode`, `decode_plan`, `decode_result`); im
 diff: a sequence is sent whole once (`NewSequence`), afterwards the worker keeps its tokens in a row of its
 own table and the plan names the row. Whether a row samples is not said: it does when the step reaches the
 last token the worker knows of the sequence, and the sampled token is then appended to the row.
+
+A row may be given drafts, guesses of what it will sample. They are computed with it and sampled after, each position
+with the noise that is its own, and those that turn out to be what was sampled are accepted: the row gives several
+tokens at once, the same that it gives one by one.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import msgspec
 
 __all__ = [
+    "LEAST_SAMPLES",
     "NewSequence",
     "PromptLogprobs",
     "RowFailure",
@@ -22,6 +27,10 @@ __all__ = [
     "decode_result",
     "encode",
 ]
+
+
+LEAST_SAMPLES = 64
+"""Positions that every worker can sample in a step, however few rows it has."""
 
 
 class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,7 +74,8 @@ class NewSequence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class StepPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One step. The worker applies it in this order: free, add, append blocks, swap out, swap in, copy, run.
 
-    `rows[i]` computes its next `num_tokens[i]` tokens. Rows are distinct; every grant is at least 1.
+    `rows[i]` computes its next `num_tokens[i]` tokens. Rows are distinct; every grant is at least 1. The grant of a row
+    with drafts ends with the last of them. At most max(max_running, LEAST_SAMPLES) positions are sampled.
     No block is written twice by the moves of one plan, and no copy reads what another copy writes.
     """
 
@@ -79,6 +89,7 @@ class StepPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     copies: list[tuple[int, int]] = []  # (source, destination): partial blocks of forked sequences
     swap_out: list[tuple[int, int]] = []  # (block, host block): cached blocks that are about to be overwritten
     swap_in: list[tuple[int, int]] = []  # (host block, block)
+    drafts: list[tuple[int, list[int]]] = []  # (row, token ids): guesses of the tokens after the last one known
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,12 +118,17 @@ class RowFailure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one step gave: a token for each row that sampled, in the order of the plan's rows."""
+    """What one step gave: a token for each row that sampled, in the order of the plan's rows.
+
+    A row with drafts stands there once for each token: the drafts that were accepted, which is as many of the first as
+    are what was sampled, and the token sampled after them. The KV of its other drafts counts as not computed. If it is
+    neither there nor in `failures`, nothing that was computed of it counts: its drafts broke the step for it.
+    """
 
     step: int
     epoch: int
     rows: list[int]
-    token_ids: list[int]
+    token_ids: list[int]  # parallel to `rows`
     logprobs: list[TokenLogprobs | None]  # empty when no row asked, else parallel to `rows`
     prompt_logprobs: list[PromptLogprobs]
     failures: list[RowFailure]  # rows that are in neither `rows` nor `prompt_logprobs`

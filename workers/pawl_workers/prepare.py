@@ -38,7 +38,12 @@ class BatchSettings:
 
 
 def build_batch(
-    table: RowTable, rows: IntArray, num_tokens: IntArray, settings: BatchSettings, padded: int | None = None
+    table: RowTable,
+    rows: IntArray,
+    num_tokens: IntArray,
+    settings: BatchSettings,
+    padded: int | None = None,
+    num_drafts: IntArray | None = None,
 ) -> tuple[Batch, IntArray]:
     """Build the batch in which `rows[i]` computes its next `num_tokens[i]` tokens.
 
@@ -49,9 +54,11 @@ def build_batch(
         settings: of the worker.
         padded: rows of the batch, where all compute and sample one token and the batch is for a captured graph: then
             it has no angles, the graph computes its own, and tables are as wide as they ever get.
+        num_drafts: how many of its tokens are drafts, of each of `rows`; None = nothing is drafted.
 
     Returns:
-        The batch, and the rows that sample: those whose last known token is in the step.
+        The batch, and the rows that sample: those whose last known token is in the step, once for it and once for
+        each of their drafts.
     """
     sequence, positions = table.positions(rows, num_tokens)
     token_ids = table.token_ids[rows[sequence], positions].astype(np.int64)
@@ -66,19 +73,26 @@ def build_batch(
         sequence_of_token=sequence,
         block_tables=table.block_tables[rows] if padded else table.block_tables[rows, :most_blocks],
     )
-    sampling = (contexts == table.num_tokens[rows]) & table.samples[rows]
-    last = (starts + num_tokens - 1)[sampling]
+    if num_drafts is None:
+        sampling = (contexts == table.num_tokens[rows]) & table.samples[rows]
+        last, sampling_rows = (starts + num_tokens - 1)[sampling], rows[sampling]
+    else:
+        sampling = (contexts == table.num_tokens[rows] + num_drafts) & table.samples[rows]
+        counts = np.where(sampling, 1 + num_drafts, 0)
+        sampling_rows = np.repeat(rows, counts)
+        last = np.repeat(starts + num_tokens - np.cumsum(counts), counts) + np.arange(len(sampling_rows))
     if padded is not None:
         arrays = pad_decodes(arrays, padded)
         token_ids, last = np.append(token_ids, np.zeros(padded - len(rows), dtype=np.int64)), arrays.starts
     staging, put = settings.staging, settings.put
     if staging is not None:
-        staging.begin(staged_elements(len(token_ids), len(arrays.starts), arrays.block_tables.shape[1]))
+        num_samples = max(len(arrays.starts), len(sampling_rows))
+        staging.begin(staged_elements(len(token_ids), len(arrays.starts), arrays.block_tables.shape[1], num_samples))
     # What a graph reads is put first, in an order and in sizes that its number of rows fixes.
     device_token_ids, device_positions, device_last = put(token_ids), put(arrays.positions), put(last)
     layout = settings.kernels.lay_out(arrays, settings.shape)
-    sampling_rows = rows[sampling]
-    samples = _sampling(table, sampling_rows, settings)
+    most_drafts = 0 if num_drafts is None else int(num_drafts.max(initial=0))
+    samples = _sampling(table, sampling_rows, settings, most_drafts)
     if staging is not None:
         staging.send()
     batch = Batch(
@@ -113,15 +127,25 @@ def pad_decodes(arrays: SequenceArrays, num_rows: int) -> SequenceArrays:
     )
 
 
-def staged_elements(num_tokens: int, num_sequences: int, most_blocks: int) -> int:
-    """Most int32 elements that a step puts: tokens thrice, tiles, tables, what each sequence has, and its sampling."""
+def staged_elements(num_tokens: int, num_sequences: int, most_blocks: int, num_samples: int) -> int:
+    """Most int32 elements that a step puts: tokens thrice, tiles, tables, what each sequence has, and the sampling."""
     per_token = Staging.elements(*[num_tokens] * 3, 4 * num_tokens, num_tokens)
-    per_sequence = Staging.elements(*[num_sequences] * 5, 2 * WORDS * num_sequences)
+    per_sequence = Staging.elements(*[num_sequences] * 5, 2 * WORDS * num_samples)
     return per_token + per_sequence + Staging.elements(num_sequences * most_blocks)
 
 
-def _sampling(table: RowTable, rows: IntArray, settings: BatchSettings) -> SamplingBatch:
+def _sampling(table: RowTable, rows: IntArray, settings: BatchSettings, most_drafts: int) -> SamplingBatch:
+    """How these rows sample: each at the position after its last token, and then, if it is repeated, at the next."""
     positions = table.num_tokens[rows]
+    drafts = np.zeros((len(rows), 0), dtype=np.int64)
+    if most_drafts:
+        begins = np.concatenate([[True], rows[1:] != rows[:-1]])
+        places = np.arange(len(rows))
+        num_before = places - np.maximum.accumulate(np.where(begins, places, 0))
+        columns = np.arange(most_drafts)
+        drafted = table.token_ids[rows[:, None], np.minimum(positions[:, None] + columns, table.token_ids.shape[1] - 1)]
+        drafts = np.where(columns < num_before[:, None], drafted, -1).astype(np.int64)
+        positions = positions + num_before
     words = None
     if settings.staging is not None:
         words = settings.staging.put(parameter_words(table.sampling, rows, positions).view(np.int32))
@@ -131,7 +155,7 @@ def _sampling(table: RowTable, rows: IntArray, settings: BatchSettings) -> Sampl
         rows=rows,
         positions=positions,
         num_output=positions - table.num_prompt[rows],
-        drafts=np.zeros((len(rows), 0), dtype=np.int64),
+        drafts=drafts,
         words=words,
     )
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pawl_workers.batch import IntArray
 from pawl_workers.errors import PlanError
-from pawl_workers.plan import NewSequence, StepPlan
+from pawl_workers.plan import LEAST_SAMPLES, NewSequence, StepPlan
 from pawl_workers.sampling.table import SamplingTable
 
 __all__ = ["RowTable"]
@@ -20,7 +20,7 @@ class RowTable:
     """Tokens, blocks and sampling state of up to `max_running` sequences.
 
     Attributes:
-        token_ids: [rows, max_context + 1] int32.
+        token_ids: [rows, max_context + 1] int32; a step's drafts stand after the tokens known.
         block_tables: [rows, most blocks] int64, 0 past the end.
         num_tokens, num_computed, num_prompt, num_blocks: [rows].
         prompt_alternatives: -1 when no prompt log-probabilities are wanted, [rows].
@@ -149,6 +149,8 @@ class RowTable:
             raise PlanError(f"row {row} is to be computed but holds no sequence")
         rows, grants = rows[~passed_over[rows]], grants[~passed_over[rows]]
         after = computed[rows] + grants
+        if plan.drafts:
+            self._check_drafts(plan, rows, after, known, added)
         wrong = (grants < 1) | (after > np.minimum(known[rows], self._max_context))
         for row, grant in zip(rows[wrong].tolist(), grants[wrong].tolist(), strict=True):
             raise PlanError(
@@ -159,8 +161,32 @@ class RowTable:
         for row, end in zip(rows[wrong].tolist(), after[wrong].tolist(), strict=True):
             raise PlanError(f"row {row} has {blocks[row]} blocks of {self._block_size} tokens for {end} tokens")
 
+    def _check_drafts(
+        self, plan: StepPlan, rows: IntArray, after: IntArray, known: IntArray, added: dict[int, NewSequence]
+    ) -> None:
+        """Check the drafts of a plan, and count them as tokens known."""
+        ends = dict(zip(rows.tolist(), after.tolist(), strict=True))
+        drafted = {row for row, _ in plan.drafts}
+        if len(drafted) < len(plan.drafts) or not drafted <= {*plan.rows}:
+            raise PlanError("drafts are for distinct rows of the step")
+        for row, ids in plan.drafts:
+            if not ids or not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                raise PlanError(f"row {row} has no drafts, or one outside the vocabulary of {self._vocab_size}")
+            if row not in ends:
+                continue  # it failed and is not computed
+            if not (added[row].samples if row in added else self.samples[row]):
+                raise PlanError(f"row {row} has drafts but samples nothing")
+            known[row] += len(ids)
+            if ends[row] != known[row]:
+                raise PlanError(f"row {row} is computed up to {ends[row]} tokens, and {known[row]} with its drafts")
+        num_samples = int((after == known[rows]).sum()) + sum(len(ids) for row, ids in plan.drafts if row in ends)
+        if num_samples > max(self._max_running, LEAST_SAMPLES):
+            raise PlanError(
+                f"{num_samples} positions are to be sampled, at most {max(self._max_running, LEAST_SAMPLES)} can be"
+            )
+
     def apply(self, plan: StepPlan) -> None:
-        """Free, add, then append blocks. The plan has been checked."""
+        """Free, add, append blocks, then note the drafts. The plan has been checked."""
         for row in plan.freed_rows:
             self.known[row] = False
             self.sampling.free(row)
@@ -170,6 +196,9 @@ class RowTable:
             begin = int(self.num_blocks[row])
             self.block_tables[row, begin : begin + len(block_ids)] = block_ids
             self.num_blocks[row] += len(block_ids)
+        for row, ids in plan.drafts:
+            begin = int(self.num_tokens[row])
+            self.token_ids[row, begin : begin + len(ids)] = ids
 
     def _add(self, sequence: NewSequence) -> None:
         row, ids, num_prompt = sequence.row, sequence.token_ids, sequence.num_prompt_tokens
@@ -184,7 +213,7 @@ class RowTable:
         self.sampling.add(row, sequence.sampling, ids[:num_prompt], ids[num_prompt:])
 
     def append_tokens(self, rows: IntArray, token_ids: IntArray) -> None:
-        """Append a sampled token to each of some distinct rows."""
+        """Append a token to each of some distinct rows."""
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
         self.sampling.observe(rows, token_ids)

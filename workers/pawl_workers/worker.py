@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pawl_workers.batch import IntArray
+from pawl_workers.batch import IntArray, SamplingBatch
 from pawl_workers.errors import PlanError
 from pawl_workers.forward import StepOutput, finish, forward
 from pawl_workers.graphs import DecodeGraphs, bucket_of
@@ -27,11 +27,12 @@ from pawl_workers.model.source import checkpoint_revision
 from pawl_workers.model.weights import Weights
 from pawl_workers.options import WorkerOptions
 from pawl_workers.parallel import set_num_threads
-from pawl_workers.plan import RowFailure, StepPlan, StepResult
+from pawl_workers.plan import LEAST_SAMPLES, RowFailure, StepPlan, StepResult
 from pawl_workers.prepare import BatchSettings, build_batch, staged_elements
 from pawl_workers.rows import RowTable
 from pawl_workers.self_test import SelfTest, run_self_test
 from pawl_workers.start_plan import StartPlan, plan_start
+from pawl_workers.verify import append_accepted, find_accepted
 
 __all__ = ["Progress", "Worker", "WorkerFacts", "WorkerOptions"]
 
@@ -98,7 +99,9 @@ class Worker:
         if staging is not None:  # as large as it will ever have to be: graphs know where their inputs lie
             most_rows = bucket_of(facts.max_running) or facts.max_running
             most_blocks = -(-facts.max_context // facts.block_size)
-            staging.begin(staged_elements(max(facts.max_batch_tokens, most_rows), most_rows, most_blocks))
+            most_samples = max(most_rows, LEAST_SAMPLES)
+            most_tokens = max(facts.max_batch_tokens, most_rows)
+            staging.begin(staged_elements(most_tokens, most_rows, most_blocks, most_samples))
             staging.send()
         if facts.kernels != "triton" or not DecodeGraphs.serve(self._weights, settings):
             return None
@@ -175,9 +178,10 @@ class Worker:
         rows, num_tokens = rows[alive], num_tokens[alive]
         if len(rows) == 0:
             return StepResult(plan.step, plan.epoch, [], [], [], [], failures, time.perf_counter() - started, 0.0, 0.0)
+        num_drafts = _num_drafts(plan, rows) if plan.drafts else None
         with torch.inference_mode():
-            padded = self._graph_rows(rows, num_tokens)
-            batch, sampling_rows = build_batch(self._table, rows, num_tokens, self._settings, padded)
+            padded = self._graph_rows(rows, num_tokens) if num_drafts is None else None
+            batch, _ = build_batch(self._table, rows, num_tokens, self._settings, padded, num_drafts)
             prepared = time.perf_counter()
             if self._graphs is None or padded is None:
                 output = forward(batch, self._weights, self._cache)
@@ -185,10 +189,15 @@ class Worker:
                 stream, scores = self._graphs.run(batch)
                 output = finish(stream[: len(rows)], scores[: len(rows)], batch, self._weights)
             forward_s = time.perf_counter() - prepared - output.sampled.sample_s
-            failed = self._find_failures(output, rows, num_tokens, sampling_rows)
+            failed = self._find_failures(output, rows, num_tokens, batch.sampling)
         self._table.num_computed[rows] += num_tokens
-        failures += [RowFailure(row, message) for row, message in failed.items()]
-        return self._settle(plan, output, sampling_rows, failed, failures, prepared - started, forward_s)
+        unsure = {row for row, _ in plan.drafts if row in failed}  # the drafts may have done it
+        for row in failed.keys() - unsure:
+            self._table.failed[row] = True
+            failures.append(RowFailure(row, failed[row]))
+        for row in unsure:
+            self._table.num_computed[row] -= num_tokens[rows == row].item()
+        return self._settle(plan, output, batch.sampling, failed, failures, prepared - started, forward_s)
 
     def _graph_rows(self, rows: IntArray, num_tokens: IntArray) -> int | None:
         """Rows of the captured graph that computes a step; None where none can."""
@@ -206,10 +215,13 @@ class Worker:
                 self._cache.copy_blocks(plan.copies)
 
     def _find_failures(
-        self, output: StepOutput, rows: IntArray, num_tokens: IntArray, sampling_rows: IntArray
+        self, output: StepOutput, rows: IntArray, num_tokens: IntArray, sampling: SamplingBatch
     ) -> dict[int, str]:
-        failed = {int(sampling_rows[i]): message for i, message in output.sampled.failures.items()}
-        if not failed and self._settings.staging is not None and len(sampling_rows) == num_tokens.sum():
+        failures, known = output.sampled.failures, self._table.num_tokens
+        # What fails after a draft is not accepted; if it must, the row fails there once it comes there.
+        reached = (i for i in failures if sampling.positions[i] == known[sampling.rows[i]])
+        failed = {int(sampling.rows[i]): failures[i] for i in reached}
+        if not failures and self._settings.staging is not None and len(sampling) == num_tokens.sum():
             return failed  # every token's logits were found finite; to look at the stream would wait for it once more
         # Where a stream is not finite, neither are the keys and values just written.
         finite = output.stream.sum(dim=-1, dtype=torch.float32).isfinite()
@@ -218,24 +230,30 @@ class Worker:
             for row in np.unique(tokens).tolist():
                 failed[row] = "the hidden state is not finite"
                 self._cache.make_finite(self._table.blocks_of(row).tolist())
-        for row in failed:
-            self._table.failed[row] = True
         return failed
 
     def _settle(
         self,
         plan: StepPlan,
         output: StepOutput,
-        sampling_rows: IntArray,
+        sampling: SamplingBatch,
         failed: dict[int, str],
         failures: list[RowFailure],
         prepare_s: float,
         forward_s: float,
     ) -> StepResult:
         sampled = output.sampled
-        kept = np.flatnonzero((sampled.token_ids >= 0) & ~self._table.failed[sampling_rows])
-        rows, token_ids = sampling_rows[kept], sampled.token_ids[kept]
-        self._table.append_tokens(rows, token_ids)
+        if plan.drafts:
+            kept = find_accepted(sampled.token_ids, sampling, self._table)
+        else:
+            kept = np.flatnonzero(sampled.token_ids >= 0)
+        if failed:
+            kept = kept[~np.isin(sampling.rows[kept], list(failed))]
+        rows, token_ids = sampling.rows[kept], sampled.token_ids[kept]
+        if plan.drafts:
+            append_accepted(self._table, rows, token_ids, sampling.positions[kept] - self._table.num_tokens[rows])
+        else:
+            self._table.append_tokens(rows, token_ids)
         return StepResult(
             step=plan.step,
             epoch=plan.epoch,
@@ -274,6 +292,11 @@ class Worker:
             )
         finally:
             self.reset(epoch)
+
+
+def _num_drafts(plan: StepPlan, rows: IntArray) -> IntArray:
+    counts = {row: len(ids) for row, ids in plan.drafts}
+    return np.array([counts.get(row, 0) for row in rows.tolist()], dtype=np.int64)
 
 
 def _facts(plan: StartPlan, weights: Weights, memory: MemoryPlan, started: float) -> WorkerFacts:

@@ -88,7 +88,7 @@ def test_a_step_never_puts_more_than_it_announces(sequences: list[tuple[int, int
     positions = np.concatenate([np.arange(a, a + b) for a, b in sequences])
     owners = np.repeat(np.arange(len(sequences)), lengths)
     arrays = SequenceArrays(np.cumsum(lengths) - lengths, lengths, before + lengths, positions, owners, tables)
-    staging.begin(staged_elements(num_tokens, len(sequences), 12))
+    staging.begin(staged_elements(num_tokens, len(sequences), 12, len(sequences)))
     for array in (positions, positions, np.zeros(len(sequences), dtype=np.int64)):
         staging.put(array)
     kernels.lay_out(arrays, shape)

@@ -103,6 +103,15 @@ def test_plans_and_results_survive_the_wire(fresh: Worker) -> None:
         (plan(swap_out=[(2, 0), (3, 0)]), "written twice"),
         (plan(swap_in=[(-1, 2)]), "host block -1 is swapped"),
         (plan(swap_in=[(0, 2)], copies=[(3, 2)]), "written twice"),
+        (plan(drafts=[(1, [5])]), "drafts are for distinct rows of the step"),
+        (plan(num_tokens=[5], drafts=[(0, [5]), (0, [5])]), "drafts are for distinct rows of the step"),
+        (plan(drafts=[(0, [])]), "row 0 has no drafts"),
+        (plan(num_tokens=[5], drafts=[(0, [257])]), "outside the vocabulary of 257"),
+        (plan(drafts=[(0, [5])]), "row 0 is computed up to 4 tokens, and 5 with its drafts"),
+        (plan(new=[sequence(samples=False)], num_tokens=[5], drafts=[(0, [5])]), "drafts but samples nothing"),
+        (plan(num_tokens=[33], drafts=[(0, [5] * 29)]), "has 1 blocks of 32 tokens for 33 tokens"),
+        (plan(num_tokens=[68], drafts=[(0, [5] * 64)]), "65 positions are to be sampled, at most 64 can be"),
+        (plan(num_tokens=[5], drafts=[(0, [5] * 4)]), "computed up to 5 tokens, and 8"),
     ],
 )
 def test_plans_that_break_the_contract_change_nothing(fresh: Worker, broken: StepPlan, message: str) -> None:
@@ -208,6 +217,29 @@ def test_one_bad_row_fails_alone(llama_folder: Path) -> None:
     heir = driver.start([1, 2, 3])
     driver.generate([heir], 40)
     assert heir.output == alone.output
+
+
+def test_a_draft_that_breaks_the_forward_pass_is_rejected(llama_folder: Path) -> None:
+    """A token whose embedding is not a number: drafted it voids the step for its row, chosen it fails the row."""
+    worker = Worker.load(WorkerOptions(str(llama_folder), max_running=4, max_context=128, num_blocks=8))
+    driver = WorkerDriver(worker)
+    alone = driver.start([1, 2, 3])
+    driver.generate([alone], 40)
+    poison = next(token_id for token_id in range(257) if token_id not in {1, 2, 3, *alone.output})
+    with torch.inference_mode():
+        worker._weights.embedding.tokens[poison] = torch.nan
+    one = driver.start([1, 2, 3])
+    driver.generate([one], 10)
+    result = driver.step([(one, 5)], {one.row: [*alone.output[10:12], poison, alone.output[13]]})
+    assert (result.rows, result.failures) == ([], [])
+    driver.generate([one], 40)
+    assert one.output == alone.output
+    chosen = driver.start([1, 2, 3], SamplingSpec(temperature=0.0, logit_bias={poison: 1e9}))
+    result = driver.step([(chosen, 4)], {chosen.row: [poison]})
+    assert (result.token_ids, result.failures) == ([], [])
+    driver.generate([chosen], 3)
+    assert chosen.failure == "the hidden state is not finite"
+    assert chosen.output == [poison]
 
 
 def test_a_row_with_nothing_to_choose_fails(fresh: Worker) -> None:
