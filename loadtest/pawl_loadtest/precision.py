@@ -27,7 +27,16 @@ from pawl_workers.worker import Worker, WorkerOptions
 
 __all__ = ["CHOICES", "Effect", "main", "measure"]
 
-CHOICES = (("auto", "auto"), ("float16", "auto"), ("int8", "auto"), ("auto", "int8"), ("int8", "int8"))
+CHOICES = (
+    ("auto", "auto"),
+    ("float16", "auto"),
+    ("int8", "auto"),
+    ("auto", "int8"),
+    ("auto", "int8_g128"),
+    ("auto", "int8_g64"),
+    ("auto", "int8_g32"),
+    ("int8", "int8"),
+)
 """`kv_dtype` and `weight_dtype`; the first is exact, and what the others are compared with."""
 _ANSWER_TOKENS = 14
 _AT_ONCE = 32

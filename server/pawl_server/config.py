@@ -50,7 +50,9 @@ class ModelSettings:
     dtype: str = _setting("auto", "auto, float32, bfloat16 or float16", common=True)
     kernels: str = _setting("auto", "auto, reference, cpu, onednn or triton")
     kv_dtype: str = _setting("auto", "cached keys and values: auto (as computed), float32, float16 or int8 (cpu)")
-    weight_dtype: str = _setting("auto", "linear layers: auto (exact) or int8 with a scale per output feature (cpu)")
+    weight_dtype: str = _setting(
+        "auto", "linear layers: auto (exact), int8 or, with a scale per N inputs, int8_g32, _g64, _g128"
+    )
     strict: bool = _setting(False, "on cuda: results that no other request can touch, to the bit, at some speed")
     dummy_weights: bool = _setting(
         False, "random weights in the shapes of the checkpoint's config.json, for benchmarks"
@@ -277,7 +279,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "kernels": ("auto", "reference", "cpu", "onednn", "triton"),
     "kv_dtype": ("auto", "float32", "float16", "int8"),
-    "weight_dtype": ("auto", "int8"),
+    "weight_dtype": ("auto", "int8", "int8_g32", "int8_g64", "int8_g128"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("text", "json"),
 }

@@ -31,10 +31,10 @@ NUM_BLOCKS = MOST_REQUESTS * -(-MAX_POSITIONS // 32)
 OPTIONS = WorkerOptions("", max_running=MOST_REQUESTS, num_blocks=NUM_BLOCKS)
 CHOICES = {
     "cpu": replace(OPTIONS, kernels="cpu"),
-    "cpu, float16 KV": replace(OPTIONS, kernels="cpu", kv_dtype="float16"),
-    "cpu, int8 KV": replace(OPTIONS, kernels="cpu", kv_dtype="int8"),
-    "cpu, int8 weights": replace(OPTIONS, kernels="cpu", weight_dtype="int8"),
+    "cpu, float16 KV, int8 weights": replace(OPTIONS, kernels="cpu", kv_dtype="float16", weight_dtype="int8"),
+    "cpu, int8 KV, int8_g32 weights": replace(OPTIONS, kernels="cpu", kv_dtype="int8", weight_dtype="int8_g32"),
     "onednn": replace(OPTIONS, kernels="onednn"),
+    "onednn, int8_g64 weights": replace(OPTIONS, kernels="onednn", weight_dtype="int8_g64"),
 }
 
 

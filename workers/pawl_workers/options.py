@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,13 @@ from pawl_workers.kernels import Precision
 __all__ = ["WorkerOptions", "choose_device", "choose_dtype", "choose_precision"]
 
 _KV_DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
-_WEIGHT_DTYPES = {"auto": None, "int8": torch.int8}
+_WEIGHT_DTYPES: dict[str, tuple[torch.dtype | None, int | None]] = {
+    "auto": (None, None),
+    "int8": (torch.int8, None),
+    "int8_g32": (torch.int8, 32),
+    "int8_g64": (torch.int8, 64),
+    "int8_g128": (torch.int8, 128),
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -25,7 +32,7 @@ class WorkerOptions:
     dtype: str = "auto"  # auto: float32 on cpu, bfloat16 on cuda
     kernels: str = "auto"
     kv_dtype: str = "auto"  # of cached keys and values; auto: as computed; float16 and int8 on the cpu kernels
-    weight_dtype: str = "auto"  # of linear layers; auto: exact; int8 on the cpu kernels
+    weight_dtype: str = "auto"  # of linear layers; auto: exact; int8 per output feature, int8_gN per N inputs of it
     num_threads: int = 1
     max_context: int | None = None  # None: the model's
     max_running: int = 64  # rows
@@ -76,10 +83,11 @@ def choose_precision(options: WorkerOptions) -> Precision:
     Raises:
         WorkerError: a type is not known.
     """
-    for name, value, known in (
+    choices: tuple[tuple[str, str, Collection[str]], ...] = (
         ("kv_dtype", options.kv_dtype, _KV_DTYPES),
         ("weight_dtype", options.weight_dtype, _WEIGHT_DTYPES),
-    ):
+    )
+    for name, value, known in choices:
         if value not in known:
             raise WorkerError(f"{name} {value!r} is not supported; known: {', '.join(known)}")
-    return Precision(_KV_DTYPES[options.kv_dtype], _WEIGHT_DTYPES[options.weight_dtype])
+    return Precision(_KV_DTYPES[options.kv_dtype], *_WEIGHT_DTYPES[options.weight_dtype])

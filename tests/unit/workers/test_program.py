@@ -53,7 +53,8 @@ def test_the_program_gives_the_bits_of_the_stages(
     """Every family, whole prompts and chunks, whatever the type of the cache."""
     folder = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(folder, data.draw(FAMILIES[family]))
-    precision = Precision(data.draw(st.sampled_from(CACHES)), data.draw(st.sampled_from([None, torch.int8])))
+    weights = data.draw(st.sampled_from([(None, None), (torch.int8, None), (torch.int8, 32)]))
+    precision = Precision(data.draw(st.sampled_from(CACHES)), *weights)
     lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))
     chunk = data.draw(st.sampled_from([1, 7, 70]))
     at_once = LogitRunner(folder, "cpu", precision=precision, max_running=3)

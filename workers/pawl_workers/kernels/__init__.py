@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, Batch, SequenceArrays
 from pawl_workers.errors import WorkerError
+from pawl_workers.kernels.byte_weights import ByteScales
 from pawl_workers.model.weights import AttentionRule, LayerWeights, Packer, QueryKeyNormWeights
 from pawl_workers.sampling.batch import Sampler
 from pawl_workers.staging import Staging
@@ -28,10 +29,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Types in which cached keys and values, and the weights of linear layers, are kept; None = exact."""
+    """Types in which cached keys and values, and the weights of linear layers, are kept; None = exact.
+
+    Attributes:
+        cache: of keys and values.
+        weights: int8 for bytes with scales.
+        group: inputs that share a scale, 32, 64 or 128; None = all of an output feature.
+    """
 
     cache: torch.dtype | None = None
     weights: torch.dtype | None = None
+    group: int | None = None
 
 
 class LayerProgram(Protocol):
@@ -150,15 +158,18 @@ def choose_backend(
     from pawl_workers.kernels.reference import ReferenceKernels  # noqa: PLC0415 - as above
 
     for_cpu = device.type == "cpu" and dtype is torch.float32
-    if precision != Precision():
+    if precision.cache is not None:
         if not for_cpu or name not in {"auto", "cpu"}:
-            raise WorkerError(
-                f"only the cpu kernels keep KV or weights in other types; kernels are {name!r} on {device}"
-            )
+            raise WorkerError(f"only the cpu kernels keep KV in other types; kernels are {name!r} on {device}")
         return _compiled(shape, precision)
+    byte_scales = _byte_scales(precision)
+    if byte_scales is not None and (name == "triton" or (name == "auto" and not for_cpu)):
+        raise WorkerError(
+            f"only the cpu, onednn and reference kernels keep weights in bytes; kernels are {name!r} on {device}"
+        )
     match name:
         case "reference":
-            return ReferenceKernels(device)
+            return ReferenceKernels(device, byte_scales)
         case "triton":
             return _triton(device, dtype, shape, staging, strict)
         case "auto" if device.type == "cuda":
@@ -174,15 +185,19 @@ def choose_backend(
                 return _compiled(shape, precision)
             except WorkerError as error:
                 log.warning("serving with the slower onednn kernels: %s", error)
-                return OneDnnKernels()
+                return OneDnnKernels(byte_scales)
         case "cpu" if for_cpu:
             return _compiled(shape, precision)
         case "onednn" if for_cpu:
-            return OneDnnKernels()
+            return OneDnnKernels(byte_scales)
         case "cpu" | "onednn":
             raise WorkerError(f"the {name} kernels compute in float32 on a cpu, not in {dtype} on {device}")
         case _:
             raise WorkerError(f"there are no kernels {name!r}; known: auto, reference, cpu, onednn, triton")
+
+
+def _byte_scales(precision: Precision) -> ByteScales | None:
+    return ByteScales(precision.group) if precision.weights is torch.int8 else None
 
 
 def _compiled(shape: AttentionShape, precision: Precision) -> Kernels:
@@ -192,7 +207,7 @@ def _compiled(shape: AttentionShape, precision: Precision) -> Kernels:
     if not CpuKernels.supports(shape):
         raise WorkerError(f"the cpu kernels serve heads of up to 512 dimensions, not {shape.head_dim}")
     try:
-        return CpuKernels(precision.cache or torch.float32, quantised=precision.weights is torch.int8)
+        return CpuKernels(precision.cache or torch.float32, _byte_scales(precision))
     except BuildError as error:
         raise WorkerError(f"the cpu kernels are not built: {error}") from error
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
+from pawl_workers.kernels.byte_weights import ByteScales
 from pawl_workers.kernels.cpu_calls import activation_number, attention_call, norm_call, padded_dim, place_call
 from pawl_workers.kernels.cpu_layout import CpuLayout, lay_out
 from pawl_workers.kernels.cpu_linear import NARROW, CpuLinear, Workspace, packed_bytes
@@ -65,7 +66,7 @@ class CpuKernels:
 
     Args:
         cache_dtype: of keys and values: float32, float16, or int8 with a scale per token and head.
-        quantised: weights as bytes with a scale per output feature.
+        byte_scales: weights in bytes, and how they share scales.
 
     Raises:
         BuildError: the kernels cannot be built.
@@ -74,10 +75,10 @@ class CpuKernels:
     name = "cpu"
     block_size = _BLOCK
 
-    def __init__(self, cache_dtype: torch.dtype = torch.float32, *, quantised: bool = False) -> None:
+    def __init__(self, cache_dtype: torch.dtype = torch.float32, byte_scales: ByteScales | None = None) -> None:
         self._library = load_library()
         self._workspace = Workspace()
-        self._quantised = quantised
+        self._byte_scales = byte_scales
         self._cache_dtype = cache_dtype
         self._format = _CACHE_FORMATS[cache_dtype]
         self.sampler = CpuSampler(self._library)
@@ -93,12 +94,12 @@ class CpuKernels:
 
     def packed_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
         """Whole panels in the stored type, or, for fp32, at most in that."""
-        dtype = torch.int8 if self._quantised else self.linear_dtype(stored, computed)
-        return packed_bytes(shape[0], shape[1], dtype, self._library.panel_width)
+        dtype = self.linear_dtype(stored, computed)
+        return packed_bytes(shape[0], shape[1], dtype, self._library.panel_width, self._byte_scales)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
         """Pack into panels."""
-        return CpuLinear(weight, bias, self._library, self._workspace, quantised=self._quantised)
+        return CpuLinear(weight, bias, self._library, self._workspace, self._byte_scales)
 
     def pack_norm(self, weights: NormWeights) -> _Norm:
         """Bind to the compiled norms."""

@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from pawl_workers.kernels.byte_weights import ByteScales, ByteWeight
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import LinearCall
 
@@ -14,6 +15,7 @@ __all__ = ["NARROW", "CpuLinear", "Workspace", "packed_bytes"]
 
 NARROW = (torch.bfloat16, torch.float16)
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # as in linear.h
+GROUPS_FORMAT = 4
 
 
 def _is_exact(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -22,18 +24,16 @@ def _is_exact(weight: Tensor, dtype: torch.dtype) -> bool:
     return all(torch.equal(part.to(dtype).to(weight.dtype), part) for part in parts)
 
 
-def _quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes and a scale per output feature: the largest of each becomes 127."""
-    scales = weight.abs().amax(dim=1).float() / 127
-    divisors = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return (weight.float() / divisors.unsqueeze(1)).round_().to(torch.int8), scales
-
-
-def packed_bytes(out_features: int, in_features: int, dtype: torch.dtype, panel_width: int) -> int:
+def packed_bytes(
+    out_features: int, in_features: int, dtype: torch.dtype, panel_width: int, scales: ByteScales | None = None
+) -> int:
     """Memory that panels take: an even number of them; of bf16, an even number of inputs; of bytes, the scales too."""
     features = -(-out_features // (2 * panel_width)) * 2 * panel_width
+    if scales is not None:  # those of groups lie in the panels
+        features_scaled = out_features if scales.group is None else features
+        return features * in_features + scales.scale_bytes((features_scaled, in_features))
     inputs = in_features + (in_features % 2 if dtype is torch.bfloat16 else 0)
-    return features * inputs * dtype.itemsize + (out_features * 4 if dtype is torch.int8 else 0)
+    return features * inputs * dtype.itemsize
 
 
 class Workspace:
@@ -53,38 +53,61 @@ class CpuLinear:
     """A linear layer whose weight lies in panels of output features.
 
     In bf16 or fp16 if it comes so, or if every value is exact in it, which halves the bytes a step reads; else in fp32.
-    `quantised`: in bytes with a scale per output feature.
+    `byte_scales`: in bytes, and how they share scales.
     """
 
     __slots__ = (
-        "_library", "_packed", "_start", "_workspace", "bias", "data_type", "in_features", "out_features", "scales"
+        "_group", "_library", "_packed", "_start", "_workspace", "bias", "data_type", "in_features", "out_features",
+        "scales",
     )  # fmt: skip
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, library: Library, workspace: Workspace, *, quantised: bool = False
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        library: Library,
+        workspace: Workspace,
+        byte_scales: ByteScales | None = None,
     ) -> None:
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.float().contiguous()
-        self.scales: Tensor | None = None
+        self.scales: Tensor | None = None  # of whole output features; those of groups lie in the panels
+        self._group = None if byte_scales is None else byte_scales.group
         self._library, self._workspace = library, workspace
-        if quantised:
-            self.data_type, (source, self.scales) = torch.int8, _quantise(weight)
-        else:
-            self.data_type = weight.dtype
-            if weight.dtype is torch.float32:
-                self.data_type = next((dtype for dtype in NARROW if _is_exact(weight, dtype)), torch.float32)
-            source = weight.to(self.data_type)
-        source = source.contiguous()
-        num_bytes = packed_bytes(self.out_features, self.in_features, self.data_type, library.panel_width)
-        num_bytes -= 0 if self.scales is None else self.scales.nbytes
+        self.data_type = torch.int8 if byte_scales is not None else weight.dtype
+        if self.data_type is torch.float32:
+            self.data_type = next((dtype for dtype in NARROW if _is_exact(weight, dtype)), torch.float32)
+        num_bytes = packed_bytes(self.out_features, self.in_features, self.data_type, library.panel_width, byte_scales)
+        if byte_scales is not None and byte_scales.group is None:
+            num_bytes -= byte_scales.scale_bytes((self.out_features, self.in_features))
         memory = torch.empty(num_bytes + 63, dtype=torch.uint8)
         self._start = -memory.data_ptr() % 64
         self._packed = memory[self._start : self._start + num_bytes]
-        row_bytes = self.in_features * source.element_size()
-        library.pack(
-            source.data_ptr(), self._packed.data_ptr(), self.out_features, self.in_features, row_bytes,
-            FORMATS[self.data_type], torch.get_num_threads(),
+        if byte_scales is None:
+            self._fill(weight.to(self.data_type))
+        else:
+            self._fill_bytes(byte_scales.quantise(weight))
+
+    def _fill(self, source: Tensor) -> None:
+        source = source.contiguous()
+        self._library.pack(
+            source.data_ptr(), self._packed.data_ptr(), self.out_features, self.in_features,
+            self.in_features * source.element_size(), FORMATS[self.data_type], torch.get_num_threads(),
         )  # fmt: skip
+
+    def _fill_bytes(self, weight: ByteWeight) -> None:
+        if self._group is None:
+            self.scales = weight.scales.squeeze(1)
+            self._fill(weight.values)
+            return
+        self._library.pack_groups(
+            weight.values.data_ptr(), weight.scales.data_ptr(), self._packed.data_ptr(), self.out_features,
+            self.in_features, self._shift, torch.get_num_threads(),
+        )  # fmt: skip
+
+    @property
+    def _shift(self) -> int:
+        return 0 if self._group is None else self._group.bit_length() - 1
 
     @property
     def num_bytes(self) -> int:
@@ -101,8 +124,9 @@ class CpuLinear:
             n=self.out_features,
             x_stride=self.in_features,
             y_stride=self.out_features,
-            format=FORMATS[self.data_type],
+            format=FORMATS[self.data_type] if self._group is None else GROUPS_FORMAT,
             factor=1.0,
+            shift=self._shift,
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -120,6 +144,8 @@ class CpuLinear:
     def unpack(self) -> Tensor:
         """Return the weight, [out, in], bit for bit; of bytes, what they stand for."""
         width = self._library.panel_width
+        if self._group is not None:
+            return self._unpack_groups(self._group, width)
         if self.data_type is torch.bfloat16:  # [panels, pairs, features, 2]: a pair is turned as one word
             pairs = self._packed.view(torch.int32).view(-1, -(-self.in_features // 2), width)
             values = pairs.transpose(1, 2).reshape(-1, pairs.shape[1]).view(torch.bfloat16)
@@ -128,3 +154,17 @@ class CpuLinear:
             values = panels.transpose(1, 2).reshape(-1, self.in_features)
         weight = values[: self.out_features, : self.in_features].float()
         return weight if self.scales is None else weight * self.scales.unsqueeze(1)
+
+    def _unpack_groups(self, group: int, width: int) -> Tensor:
+        """[panels], each of groups: a scale for each feature, then bytes, [group, features]."""
+        num_panels = -(-self.out_features // (2 * width)) * 2
+        panels = self._packed.view(num_panels, -1)
+        parts, at = [], 0
+        for begin in range(0, self.in_features, group):
+            height = min(group, self.in_features - begin)
+            scales = panels[:, at : at + 4 * width].contiguous().view(torch.float32)
+            at += 4 * width
+            values = panels[:, at : at + height * width].view(torch.int8).reshape(num_panels, height, width)
+            at += height * width
+            parts.append(values.transpose(1, 2).float() * scales.unsqueeze(2))
+        return torch.cat(parts, dim=2).flatten(0, 1)[: self.out_features]

@@ -14,6 +14,7 @@ from torch.nn import functional
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels import gathered_attention
 from pawl_workers.kernels.as_computed import AsComputed
+from pawl_workers.kernels.byte_weights import ByteLinear, ByteScales
 from pawl_workers.kernels.reference import ReferenceLinear, ReferenceNorm
 from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.kernels.steady_activation import SteadyActivation
@@ -63,13 +64,15 @@ class OneDnnKernels(AsComputed):
     block_size = 32
     sampler = TorchSampler()
 
-    def __init__(self) -> None:
+    def __init__(self, byte_scales: ByteScales | None = None) -> None:
+        super().__init__(byte_scales)
         available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch has no types here
         self._has_onednn = bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> OneDnnLinear | ReferenceLinear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> OneDnnLinear | ReferenceLinear | ByteLinear:
         """Pack for oneDNN; without it, keep the tensors (results may then depend on the batch)."""
-        return OneDnnLinear(weight, bias) if self._has_onednn else ReferenceLinear(weight, bias)
+        pack = OneDnnLinear if self._has_onednn else ReferenceLinear
+        return pack(weight, bias) if self._byte_scales is None else ByteLinear(weight, bias, self._byte_scales, pack)
 
     def pack_norm(self, weights: NormWeights) -> ReferenceNorm:
         """Torch's own."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.as_computed import AsComputed
+from pawl_workers.kernels.byte_weights import ByteLinear, ByteScales
 from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.kernels.torch_sampler import TorchSampler
 from pawl_workers.model.spec import Activation, NormKind
@@ -112,11 +113,14 @@ class ReferenceKernels(AsComputed):
     block_size = 16
     sampler = TorchSampler()
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, byte_scales: ByteScales | None = None) -> None:
+        super().__init__(byte_scales)
         self._device = device
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
-        """Keep the tensors."""
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear | ByteLinear:
+        """Keep the tensors, or what they are in bytes."""
+        if self._byte_scales is not None:
+            return ByteLinear(weight, bias, self._byte_scales, ReferenceLinear)
         return ReferenceLinear(weight, bias)
 
     def pack_norm(self, weights: NormWeights) -> ReferenceNorm:

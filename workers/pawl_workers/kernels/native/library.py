@@ -33,6 +33,7 @@ class Library:
     """The C functions by name; addresses and counts as int, None for no address, structures by `ctypes.byref`."""
 
     pack: Function
+    pack_groups: Function
     linear: Function
     attend: Function
     norm: Function
@@ -61,6 +62,7 @@ class Library:
 _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _ARGUMENTS: dict[str, list[type[ctypes._SimpleCData]]] = {  # type: ignore[type-arg]
     "pack": [_P, _P, _N, _N, _N, _I, _I],
+    "pack_groups": [_P, _P, _P, _N, _N, _I, _I],
     "linear": [_P, _P, _I],
     "attend": [_P, _P, _I],
     "norm": [_P, _I],

@@ -2,9 +2,11 @@
 
    Packed: panels of as many output features as a register holds, [panels][K][WIDTH], an even number of them, so that the
    inner loop reads a few streams; in fp32, in fp16 or bf16, which are widened exactly, or in bytes with a scale per
-   feature. Panels of bf16 are [ceil(K / 2)][WIDTH][2]: two values of k side by side are widened by a shift and a mask.
+   feature, or per feature and group of K. Panels of bf16 are [ceil(K / 2)][WIDTH][2]: two values of k side by side are
+   widened by a shift and a mask. Panels of groups hold, for each group, WIDTH scales and [group][WIDTH] bytes: a byte
+   times its scale is a weight, rounded to fp32.
 
-   Every output is a sum over k in order, started at 0, scaled and with the bias added last: its bits depend neither on
+   Every output is a sum over k in order, started at 0, scaled (where a feature has one scale) and with the bias added last: its bits depend neither on
    the number of rows nor on that of threads, which share the panels out, nor on the width of registers. */
 #include "linear.h"
 
@@ -33,9 +35,17 @@ INLINE int64_t panel_bytes(int format, int64_t k) {
     return format == BRAIN ? (k + 1) / 2 * WIDTH * 4 : k * WIDTH * (format == FLOAT ? 4 : format == HALF ? 2 : 1);
 }
 
-/* The weights of k of one panel. odd: whether k is. */
-INLINE vw weights_at(int format, int odd, const char *panel, int64_t k) {
+/* Bytes of a panel's scales that lie among its weights. */
+INLINE int64_t scale_bytes(int shift, int64_t k) { return ((k + (1 << shift) - 1) >> shift) * WIDTH * 4; }
+
+/* The weights of k of one panel. odd: whether k is; shift: binary logarithm of the group. */
+INLINE vw weights_at(int format, int shift, int odd, const char *panel, int64_t k) {
     switch (format) {
+        case GROUPS: {
+            int64_t before = (k >> shift) * WIDTH * 4;
+            const char *scales = panel + before + ((k >> shift) << shift) * WIDTH;
+            return bytew((const int8_t *)panel + before + WIDTH * 4 + k * WIDTH) * loadw((const float *)scales);
+        }
         case FLOAT: return loadw((const float *)panel + k * WIDTH);
         case HALF: return halfw((const uint16_t *)panel + k * WIDTH);
         case BYTE: return bytew((const int8_t *)panel + k * WIDTH);
@@ -47,10 +57,10 @@ INLINE vw weights_at(int format, int odd, const char *panel, int64_t k) {
 }
 
 /* sums += x[k] * weights[k] for one k. bases: every third row of x; the two after it lie `stride` bytes on. */
-INLINE void add_products(int format, int odd, int rows, int panels, const char *const *bases, int64_t stride,
+INLINE void add_products(int format, int shift, int odd, int rows, int panels, const char *const *bases, int64_t stride,
                          const char *const *packed, int64_t k, vw *sums) {
     vw weights[MOST_PANELS];
-    for (int p = 0; p < panels; p++) weights[p] = weights_at(format, odd, packed[p], k);
+    for (int p = 0; p < panels; p++) weights[p] = weights_at(format, shift, odd, packed[p], k);
     for (int r = 0; r < rows; r++) {
         vw value = allw(*(const float *)(bases[r / 3] + (r % 3) * stride + k * 4));
         for (int p = 0; p < panels; p++) sums[r * panels + p] = fmaw(value, weights[p], sums[r * panels + p]);
@@ -109,16 +119,17 @@ INLINE void tile(const Panels *at, int format, int rows, int panels, int64_t row
     vw sums[MOST_SUMS];
     const char *bases[(ROWS + 2) / 3], *packed[MOST_PANELS];
     int64_t stride = l->x_stride * 4, k = l->k, bytes = panel_bytes(format, 2), i = 0;
+    int shift = l->shift;
     for (int b = 0; b * 3 < rows; b++) bases[b] = (const char *)(l->x + (row + b * 3) * l->x_stride);
     for (int p = 0; p < panels; p++) packed[p] = first + (p & 1) * at->odd_step + (p >> 1) * at->pair_step;
     for (int s = 0; s < rows * panels; s++) sums[s] = allw(0.0f);
     for (; i + 2 <= k; i += 2) {
         if (rows <= 3)
             for (int p = 0; p < panels; p++) __builtin_prefetch(packed[p] + i / 2 * bytes + AHEAD);
-        add_products(format, 0, rows, panels, bases, stride, packed, i, sums);
-        add_products(format, 1, rows, panels, bases, stride, packed, i + 1, sums);
+        add_products(format, shift, 0, rows, panels, bases, stride, packed, i, sums);
+        add_products(format, shift, 1, rows, panels, bases, stride, packed, i + 1, sums);
     }
-    if (i < k) add_products(format, 0, rows, panels, bases, stride, packed, i, sums);
+    if (i < k) add_products(format, shift, 0, rows, panels, bases, stride, packed, i, sums);
     store_tile(l, rows, panels, row, panel, sums);
 }
 
@@ -159,9 +170,10 @@ TILES(FLOAT)
 TILES(HALF)
 TILES(BRAIN)
 TILES(BYTE)
+TILES(GROUPS)
 
-static Tile *const *const MANY[] = {many_FLOAT, many_HALF, many_BRAIN, many_BYTE};
-static Tile *const *const TWO[] = {two_FLOAT, two_HALF, two_BRAIN, two_BYTE};
+static Tile *const *const MANY[] = {many_FLOAT, many_HALF, many_BRAIN, many_BYTE, many_GROUPS};
+static Tile *const *const TWO[] = {two_FLOAT, two_HALF, two_BRAIN, two_BYTE, two_GROUPS};
 
 INLINE int panels_at_once(int64_t rows) { return rows == 1 ? 8 : rows <= MANY_ROWS ? 4 : 2; }
 
@@ -173,13 +185,14 @@ INLINE int64_t widened_rows(int format) {
 
 int64_t linear_wide_bytes(int64_t k) { return (k + 1) / 2 * 2 * WIDTH * 2 * (int64_t)sizeof(float); }
 
-static void widen(int format, const char *panel, int64_t k, float *wide) {
-    for (int64_t i = 0; i < k; i++) storew(wide + i * WIDTH, weights_at(format, i & 1, panel, i));
+static void widen(const Linear *l, const char *panel, float *wide) {
+    for (int64_t i = 0; i < l->k; i++) storew(wide + i * WIDTH, weights_at(l->format, l->shift, i & 1, panel, i));
 }
 
 /* Panels from `first` to `end`, both even, times rows from `row` to `row_end`, in tiles of nearly equal height. */
 static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t row, int64_t row_end, float *wide) {
     int64_t rows = row_end - row, tiles = (rows + ROWS - 1) / ROWS, bytes = panel_bytes(l->format, l->k);
+    if (l->format == GROUPS) bytes += scale_bytes(l->shift, l->k);
     int64_t half = (l->n / 2 / WIDTH) * bytes; /* gated: from the panel of gates to that of their factors */
     Panels at = {l, l->gated ? half : bytes, l->gated ? bytes : 2 * bytes};
     const char *packed = l->weights;
@@ -190,8 +203,8 @@ static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t row
         Tile *const *by_rows = many ? MANY[l->format] : TWO[l->format];
         Panels use = at;
         if (rows >= widened_rows(l->format)) {
-            widen(l->format, from, l->k, wide);
-            widen(l->format, from + at.odd_step, l->k, wide + l->k * WIDTH);
+            widen(l, from, wide);
+            widen(l, from + at.odd_step, wide + l->k * WIDTH);
             use.odd_step = l->k * WIDTH * 4;
             from = (const char *)wide;
             by_rows = TWO[FLOAT];
@@ -246,6 +259,27 @@ void pawl_pack(const char *w, char *packed, int64_t n, int64_t k, int64_t skip, 
                 int64_t at = format == BRAIN ? (i / 2 * WIDTH + c) * 2 + (i & 1) : i * WIDTH + c;
                 memcpy(to + at * size, from + i * size, (size_t)size);
             }
+        }
+    }
+}
+
+/* w [n, k] bytes, scales [n, ceil(k / 2^shift)] -> panels of groups; features past n are 0. */
+void pawl_pack_groups(const int8_t *w, const float *scales, char *packed, int64_t n, int64_t k, int32_t shift,
+                      int32_t threads) {
+    int64_t panels = (n + 2 * WIDTH - 1) / (2 * WIDTH) * 2, group = 1 << shift, groups = (k + group - 1) >> shift;
+    int64_t bytes = panel_bytes(GROUPS, k) + scale_bytes(shift, k);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t panel = 0; panel < panels; panel++) {
+        char *to = packed + panel * bytes;
+        memset(to, 0, (size_t)bytes);
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t from = g * group, height = k - from < group ? k - from : group;
+            for (int64_t c = 0; c < WIDTH && panel * WIDTH + c < n; c++) {
+                int64_t feature = panel * WIDTH + c;
+                memcpy(to + c * 4, scales + feature * groups + g, 4);
+                for (int64_t i = 0; i < height; i++) to[WIDTH * 4 + i * WIDTH + c] = (char)w[feature * k + from + i];
+            }
+            to += WIDTH * 4 + height * WIDTH;
         }
     }
 }

@@ -4,12 +4,12 @@
 
 #include <stdint.h>
 
-enum { FLOAT = 0, HALF = 1, BRAIN = 2, BYTE = 3 }; /* of packed weights */
+enum { FLOAT = 0, HALF = 1, BRAIN = 2, BYTE = 3, GROUPS = 4 }; /* of packed weights */
 
 typedef struct {
     const float *x;      /* [m, k], rows x_stride apart */
     const void *weights; /* panels */
-    const float *scales; /* [n], of bytes; else NULL */
+    const float *scales; /* [n], of BYTE; else NULL */
     const float *bias;   /* [n] or NULL */
     float *y;            /* rows y_stride apart */
     int64_t m, k, n, x_stride, y_stride;
@@ -18,6 +18,7 @@ typedef struct {
     int32_t gated;      /* y [m, n / 2] = activation(first half) * second half; n / 2 is a multiple of 16 */
     int32_t added;      /* y += factor * result instead of y = result */
     float factor;
+    int32_t shift; /* of GROUPS: inputs that share a scale, as a binary logarithm */
 } Linear;
 
 /* One thread's share: takes panels from `next` until none are left. wide: linear_wide_bytes of its own. */

@@ -39,7 +39,11 @@ class LinearCall(ctypes.Structure):
     """`Linear` of linear.h."""
 
     _fields_: ClassVar[_Fields] = _fields(
-        x__weights__scales__bias__y=_P, m__k__n__x_stride__y_stride=_N, format__activation__gated__added=_I, factor=_F
+        x__weights__scales__bias__y=_P,
+        m__k__n__x_stride__y_stride=_N,
+        format__activation__gated__added=_I,
+        factor=_F,
+        shift=_I,
     )
 
 
