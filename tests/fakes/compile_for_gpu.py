@@ -27,7 +27,7 @@ from triton.runtime.jit import KernelInterface
 from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.triton.backend import TritonKernels
 from pawl_workers.kernels.triton.draw import draw
-from pawl_workers.kernels.triton.layout import Layout
+from pawl_workers.kernels.triton.layout import SPLIT, Layout
 from pawl_workers.kernels.triton.rows import TritonRmsNorm
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
 from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
@@ -101,7 +101,7 @@ def _attention(
     positions, owners, contexts, rows, sequences, _ = tensors
     tile_rows = kernels.tile_rows
     for num_splits in (1, 4):
-        layout = Layout(positions, owners, tables, contexts, rows, sequences, tiles, tile_rows, num_splits)
+        layout = Layout(positions, owners, tables, contexts, rows, sequences, tiles, tile_rows, SPLIT, num_splits)
         if num_splits == 1:
             kernels.place(projected, rotary, norms, cache, cache, layout)
         kernels.attend(projected[:, :heads].contiguous(), rule, cache, cache, layout)

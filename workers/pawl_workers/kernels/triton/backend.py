@@ -73,7 +73,8 @@ class TritonKernels(AsComputed):
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> Layout:
         """Tell decodes from extends, cut extends into tiles, and put it all on its way to the device."""
         rows = self._tuning.extend_rows
-        host = lay_out_host(sequences, rows // (shape.num_heads // shape.num_kv_heads))
+        split = self._tuning.split(int((sequences.lengths == 1).sum()) * shape.num_kv_heads)
+        host = lay_out_host(sequences, rows // (shape.num_heads // shape.num_kv_heads), split)
         put = self._staging.put
         return Layout(
             positions=put(sequences.positions),
@@ -84,6 +85,7 @@ class TritonKernels(AsComputed):
             decode_sequences=put(host.decode_sequences),
             tiles=put(host.tiles),
             tile_rows=rows,
+            split=split,
             num_splits=host.num_splits,
         )
 

@@ -45,7 +45,7 @@ def _attend_range(
     for first in range(begin, end, TILE):
         at = (tl.load(table + first // TILE).to(tl.int64) * K + kv_head) * (TILE * D)
         top, total, gathered = attend_tile(
-            q, top, total, gathered, keys + at, values + at, first, positions, scale, cap, window,
+            q, top, total, gathered, keys + at, values + at, first, end, positions, scale, cap, window,
             MASKED, WINDOW, SOFTCAP, D, WIDTH, TILE,
         )  # fmt: skip
     return top, total, gathered

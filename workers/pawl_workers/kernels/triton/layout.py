@@ -14,7 +14,7 @@ __all__ = ["SPLIT", "TILE", "HostLayout", "Layout", "lay_out_host"]
 TILE = 64
 """Keys of a tile: one block."""
 SPLIT = 512
-"""Keys of a split; splits begin at absolute positions that are multiples of this."""
+"""Keys of the longest split; splits begin at absolute positions that are multiples of their length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class Layout(AttentionLayout):
         decode_sequences: these sequences, [N].
         tiles: sequence, first token row, its position, tokens, [M, 4]; the longest work first.
         tile_rows: query rows of a tile.
+        split: keys of a split.
         num_splits: a power of two, at least the splits of the longest sequence that decodes.
     """
 
@@ -41,6 +42,7 @@ class Layout(AttentionLayout):
     decode_sequences: Tensor
     tiles: Tensor
     tile_rows: int
+    split: int
     num_splits: int
 
 
@@ -54,7 +56,7 @@ class HostLayout:
     num_splits: int
 
 
-def lay_out_host(sequences: SequenceArrays, tokens_of_tile: int) -> HostLayout:
+def lay_out_host(sequences: SequenceArrays, tokens_of_tile: int, split: int = SPLIT) -> HostLayout:
     """Tell sequences that decode from those that extend, and cut the latter into tiles."""
     decodes = np.flatnonzero(sequences.lengths == 1)
     extends = np.flatnonzero(sequences.lengths > 1)
@@ -70,5 +72,5 @@ def lay_out_host(sequences: SequenceArrays, tokens_of_tile: int) -> HostLayout:
     tiles = tiles[np.argsort(-(tiles[:, 2] + tiles[:, 3]), kind="stable")]
     longest = int(sequences.contexts[decodes].max()) if len(decodes) else 1
     # A power of two: of launches that differ in this number alone, few kinds are to be captured.
-    num_splits = 1 << (-(-longest // SPLIT) - 1).bit_length()
+    num_splits = 1 << (-(-longest // split) - 1).bit_length()
     return HostLayout(sequences.starts[decodes], decodes, tiles, num_splits)

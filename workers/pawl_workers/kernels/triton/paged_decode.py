@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pawl_workers.kernels.triton.layout import SPLIT, TILE, Layout
+from pawl_workers.kernels.triton.layout import TILE, Layout
 from pawl_workers.kernels.triton.softmax import attend_tile, merge, normalise
 from pawl_workers.kernels.triton.tuning import ScoreTerms, Tuning
 from pawl_workers.model.weights import AttentionRule
 
 __all__ = ["decode"]
+
+_MOST_AT_ONCE = 8192  # numbers of the splits that one program of the merge holds
 
 
 @triton.jit(do_not_specialize=["table_width", "num_splits"])
@@ -70,11 +72,12 @@ def _attend_split(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     gathered = tl.zeros((ROWS, WIDTH), tl.float32)
+    table = tables + sequence * table_width
     for first in range(begin, end, TILE):
-        block = tl.load(tables + sequence * table_width + first // TILE).to(tl.int64)
+        block = tl.load(table + first // TILE).to(tl.int64)
         at = (block * K + kv_head) * (TILE * D)
         top, total, gathered = attend_tile(
-            queries, top, total, gathered, keys + at, values + at, first, positions, scale, cap, window,
+            queries, top, total, gathered, keys + at, values + at, first, context, positions, scale, cap, window,
             True, WINDOW, SOFTCAP, D, WIDTH, TILE,
         )  # fmt: skip
     if DIRECT:
@@ -106,6 +109,7 @@ def _combine_splits(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
 ) -> None:
@@ -119,10 +123,23 @@ def _combine_splits(
     top = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
     gathered = tl.zeros((1, WIDTH), tl.float32)
-    for split in range(begin, tl.cdiv(context, SPLIT)):
-        part = (member.to(tl.int64) * H + head) * num_splits + split + one
-        found = tl.load(parts + part[:, None] * D + dims[None, :], mask=dims[None, :] < D, other=0.0)
-        top, total, gathered = merge(top, total, gathered, tl.load(tops + part), tl.load(totals + part), found)
+    if AT_ONCE > 0:
+        splits = tl.arange(0, AT_ONCE)
+        exists = (splits >= begin) & (splits * SPLIT < context)
+        part = (member.to(tl.int64) * H + head) * num_splits + splits
+        mask = exists[:, None] & (dims[None, :] < D)
+        found = tl.load(parts + part[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        split_tops = tl.load(tops + part, mask=exists, other=float("-inf"))
+        top = tl.maximum(top, tl.max(split_tops, 0))
+        base = tl.max(tl.where(top == float("-inf"), 0.0, top), 0)
+        shares = tl.exp2(split_tops - base)
+        total += tl.sum(shares * tl.load(totals + part, mask=exists, other=0.0), 0)
+        gathered += tl.sum(found * shares[:, None], 0)[None, :]
+    else:
+        for split in range(begin, tl.cdiv(context, SPLIT)):
+            part = (member.to(tl.int64) * H + head) * num_splits + split + one
+            found = tl.load(parts + part[:, None] * D + dims[None, :], mask=dims[None, :] < D, other=0.0)
+            top, total, gathered = merge(top, total, gathered, tl.load(tops + part), tl.load(totals + part), found)
     sink = tl.load(sinks + head + one) * 1.4426950408889634 if SINKS else top
     result = normalise(top, total, gathered, sink, SINKS)
     target = attended + (tl.load(rows + member).to(tl.int64) * H + head) * D + dims[None, :]
@@ -156,15 +173,17 @@ def decode(
         tops, totals, parts, scratch if terms.sinks is None else terms.sinks,
         terms.scale, terms.cap, terms.window, layout.tables.shape[1], num_splits,
         H=num_heads, K=num_kv_heads, D=head_dim, WIDTH=width,
-        ROWS=triton.next_power_of_2(max(num_heads // num_kv_heads, 16)), TILE=TILE, SPLIT=SPLIT,
+        ROWS=triton.next_power_of_2(max(num_heads // num_kv_heads, 16)), TILE=TILE, SPLIT=layout.split,
         WINDOW=rule.window is not None, SOFTCAP=rule.softcap is not None, SINKS=terms.sinks is not None, DIRECT=direct,
         num_warps=tuning.decode_warps, num_stages=tuning.decode_stages, enable_fp_fusion=tuning.fuses,
     )  # fmt: skip
-    if not direct:
-        _combine_splits[(num_members, num_heads)](
-            attended, layout.contexts, layout.decode_rows, layout.decode_sequences, tops, totals, parts,
-            scratch if terms.sinks is None else terms.sinks, terms.window, num_splits,
-            H=num_heads, D=head_dim, WIDTH=width, TILE=TILE, SPLIT=SPLIT,
-            WINDOW=rule.window is not None, SINKS=terms.sinks is not None,
-            num_warps=1, enable_fp_fusion=tuning.fuses,
-        )  # fmt: skip
+    if direct:
+        return
+    at_once = tuning.merges_at_once and num_splits * width <= _MOST_AT_ONCE
+    _combine_splits[(num_members, num_heads)](
+        attended, layout.contexts, layout.decode_rows, layout.decode_sequences, tops, totals, parts,
+        scratch if terms.sinks is None else terms.sinks, terms.window, num_splits,
+        H=num_heads, D=head_dim, WIDTH=width, TILE=TILE, SPLIT=layout.split, AT_ONCE=num_splits if at_once else 0,
+        WINDOW=rule.window is not None, SINKS=terms.sinks is not None,
+        num_warps=4 if at_once else 1, enable_fp_fusion=tuning.fuses,
+    )  # fmt: skip

@@ -21,6 +21,7 @@ def attend_tile(
     keys: tl.tensor,
     values: tl.tensor,
     first: tl.tensor,
+    end: tl.tensor,
     positions: tl.tensor,
     scale: tl.tensor,
     cap: tl.tensor,
@@ -34,13 +35,19 @@ def attend_tile(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Fold a tile of keys and values into an online softmax (Milakov and Gimelshein, 2018), in base 2.
 
-    `keys` and `values` point to the tile, `first` is its position; `scale` makes scores base-2 exponents, or, with a
-    softcap, the argument of tanh, and `cap` is the softcap in base 2. `top` [R], `total` [R] and `gathered` [R, WIDTH]
-    are the state so far.
+    `keys` and `values` point to the tile, `first` is its position, and of a masked one nothing from `end` on is read;
+    `scale` makes scores base-2 exponents, or, with a softcap, the argument of tanh, and `cap` is the softcap in base 2.
+    `top` [R], `total` [R] and `gathered` [R, WIDTH] are the state so far.
     """
     offsets = tl.arange(0, TILE)
     dims = tl.arange(0, WIDTH)
-    if D == WIDTH:
+    if MASKED:
+        exists = first + offsets < end
+        k = tl.load(keys + offsets[None, :] * D + dims[:, None], mask=exists[None, :] & (dims[:, None] < D), other=0.0)
+        v = tl.load(
+            values + offsets[:, None] * D + dims[None, :], mask=exists[:, None] & (dims[None, :] < D), other=0.0
+        )
+    elif D == WIDTH:
         k = tl.load(keys + offsets[None, :] * D + dims[:, None])
         v = tl.load(values + offsets[:, None] * D + dims[None, :])
     else:
