@@ -28,7 +28,9 @@ from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.triton.backend import TritonKernels
 from pawl_workers.kernels.triton.draw import draw
 from pawl_workers.kernels.triton.layout import SPLIT, Layout
-from pawl_workers.kernels.triton.rows import TritonRmsNorm
+from pawl_workers.kernels.triton.linear import StrictLinear, WideLinear
+from pawl_workers.kernels.triton.one_row import add_row, fire_row, multiply_row
+from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
 from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
 from pawl_workers.sampling.words import WORDS
@@ -126,6 +128,18 @@ def main() -> None:
     norm.add(stream, stream)
     for activation in Activation:
         kernels.pack_activation(activation, gated=True)(stream)
+    for dtype in (bf16, torch.float16, torch.float32):
+        _compile_instead(f"linear {dtype}")
+        x, bias = torch.zeros(64, 4096, dtype=dtype), torch.zeros(6144, dtype=dtype)
+        narrow, wide = (StrictLinear(torch.zeros(n, 4096, dtype=dtype), bias[:n]) for n in (1024, 6144))
+        for linear in (narrow, wide, WideLinear(wide)):
+            linear(x)
+        wide(x.repeat(2, 1))
+    _compile_instead("one row")
+    row, square = stream[:1], torch.zeros(4096, 4096, dtype=bf16)
+    multiply_row(row, square, None, bf16, norm)
+    add_row(row, row, square, None, 1.0)
+    fire_row(row, square, None, TritonActivation(Activation.SILU, gated=True, fuses=True), norm)
     _compile_instead("vocabulary")
     draw(torch.zeros(2, 151_936), torch.zeros(2, WORDS, dtype=torch.int64), adjusted=False)
 

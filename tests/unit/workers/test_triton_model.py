@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceNorm
+from pawl_workers.kernels.triton.program import TritonProgram
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
 from pawl_workers.model.spec import Activation, NormKind
 from pawl_workers.model.weights import NormWeights
@@ -71,3 +72,16 @@ def test_models_equal_the_reference(name: str, tmp_path: Path) -> None:
         found.append(torch.cat([rows for step in logits for _, rows in sorted(step.items())]))
     assert (found[0] - found[1]).abs().max() < 1e-4
     assert found[1].abs().max() > 0.5
+
+
+def test_a_single_row_is_computed_as_rows_are(tmp_path: Path) -> None:
+    """In half precision, where a step of one token has kernels of its own."""
+    folder = NAMED["llama-mha"](tmp_path)
+    found = []
+    for kernels in ("triton", "reference"):
+        runner = LogitRunner(folder, kernels, max_running=1, dtype=torch.float16)
+        program = runner.cache.program
+        assert kernels == "reference" or (isinstance(program, TritonProgram) and program.fits_one_row)
+        runner.add(0, [(7 * i) % 251 for i in range(6)])
+        found.append(torch.cat([runner.step({0: 5})[0], runner.step({0: 1})[0]]))
+    assert (found[0] - found[1]).abs().max() < 0.01 * found[1].abs().max()

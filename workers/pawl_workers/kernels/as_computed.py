@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pawl_workers.kernels import LayerProgram
 from pawl_workers.kernels.byte_weights import ByteScales
 from pawl_workers.model.weights import LayerWeights
 
@@ -40,6 +41,9 @@ class AsComputed:
         """The model's own."""
         return dtype
 
-    def compile_layers(self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def compile_layers(
+        self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> LayerProgram | None:
         """There is nothing to compile: the stages run one by one."""
         del layers, caches
+        return None

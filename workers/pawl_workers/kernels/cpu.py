@@ -101,6 +101,10 @@ class CpuKernels:
         """Pack into panels."""
         return CpuLinear(weight, bias, self._library, self._workspace, self._byte_scales)
 
+    def pack_head(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
+        """As any other."""
+        return self.pack_linear(weight, bias)
+
     def pack_norm(self, weights: NormWeights) -> _Norm:
         """Bind to the compiled norms."""
         return _Norm(weights, self._library)

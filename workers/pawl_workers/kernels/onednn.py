@@ -74,6 +74,10 @@ class OneDnnKernels(AsComputed):
         pack = OneDnnLinear if self._has_onednn else ReferenceLinear
         return pack(weight, bias) if self._byte_scales is None else ByteLinear(weight, bias, self._byte_scales, pack)
 
+    def pack_head(self, weight: Tensor, bias: Tensor | None) -> OneDnnLinear | ReferenceLinear | ByteLinear:
+        """As any other."""
+        return self.pack_linear(weight, bias)
+
     def pack_norm(self, weights: NormWeights) -> ReferenceNorm:
         """Torch's own."""
         return ReferenceNorm(weights)

@@ -123,6 +123,10 @@ class ReferenceKernels(AsComputed):
             return ByteLinear(weight, bias, self._byte_scales, ReferenceLinear)
         return ReferenceLinear(weight, bias)
 
+    def pack_head(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear | ByteLinear:
+        """As any other."""
+        return self.pack_linear(weight, bias)
+
     def pack_norm(self, weights: NormWeights) -> ReferenceNorm:
         """Keep the tensors."""
         return ReferenceNorm(weights)

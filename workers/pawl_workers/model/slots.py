@@ -150,7 +150,8 @@ class Slots:
         if kind in {"weight", "bias"} and name.rpartition(".")[2] in _LINEARS:
             weight, bias = f"{name}.weight", f"{name}.bias"
             if self._missing_rows[weight] == 0 and self._missing_rows.get(bias, 0) == 0:
-                self._linears[name] = self._packer.pack_linear(self._tensors.pop(weight), self._tensors.pop(bias, None))
+                pack = self._packer.pack_head if name == "head" else self._packer.pack_linear
+                self._linears[name] = pack(self._tensors.pop(weight), self._tensors.pop(bias, None))
 
     def assemble(self, spec: ModelSpec, num_parameters: int) -> Weights:
         """Put the slots together; every slot must be filled."""
@@ -175,7 +176,7 @@ class Slots:
 
     def _tied_head(self, embedding: Tensor) -> PackedLinear:
         dtype = self._packer.linear_dtype(embedding.dtype, self._dtype)
-        return self._packer.pack_linear(embedding.to(dtype), None)
+        return self._packer.pack_head(embedding.to(dtype), None)
 
     def _layer(self, spec: ModelSpec, index: int) -> LayerWeights:
         at, layer = f"layers.{index}.", spec.layers[index]

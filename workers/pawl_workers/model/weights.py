@@ -115,6 +115,10 @@ class Packer(Protocol):
         """Pack a weight [out, in], in the type of `linear_dtype`, and a bias [out], in the model's type."""
         ...
 
+    def pack_head(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """Pack the projection to the vocabulary likewise; its results may be of a wider type than the model's."""
+        ...
+
     def pack_norm(self, weights: NormWeights) -> PackedNorm:
         """Bind a norm to its kernel."""
         ...

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.as_computed import AsComputed
-from pawl_workers.kernels.reference import ReferenceLinear, ReferenceNorm
+from pawl_workers.kernels.reference import ReferenceNorm
 from pawl_workers.kernels.triton.extend import extend
 from pawl_workers.kernels.triton.layout import TILE, Layout, lay_out_host
+from pawl_workers.kernels.triton.linear import GpuLinear, StrictLinear, WideLinear
 from pawl_workers.kernels.triton.paged_decode import decode
 from pawl_workers.kernels.triton.place import place
+from pawl_workers.kernels.triton.program import TritonProgram
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
 from pawl_workers.kernels.triton.sampler import TritonSampler
 from pawl_workers.kernels.triton.tuning import Tuning
 from pawl_workers.model.spec import Activation, NormKind
 from pawl_workers.model.weights import (
     AttentionRule,
+    LayerWeights,
+    MlpWeights,
     NormWeights,
     PackedActivation,
     PackedNorm,
@@ -42,8 +48,9 @@ class TritonKernels(AsComputed):
     block_size = TILE
 
     def __init__(self, dtype: torch.dtype, shape: AttentionShape, staging: Staging, *, strict: bool = False) -> None:
+        super().__init__()
         self.sampler = TritonSampler()
-        self._staging = staging
+        self._staging, self._strict = staging, strict
         self._tuning = Tuning.of(shape, dtype, strict=strict)
 
     @property
@@ -51,9 +58,13 @@ class TritonKernels(AsComputed):
         """Query rows of an extend tile."""
         return self._tuning.extend_rows
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> ReferenceLinear:
-        """Keep the tensors: cuBLAS takes them as they are."""
-        return ReferenceLinear(weight, bias)
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> StrictLinear:
+        """Keep the tensors: kernels take them as they are."""
+        return StrictLinear(weight, bias) if self._strict else GpuLinear(weight, bias)
+
+    def pack_head(self, weight: Tensor, bias: Tensor | None) -> WideLinear:
+        """The same; scores are not rounded to the model's type."""
+        return WideLinear(self.pack_linear(weight, bias))
 
     def pack_norm(self, weights: NormWeights) -> PackedNorm:
         """RMS norms are compiled, layer norms torch's."""
@@ -69,6 +80,13 @@ class TritonKernels(AsComputed):
         """Keys and values alike: [num_blocks, K, 64, head_dim]."""
         cache = (num_blocks, shape.num_kv_heads, TILE, shape.head_dim)
         return cache, cache
+
+    def compile_layers(
+        self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> TritonProgram | None:
+        """Put sums and norms together; routed layers run stage by stage."""
+        dense = all(isinstance(layer.mlp, MlpWeights) for layer in layers)
+        return TritonProgram(self, layers, caches) if dense else None
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> Layout:
         """Tell decodes from extends, cut extends into tiles, and put it all on its way to the device."""

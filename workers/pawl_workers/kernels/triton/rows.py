@@ -15,7 +15,7 @@ from torch import Tensor
 from pawl_workers.model.spec import Activation
 from pawl_workers.model.weights import NormWeights
 
-__all__ = ["TritonActivation", "TritonRmsNorm"]
+__all__ = ["TritonActivation", "TritonRmsNorm", "activated"]
 
 _GATE_BLOCK = 1024
 _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2, Activation.RELU: 3}
@@ -76,13 +76,8 @@ class TritonRmsNorm:
 
 
 @triton.jit
-def _activate(
-    hidden: tl.tensor, y: tl.tensor, I: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr
-) -> None:
-    row, dims = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = dims < I
-    at = hidden + row * (2 * I if GATED else I) + dims
-    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+def activated(x: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """Apply an activation, by its number; others leave x as it is."""
     if KIND == 0:
         x = x / (1.0 + tl.exp2(tl.minimum(-1.4426950408889634 * x, 126.0)))
     elif KIND == 1:
@@ -91,8 +86,19 @@ def _activate(
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         # tanh by its exponential: x * (1 + tanh) / 2 = x / (1 + e ** (-2 inner))
         x = x / (1.0 + tl.exp2(tl.minimum(-2.8853900817779268 * inner, 126.0)))
-    else:
+    elif KIND == 3:
         x = tl.maximum(x, 0.0)
+    return x
+
+
+@triton.jit
+def _activate(
+    hidden: tl.tensor, y: tl.tensor, I: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr
+) -> None:
+    row, dims = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = dims < I
+    at = hidden + row * (2 * I if GATED else I) + dims
+    x = activated(tl.load(at, mask=mask, other=0.0).to(tl.float32), KIND)
     if GATED:
         x *= tl.load(at + I, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + row * I + dims, x.to(y.dtype.element_ty), mask=mask)
@@ -106,6 +112,11 @@ class TritonActivation:
     gated: bool
     fuses: bool
 
+    @property
+    def kind(self) -> int:
+        """Its number in the kernels."""
+        return _ACTIVATIONS[self.activation]
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return [T, I] for [T, I], or for [T, 2I] when gated."""
         hidden = hidden.contiguous()
@@ -114,7 +125,7 @@ class TritonActivation:
         y = torch.empty(num_rows, size, dtype=hidden.dtype, device=hidden.device)
         if num_rows:
             _activate[(num_rows, triton.cdiv(size, _GATE_BLOCK))](
-                hidden, y, I=size, BLOCK=_GATE_BLOCK, KIND=_ACTIVATIONS[self.activation], GATED=self.gated,
+                hidden, y, I=size, BLOCK=_GATE_BLOCK, KIND=self.kind, GATED=self.gated,
                 num_warps=4, enable_fp_fusion=self.fuses,
             )  # fmt: skip
         return y
