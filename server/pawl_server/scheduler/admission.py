@@ -29,6 +29,7 @@ class SchedulerLimits:
     restore_cost: RestoreCost | None = None  # of bringing its blocks back; None = it is not used
     watermark: float = 0.01  # share of the blocks kept free at admission while something runs
     max_bypass: int = 8
+    backfill: bool = True  # whoever cannot delay those for whom blocks are kept may start before them
     max_preemptions: int = 4  # how often a sequence may be preempted
     output_quantile: float = 0.1  # of the output lengths seen, that admission keeps blocks for
     ageing_s: float = 0.0  # a sequence that waited so long rises by one class; 0 = never

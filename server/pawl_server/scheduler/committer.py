@@ -50,7 +50,7 @@ def launch(state: SchedulerState, plan: Plan) -> None:
     for victim in plan.victims:
         _preempt(state, plan, victim)
     for sequence, num_before in plan.bypassed:
-        sequence.bypassed += len(plan.admissions) - num_before
+        sequence.bypassed += plan.num_overtaking - num_before
     state.free_rows = plan.free_rows
     state.rows_to_free = []
     state.step = plan.step

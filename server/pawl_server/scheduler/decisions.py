@@ -28,6 +28,7 @@ class Decision(msgspec.Struct, frozen=True, array_like=True):
     started: list[tuple[int, int, int, int]] = []  # sequence, row, cached tokens, tokens
     preempted: list[tuple[int, str, int]] = []  # sequence, reason, blocks short
     unfit: list[int] = []  # sequences that did not fit, in the order in which they were considered
+    backfilled: list[int] = []  # of those started, who came before somebody for whom blocks are kept
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -73,6 +74,7 @@ class DecisionRing:
             [(one.sequence.order, one.row, one.num_computed, one.num_tokens) for one in plan.admissions],
             [(victim.sequence.order, victim.reason, victim.num_short) for victim in plan.victims],
             [sequence.order for sequence, _ in plan.bypassed],
+            [one.sequence.order for one in plan.admissions if one.backfilled],
         )
         self._records.append(_encoder.encode(decision))
 

@@ -68,7 +68,7 @@ def wait_reasons(state: SchedulerState, most: int | None = None) -> Iterator[tup
         elif head.level > sequence.level:
             yield sequence, WaitReason("priority", f"a higher class waits (priority {head.level}), {place}")
         elif sequence is not head and not head_fits and head.bypassed >= limits.max_bypass:
-            text = f"blocks are kept for the head of the queue, overtaken {head.bypassed} times, {place}"
+            text = f"blocks are kept for the head, overtaken {head.bypassed} times, and it might delay it, {place}"
             yield sequence, WaitReason("reservation", text)
         elif not fits:
             available = max(0, state.pool.num_available - room.promised)

@@ -40,6 +40,11 @@ class Room:
 
     Somebody who was preempted as often as may be is *settled*: while one such runs, everybody is admitted with all
     the blocks that he may ever take, so that there is no shortage and nobody is preempted again.
+
+    Attributes:
+        rows: of those who run, [S].
+        total: tokens whose KV each of them is expected to have in the end, [S].
+        settled: whether somebody settled runs or was admitted.
     """
 
     def __init__(
@@ -56,8 +61,9 @@ class Room:
         self._now = now
         # Blocks that those who run are expected to take yet, less those that this step gives them.
         self._promised = int(np.maximum(0, -(-(total - slots.capacity[rows]) // size)).sum()) - num_granted
+        self.rows, self.total = rows, total
         self._most = int((-(-np.maximum(most, slots.expected[rows]) // size)).sum())
-        self._settled = bool(slots.settled[rows].any())
+        self.settled = bool(slots.settled[rows].any())
         self._busy = len(rows) > 0
 
     @property
@@ -80,7 +86,7 @@ class Room:
         """
         if not self._busy:
             return need.now - num_shared <= num_available
-        if settled or self._settled:
+        if settled or self.settled:
             return self._most + need.most <= self._limits.num_blocks
         return need.expected - num_shared <= num_available - self.promised
 
@@ -88,5 +94,5 @@ class Room:
         """A sequence was admitted and holds `num_blocks` blocks."""
         self._promised += need.expected - num_blocks
         self._most += need.most
-        self._settled = self._settled or settled
+        self.settled = self.settled or settled
         self._busy = True

@@ -20,6 +20,7 @@ _CALM_S = 60.0  # time in which what preemptions added falls to 1/e
 _GRAIN = 64  # the quantile is used in 1/64ths, so that what follows from it is seldom worked out again
 _MOST = 0.95
 _HEAVY = 1e100
+_LONGEST = 0.9  # quantile of the outputs that last long
 
 
 class OutputLengths:
@@ -41,6 +42,7 @@ class OutputLengths:
         self._counts: NDArray[np.float64] = np.zeros(len(_EDGES))
         self._counts[np.searchsorted(_EDGES, _PRIOR_TOKENS)] = 1.0
         self._totals: tuple[float, IntArray] | None = None  # expected final output by bin of the present, at a quantile
+        self._longest: IntArray | None = None  # the same at `_LONGEST`
 
     def quantile(self, now: float) -> float:
         """The quantile that admission counts on."""
@@ -54,7 +56,7 @@ class OutputLengths:
         if self._weight > _HEAVY:
             self._counts /= self._weight
             self._weight = 1.0
-        self._totals = None
+        self._totals = self._longest = None
 
     def raise_quantile(self, now: float) -> None:
         """Somebody was preempted."""
@@ -68,6 +70,13 @@ class OutputLengths:
             self._totals = quantile, self._conditional(quantile)
         bins = np.minimum(np.searchsorted(_EDGES, num_output), len(_EDGES) - 1)
         return np.maximum(self._totals[1][bins], num_output + 1)
+
+    def longest(self, num_output: int) -> int:
+        """Tokens in the end of an output that has `num_output` now, if it is one of the longer of those seen."""
+        if self._longest is None:
+            self._longest = self._conditional(_LONGEST)
+        place = min(int(np.searchsorted(_EDGES, num_output)), len(_EDGES) - 1)
+        return max(int(self._longest[place]), num_output + 1)
 
     def _conditional(self, quantile: float) -> IntArray:
         """For each bin, the quantile of the outputs in it and in the bins above; its own edge where there are none."""

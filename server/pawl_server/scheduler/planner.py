@@ -15,6 +15,7 @@ import numpy as np
 
 from pawl_server.kv.draft import BlockDraft
 from pawl_server.scheduler.admission import SchedulerLimits, blocks_for
+from pawl_server.scheduler.backfill import Backfill, Candidate, Unfit
 from pawl_server.scheduler.budget import StepBudget, StepLoad
 from pawl_server.scheduler.fit import Room
 from pawl_server.scheduler.preemption import victims_in_order
@@ -40,6 +41,7 @@ class Admission:
     num_tokens: int
     num_computed: int  # tokens in `hits`
     cost: float  # charged to its tenant
+    backfilled: bool = False  # it starts before somebody for whom blocks are kept, whom it cannot delay
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,8 @@ class Plan:
         append_blocks: blocks that running sequences get, by row.
         admissions: sequences that start.
         victims: sequences that lose their KV.
-        bypassed: waiting sequences that did not fit, each with the number of admissions planned before it.
+        bypassed: waiting sequences that did not fit, each with `num_overtaking` when it was considered.
+        num_overtaking: admissions that count as overtaking those: all that are not backfilled.
         num_decodes: of `rows`, those that compute one token and sample.
         num_pairs: (query, key) pairs of the step's attention.
         num_read: tokens whose KV it reads.
@@ -82,6 +85,7 @@ class Plan:
     victims: list[Victim] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     bypassed: list[tuple[SequenceState, int]] = field(default_factory=list)
+    num_overtaking: int = 0
     free_rows: list[int] = field(default_factory=list)
     freed_rows: list[int] = field(default_factory=list)
 
@@ -318,13 +322,21 @@ def _admit(
     num_partial: int,
     budget: StepBudget | None,
 ) -> None:
-    """Start waiting sequences in order. One that does not fit may be overtaken a bounded number of times."""
+    """Start waiting sequences in order.
+
+    One that does not fit may be overtaken a bounded number of times, and then only by those who cannot delay it.
+    """
     size = limits.block_size
-    may_admit = limits.max_running  # until somebody has been overtaken as often as he may be
+    may_overtake = limits.max_running  # starts of this step, until somebody has been overtaken as often as he may be
     num_granted = sum(len(blocks) for _, blocks in plan.append_blocks)
     room = Room(state.slots, state.lengths, limits, num_granted, plan.now)
+    num_used = state.pool.num_used
+    backfill = Backfill(state.slots, room, limits, state.lengths, plan.draft.num_available, num_used)
     for sequence in cursor:
-        if plan.budget < 1 or not plan.free_rows or len(plan.admissions) >= may_admit:
+        if plan.budget < 1 or not plan.free_rows:
+            return
+        kept = plan.num_overtaking >= may_overtake
+        if kept and backfill.hopeless:
             return
         if sequence.num_stale:
             continue  # it lacks tokens that a launched step samples
@@ -336,16 +348,22 @@ def _admit(
         need = room.need(sequence)
         num_shared = len(hits) - plan.draft.num_free_among(hits)
         if not room.fits(need, plan.draft.num_available, num_shared, settled=sequence.settled):
-            may_admit = min(may_admit, len(plan.admissions) + limits.max_bypass - sequence.bypassed)
-            plan.bypassed.append((sequence, len(plan.admissions)))
+            may_overtake = min(may_overtake, plan.num_overtaking + limits.max_bypass - sequence.bypassed)
+            plan.bypassed.append((sequence, plan.num_overtaking))
             if len(plan.bypassed) > limits.max_bypass:
                 return
+            backfill.keep_for(Unfit(sequence, need, num_shared, plan.num_overtaking))
             continue
         computed = (len(hits) + num_stored) * size
         want = sequence.num_tokens - computed
         chunk = min(want, _most_tokens(plan, limits, budget, computed))
         if chunk < 1 or (chunk < want and num_partial >= limits.max_partial_prefills):
             return
+        candidate = Candidate(sequence, want, chunk)
+        if kept and not backfill.allows(
+            candidate, plan.num_overtaking, plan.draft.num_available, alone=not num_partial
+        ):
+            continue
         plan.draft.share(hits)
         restored = plan.draft.restore(chain, len(hits), num_stored) if chain is not None and num_stored else []
         blocks = plan.draft.take(blocks_for(computed + chunk, size) - len(hits) - num_stored)
@@ -353,12 +371,14 @@ def _admit(
             return
         hits += restored
         room.admit(need, len(hits) + len(blocks), settled=sequence.settled)
+        backfill.admitted(num_shared)
         num_partial += chunk < want
         price = 0.0
         if not sequence.charged:
             price = state.accounts.prompt_cost(sequence.tenant, want, computed)
         row = plan.free_rows.pop()
         _announce(plan, sequence, row, blocks, computed, chunk)
-        plan.admissions.append(Admission(sequence, row, hits, blocks, chunk, computed, price))
+        plan.admissions.append(Admission(sequence, row, hits, blocks, chunk, computed, price, backfilled=kept))
+        plan.num_overtaking += not kept
         cursor.charge(sequence, price)
         _take(plan, computed, chunk)

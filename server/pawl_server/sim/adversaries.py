@@ -15,10 +15,11 @@ from pawl_server.sim.streams import Segment
 from pawl_server.sim.trace import Fault, SimulatedRequest, Trace
 from pawl_server.sim.workloads import MAX_OUTPUT_TOKENS, chat_requests
 
-__all__ = ["abort_storm", "classes", "flood", "liars", "long_prompts", "prefix_burst", "worker_kills"]
+__all__ = ["abort_storm", "classes", "flood", "large_heads", "liars", "long_prompts", "prefix_burst", "worker_kills"]
 
 _FIRST_ADVERSARY_STREAM = 1 << 28
 _LONG_PROMPT_TOKENS = 100_000
+_LARGE_PROMPT_TOKENS = 40_000
 
 
 def _merged(name: str, chats: list[SimulatedRequest], others: list[SimulatedRequest]) -> Trace:
@@ -130,3 +131,20 @@ def classes(count: int, rate: float, seed: int) -> Trace:
         dataclasses.replace(request, priority=0 if draw.random() < 0.1 else 1) for request in _chats(count, rate, seed)
     ]
     return Trace("classes", requests)
+
+
+def large_heads(count: int, rate: float, seed: int) -> Trace:
+    """Chats, as many short calls that declare 8 tokens of output, and every 40th request has a prompt of 40,000."""
+    draw = random.Random(seed)  # noqa: S311 (a workload, not a secret)
+    requests = []
+    for number, request in enumerate(_chats(count, rate, seed)):
+        stream = _FIRST_ADVERSARY_STREAM + number
+        if number % 40 == 39:
+            large = (Segment(stream, _LARGE_PROMPT_TOKENS),)
+            requests.append(dataclasses.replace(request, prompt=large, group="adversary"))
+        elif draw.random() < 0.5:
+            short, num_output = (Segment(stream, draw.randint(50, 400)),), draw.randint(1, 8)
+            requests.append(dataclasses.replace(request, prompt=short, output_tokens=num_output, max_output_tokens=8))
+        else:
+            requests.append(request)
+    return Trace("large-heads", requests)

@@ -20,6 +20,7 @@ class Policy:
         text: one line for a report.
         one_queue: neither tenants nor classes: whoever came first is served first.
         head_blocks: a head that does not fit holds up everyone behind it.
+        backfill: whoever cannot delay those for whom blocks are kept may start before them.
         newest_victim: whoever was admitted last gives up its blocks, whatever that costs.
         target_gap_s: time between tokens that the step budget holds; 0 = it holds none.
     """
@@ -28,12 +29,14 @@ class Policy:
     text: str
     one_queue: bool = False
     head_blocks: bool = False
+    backfill: bool = True
     newest_victim: bool = False
     target_gap_s: float = 0.0
 
     def limits(self, limits: SchedulerLimits) -> SchedulerLimits:
         """The limits of a replica under this policy."""
-        return dataclasses.replace(limits, max_bypass=0) if self.head_blocks else limits
+        max_bypass = 0 if self.head_blocks else limits.max_bypass
+        return dataclasses.replace(limits, max_bypass=max_bypass, backfill=self.backfill)
 
 
 POLICIES: Mapping[str, Policy] = {
@@ -47,6 +50,7 @@ POLICIES: Mapping[str, Policy] = {
             one_queue=True,
             head_blocks=True,
         ),
+        Policy(name="no-backfill", text="production, but nobody passes those for whom blocks are kept", backfill=False),
         Policy(name="last-in", text="as production, but the newest sequence is the victim", newest_victim=True),
     )
 }

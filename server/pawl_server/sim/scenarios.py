@@ -38,6 +38,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "flood": Scenario(adversaries.flood, 9.0, 64_000),
     "long-prompts": Scenario(adversaries.long_prompts, 8.0, 160_000),
     "prefix-burst": Scenario(adversaries.prefix_burst, 8.0, 64_000),
+    "large-heads": Scenario(adversaries.large_heads, 7.0, 64_000),
     "liars": Scenario(adversaries.liars, 14.0, 40_000),
     "abort-storm": Scenario(adversaries.abort_storm, 14.0, 64_000),
     "worker-kills": Scenario(adversaries.worker_kills, 8.0, 64_000),

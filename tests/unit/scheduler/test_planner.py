@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pawl_server.scheduler.committer import StaleResultError, commit, launch
+from pawl_server.scheduler.decisions import decode
 from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import EndReason, SequenceRequest
 from tests.fakes.scheduler_bench import Bench, limits
@@ -89,16 +90,21 @@ def test_preemption_takes_the_lowest_class_and_loses_no_token() -> None:
     assert bench.ended[2].stalled_s > 0
 
 
-def test_a_head_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -> None:
-    bench = Bench(limits(num_blocks=8, max_bypass=2, max_running=8))
+@pytest.mark.parametrize(("num_output", "backfill", "num_overtaking"), [(1, False, 2), (1, True, 6), (20, True, 2)])
+def test_a_head_that_does_not_fit_is_overtaken_a_bounded_number_of_times(
+    num_output: int, backfill: bool, num_overtaking: int
+) -> None:
+    """And beyond that only by those who will have ended by the time at which it fits, in 24 steps."""
+    bench = Bench(limits(num_blocks=8, max_bypass=2, max_running=8, backfill=backfill, output_quantile=0.0))
     bench.submit(bench.request([1] * 4, 24))
     bench.step()
     bench.submit(bench.request(list(range(28)), 2))
     for _ in range(6):
-        bench.submit(bench.request([2, 3], 1))
+        bench.submit(bench.request([2, 3], num_output))
         bench.step()
-    overtook = [handle for handle in bench.ended if handle >= 2]
-    assert len(overtook) == 2
+    started = {sequence.request.handle for sequence in bench.state.running.values()} | set(bench.ended)
+    assert len(started - {0}) == num_overtaking
+    assert sum(len(decode(record).backfilled) for record in bench.state.decisions.records()) == num_overtaking - 2
     bench.run()
     assert set(bench.ended) == set(bench.requests)
 
