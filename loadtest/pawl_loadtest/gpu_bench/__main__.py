@@ -30,7 +30,7 @@ from pawl_workers.strict import enter_strict_mode
 _TOLERANCE = 0.1
 """Logits of bf16 models differ by so much between kernels: a chosen token this near to the best is no error."""
 
-_CASES = {"256": ("qwen3-0.6b", "256 x 100-1024"), "single": ("qwen3-8b", "1 x 512/128")}
+_CASES = {"mixed": "qwen3-0.6b", "single": "qwen3-8b"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(case: str, options: argparse.Namespace, folder: Path, limits: GpuLimits | None) -> tuple[Row, GpuLimits]:
-    name, workload = _CASES[case]
-    shape = SHAPES[options.shape or name]
-    requests = mixed_requests(options.requests) if case == "256" else single_stream()
+    shape = SHAPES[options.shape or _CASES[case]]
+    requests = mixed_requests(options.requests) if case == "mixed" else single_stream()
+    workload = f"{len(requests)} x 100-1024" if case == "mixed" else "1 x 512/128"
     checkpoint = make_gpu_checkpoint(shape, folder)
     pawl = Pawl(checkpoint, requests, strict=options.strict)
     limits = limits or measure_gpu()
@@ -93,7 +93,7 @@ def _measure(case: str, options: argparse.Namespace, folder: Path, limits: GpuLi
         engines: list[Pawl | Transformers] = [pawl] if options.no_peer else [pawl, peer]
         for engine in engines:
             row.rates[engine.name] = []
-            engine.run(requests)  # kernels are compiled and graphs captured
+            engine.warm_up(requests)
         for number in range(options.rounds):
             for engine in engines if number % 2 == 0 else reversed(engines):
                 outcome = engine.run(requests)

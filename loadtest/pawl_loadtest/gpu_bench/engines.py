@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pawl_loadtest.gpu_bench.workload import Request
+from pawl_loadtest.gpu_bench.workload import Request, shortened
 from pawl_loadtest.peers.in_process import generate_all
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
@@ -71,6 +71,10 @@ class Pawl:
         )
         self._epoch = 1
 
+    def warm_up(self, requests: Sequence[Request]) -> None:
+        """Have kernels compiled and graphs captured, for all sizes of steps that will come."""
+        self.run(requests)
+
     def run(self, requests: Sequence[Request]) -> Outcome:
         """Generate exactly the tokens that are asked for."""
         self._epoch += 1
@@ -96,6 +100,10 @@ class Transformers:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, attn_implementation="sdpa")
         self._model = model.to(device).eval()
         self._device = device
+
+    def warm_up(self, requests: Sequence[Request]) -> None:
+        """Have libraries loaded: a little of the workload, of which a whole round takes minutes."""
+        self.run(shortened(requests, 200, 8))
 
     def run(self, requests: Sequence[Request]) -> Outcome:
         """Generate exactly the tokens that are asked for."""
