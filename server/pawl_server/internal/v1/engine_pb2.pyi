@@ -216,6 +216,30 @@ class Sampling(_message.Message):
 Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
 @_typing.final
+class Choices(_message.Message):
+    """Texts of which the output is one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least one; none is empty."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choices: _TypeAlias = Choices  # noqa: Y015
+
+@_typing.final
 class Submit(_message.Message):
     """One request for one sequence."""
 
@@ -239,6 +263,10 @@ class Submit(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     RETAIN_PREFIX_S_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Number that the front end gives the sequence; unique on this stream."""
     request_id: _builtins.str
@@ -265,6 +293,12 @@ class Submit(_message.Message):
     """Keep its cached prefix for so many seconds after its end; 0 = as long as there is room."""
     weight: _builtins.float
     """Its share of the service against other tenants; 0 = 1."""
+    json_schema: _builtins.str
+    """JSON Schema, a JSON text."""
+    regex: _builtins.str
+    """Regular expression."""
+    grammar: _builtins.str
+    """Lark or GBNF."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -284,6 +318,10 @@ class Submit(_message.Message):
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids that end the text by the request's account."""
+
+    @_builtins.property
+    def choices(self) -> Global___Choices:
+        """Given texts."""
 
     def __init__(
         self,
@@ -306,14 +344,23 @@ class Submit(_message.Message):
         tenant: _builtins.str = ...,
         retain_prefix_s: _builtins.float = ...,
         weight: _builtins.float = ...,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        grammar: _builtins.str = ...,
+        choices: Global___Choices | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "choices", b"choices", "constraint", b"constraint", "grammar", b"grammar", "json_schema", b"json_schema", "prompt_logprobs", b"prompt_logprobs", "regex", b"regex", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_key", b"cache_key", "eos_token_ids", b"eos_token_ids", "handle", b"handle", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_from", b"prompt_logprobs_from", "request_id", b"request_id", "resume_ids", b"resume_ids", "retain_prefix_s", b"retain_prefix_s", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "user", b"user", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_key", b"cache_key", "choices", b"choices", "constraint", b"constraint", "eos_token_ids", b"eos_token_ids", "grammar", b"grammar", "handle", b"handle", "json_schema", b"json_schema", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_from", b"prompt_logprobs_from", "regex", b"regex", "request_id", b"request_id", "resume_ids", b"resume_ids", "retain_prefix_s", b"retain_prefix_s", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "user", b"user", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType_constraint: _TypeAlias = _typing.Literal["json_schema", "regex", "grammar", "choices"]  # noqa: Y015
+    _WhichOneofArgType_constraint: _TypeAlias = _typing.Literal["constraint", b"constraint"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_constraint) -> _WhichOneofReturnType_constraint | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
 
