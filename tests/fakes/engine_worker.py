@@ -10,6 +10,7 @@ from pawl_server.config import EngineSettings, ModelSettings
 from pawl_server.engine.load import LoadProgress
 from pawl_server.engine.spec import EngineSpec
 from pawl_workers.plan import StepPlan, StepResult
+from pawl_workers.row_masks import MaskSource
 from tests.fakes.shadow_worker import ShadowWorker
 
 # First prompt tokens that mean trouble; the tests' other prompts begin with less than 900.
@@ -68,7 +69,7 @@ class FakeEngineWorker:
     def __post_init__(self) -> None:
         self._shadow = ShadowWorker(self.facts.block_size, self.facts.vocab_size)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
         """Run a step, unless a prompt in it says otherwise."""
         self.num_executed += 1
         if self.gate is not None:
@@ -77,7 +78,7 @@ class FakeEngineWorker:
         known |= {new.row: new.token_ids for new in plan.new}
         for row in plan.rows:
             self._fault(known[row], starts=any(new.row == row for new in plan.new))
-        return self._shadow.execute(plan)
+        return self._shadow.execute(plan, masks)
 
     def _fault(self, tokens: Sequence[int], *, starts: bool) -> None:
         first = tokens[0]

@@ -8,9 +8,12 @@ sequence travels in `sampling.seed`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from pawl_workers.plan import NewSequence, PromptLogprobs, RowFailure, StepPlan, StepResult, TokenLogprobs
+from pawl_workers.row_masks import MaskSource
 
 
 def _extend(digest: bytes, token_id: int) -> bytes:
@@ -58,8 +61,8 @@ class ShadowWorker:
         self.slots: dict[tuple[int, int], bytes] = {}
         self.host: dict[int, list[bytes | None]] = {}
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step, checking everything the plan says."""
+    def execute(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
+        """Run one step, checking everything the plan says. A masked row's hash falls on an allowed token."""
         assert (plan.step, plan.epoch) == (self.step + 1, self.epoch)
         self.step = plan.step
         failing = set(self.fault(plan) if self.fault else ())
@@ -78,6 +81,7 @@ class ShadowWorker:
         self._check_writers(grants)
         prompt_logprobs: list[PromptLogprobs] = []
         sampled: list[tuple[int, int]] = []
+        allowed = _allowed(masks)
         for number, count in grants:
             self._write(self.rows[number], count, spoiled=number in failing)
         for number, count in grants:
@@ -89,7 +93,12 @@ class ShadowWorker:
                 continue
             prompt_logprobs += self._prompt_logprobs(number, row, count)
             if row.computed == len(row.tokens) and row.new.samples:
-                token_id = int.from_bytes(digest, "little") % self.vocab_size
+                choices = allowed.get(number, range(self.vocab_size))
+                if not len(choices):
+                    row.failed = True
+                    failures.append(RowFailure(number, "no token is left"))
+                    continue
+                token_id = choices[int.from_bytes(digest, "little") % len(choices)]
                 row.tokens.append(token_id)
                 sampled.append((number, token_id))
         rows, token_ids = [number for number, _ in sampled], [token_id for _, token_id in sampled]
@@ -154,6 +163,15 @@ class ShadowWorker:
         last = min(row.computed + 1, row.new.num_prompt_tokens)
         positions = [TokenLogprobs(row.tokens[place], -1.0, 1, [], []) for place in range(first, last)]
         return [PromptLogprobs(number, first, positions)] if positions else []
+
+
+def _allowed(masks: MaskSource | None) -> Mapping[int, Sequence[int]]:
+    """The ids that each masked row may choose."""
+    if masks is None:
+        return {}
+    found = masks()
+    bits = np.unpackbits(found.words.view(np.uint8), axis=1, bitorder="little")
+    return {row: np.flatnonzero(bits[i]).tolist() for i, row in enumerate(found.rows)}
 
 
 def isolated_output(prompt: Sequence[int], namespace: int, num_tokens: int, vocab_size: int = 32) -> list[int]:

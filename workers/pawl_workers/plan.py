@@ -115,6 +115,7 @@ class RowFailure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     row: int
     message: str
+    field: str = ""  # of the request, where that is at fault
 
 
 class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

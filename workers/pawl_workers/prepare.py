@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 from pawl_workers.batch import AttentionShape, Batch, IntArray, PromptRows, SamplingBatch, SequenceArrays
 from pawl_workers.kernels import Kernels
 from pawl_workers.model.rotary import RotaryTable, rotary_angles
+from pawl_workers.row_masks import RowMasks
 from pawl_workers.rows import RowTable
+from pawl_workers.sampling.batch import TokenMasks
 from pawl_workers.sampling.words import WORDS, parameter_words
 from pawl_workers.staging import Staging
 
-__all__ = ["BatchSettings", "batch_angles", "build_batch", "pad_decodes", "staged_elements"]
+__all__ = ["BatchSettings", "batch_angles", "build_batch", "pad_decodes", "staged_elements", "with_masks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,15 @@ def build_batch(
         prompts=_prompts(table, rows, num_tokens, starts),
     )
     return batch, sampling_rows
+
+
+def with_masks(batch: Batch, masks: RowMasks) -> Batch:
+    """Let rows choose only what their masks allow. A mask of a row that does not sample is passed over."""
+    place = {row: i for i, row in enumerate(masks.rows)}
+    of_sample = np.array([place.get(row, -1) for row in batch.sampling.rows.tolist()], dtype=np.int64)
+    if not len(masks.rows) or (of_sample < 0).all():
+        return batch
+    return replace(batch, sampling=replace(batch.sampling, masks=TokenMasks(masks.words, of_sample)))
 
 
 def batch_angles(positions: Tensor, settings: BatchSettings) -> tuple[tuple[Tensor, Tensor], ...]:

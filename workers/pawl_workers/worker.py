@@ -16,7 +16,7 @@ import torch
 
 from pawl_workers.batch import IntArray, SamplingBatch
 from pawl_workers.errors import PlanError
-from pawl_workers.forward import StepOutput, finish, forward
+from pawl_workers.forward import StepOutput, compute, finish
 from pawl_workers.graphs import DecodeGraphs, bucket_of
 from pawl_workers.host_cache import HostCache
 from pawl_workers.kv_cache import KvCache
@@ -28,7 +28,8 @@ from pawl_workers.model.weights import Weights
 from pawl_workers.options import WorkerOptions
 from pawl_workers.parallel import set_num_threads
 from pawl_workers.plan import LEAST_SAMPLES, RowFailure, StepPlan, StepResult
-from pawl_workers.prepare import BatchSettings, build_batch, staged_elements
+from pawl_workers.prepare import BatchSettings, build_batch, staged_elements, with_masks
+from pawl_workers.row_masks import MaskSource
 from pawl_workers.rows import RowTable
 from pawl_workers.self_test import SelfTest, run_self_test
 from pawl_workers.start_plan import StartPlan, plan_start
@@ -156,11 +157,16 @@ class Worker:
         report("memory", float(memory.kv_bytes), float(memory.kv_bytes))
         return worker
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
         """Run one step.
+
+        Args:
+            plan: what to compute.
+            masks: asked after the forward pass for what some rows may choose; None = all rows may choose anything.
 
         Raises:
             PlanError: the plan breaks the contract; nothing has changed.
+            Exception: what `masks` raised; the worker must be reset.
         """
         started = time.perf_counter()
         if plan.epoch != self._epoch or plan.step != self._step + 1:
@@ -184,10 +190,12 @@ class Worker:
             batch, _ = build_batch(self._table, rows, num_tokens, self._settings, padded, num_drafts)
             prepared = time.perf_counter()
             if self._graphs is None or padded is None:
-                output = forward(batch, self._weights, self._cache)
+                stream, scores = compute(batch, self._weights, self._cache)
             else:
-                stream, scores = self._graphs.run(batch)
-                output = finish(stream[: len(rows)], scores[: len(rows)], batch, self._weights)
+                stream, scores = (found[: len(rows)] for found in self._graphs.run(batch))
+            if masks is not None:
+                batch = with_masks(batch, masks())
+            output = finish(stream, scores, batch, self._weights)
             forward_s = time.perf_counter() - prepared - output.sampled.sample_s
             failed = self._find_failures(output, rows, num_tokens, batch.sampling)
         self._table.num_computed[rows] += num_tokens

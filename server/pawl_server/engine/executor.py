@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from pawl_workers.plan import StepPlan, StepResult
+from pawl_workers.row_masks import MaskSource
 
 __all__ = [
     "BadResultError",
@@ -91,8 +92,11 @@ class EngineWorker(Protocol):
     def facts(self) -> WorkerFacts:
         """Sizes and names of what was loaded."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step; may raise anything, after which `reset` must make it usable again."""
+    def execute(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
+        """Compute one step; may raise anything, after which `reset` must make it usable again.
+
+        `masks` is asked when the tokens are to be chosen, and may make it wait.
+        """
 
     def reset(self, epoch: int) -> None:
         """Forget every sequence; the next plan is step 1 of this epoch."""
@@ -104,8 +108,8 @@ class EngineWorker(Protocol):
 class Executor(Protocol):
     """Computes steps, one at a time."""
 
-    async def run(self, plan: StepPlan) -> StepResult:
-        """Compute a step; raises whatever the worker raised."""
+    async def run(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
+        """Compute a step; `masks` gives what some rows may choose. Raises whatever the worker raised."""
 
     async def reset(self, epoch: int) -> None:
         """Make the worker forget every sequence."""
@@ -137,14 +141,14 @@ class InProcessExecutor:
         """Call something on the worker's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
-    async def run(self, plan: StepPlan) -> StepResult:
+    async def run(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
         """Compute a step.
 
         Raises:
             BadResultError: the answer does not fit the plan.
             Exception: whatever the worker raised.
         """
-        result = await asyncio.get_running_loop().run_in_executor(self._pool, self.worker.execute, plan)
+        result = await asyncio.get_running_loop().run_in_executor(self._pool, self.worker.execute, plan, masks)
         check_result(plan, result, self.worker.facts.vocab_size)
         return result
 

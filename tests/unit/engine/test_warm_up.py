@@ -53,7 +53,7 @@ async def test_a_token_of_a_prompt_is_measured_in_the_largest_step(monkeypatch: 
         return msgspec.structs.replace(result, prepare_s=1.0, forward_s=next(seconds), sample_s=0.5)
 
     execute = worker.execute
-    monkeypatch.setattr(FakeEngineWorker, "execute", lambda _, plan: timed(plan))
+    monkeypatch.setattr(FakeEngineWorker, "execute", lambda _, plan, _masks: timed(plan))
     assert await measure_prefill(executor, limits) == pytest.approx(4.5 / 64)
     assert worker.reset_epochs[-1] == 1
     await executor.close()
