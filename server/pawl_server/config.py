@@ -84,6 +84,11 @@ class EngineSettings:
     max_preemptions: int = _setting(4, "how often a sequence may lose its blocks to others, at least 1")
     output_quantile: float = _setting(0.1, "quantile of the outputs seen that admission keeps blocks for, [0, 0.95]")
     ageing_s: float = _setting(30.0, "a request that waited so long rises by one priority class; 0 = never")
+    grammar_threads: int = _setting(
+        2, "constraints (JSON schemas, grammars, ...) compiled at once, and threads for masks"
+    )
+    grammar_timeout_s: float = _setting(10.0, "a constraint not compiled by then is refused")
+    max_grammars: int = _setting(64, "compiled constraints kept for the next request with the same one")
     num_threads: int = _setting(0, "compute threads of a replica; 0 = cores / replicas", common=True)
     step_timeout_s: float = _setting(60.0, "a step that takes longer means a hung worker: the replica is rebuilt")
     check_every: int = _setting(0, "check the scheduler's invariants every n steps; 0 = never")
@@ -151,6 +156,10 @@ class LimitSettings:
     max_stop_string_bytes: int = _setting(256, "bytes of one stop string")
     max_stop_token_ids: int = _setting(64, "stop token ids of one request")
     max_logit_bias: int = _setting(300, "biased tokens of one request")
+    max_constraint_bytes: int = _setting(
+        64 << 10, "bytes of a constraint: a JSON schema, regex, grammar or all choices"
+    )
+    max_choices: int = _setting(256, "choices of one request")
     max_logprobs: int = _setting(20, "alternatives per token")
     max_messages: int = _setting(256, "turns of a conversation")
     max_template_kwargs: int = _setting(16, "variables for the chat template")
@@ -271,6 +280,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_running": (1, 65536),
     "max_batch_tokens": (1, 1 << 20),
     "max_prefill_chunk": (1, 1 << 20),
+    "grammar_threads": (1, 64),
+    "grammar_timeout_s": (0.01, 3600.0),
+    "max_grammars": (1, 65536),
     "max_partial_prefills": (1, 65536),
     "gpus_per_replica": (-1, 1024),
 }

@@ -14,8 +14,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from llguidance import LLTokenizer
+
 from pawl.errors import InvalidRequest, Unavailable
 from pawl_server.engine.executor import EngineWorker, InProcessExecutor, WorkerFacts
+from pawl_server.engine.grammar.compiler import checkpoint_tokenizer
+from pawl_server.engine.grammar.grammars import Grammars
 from pawl_server.engine.link.protocol import MAX_CACHE_EVENTS, PROTOCOL_VERSION
 from pawl_server.engine.link.server import EngineService, LinkServer, host_port
 from pawl_server.engine.load import LoadWorker, load_torch_worker
@@ -38,8 +42,19 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[EngineProgress], None]
 
+OpenTokenizer = Callable[[EngineSpec, WorkerFacts], LLTokenizer]
+
 _GIB = 1 << 30
 _TELL_EVERY_S = 0.1  # a checkpoint may have thousands of tensors
+
+
+def open_tokenizer(spec: EngineSpec, facts: WorkerFacts) -> LLTokenizer:
+    """The vocabulary of the checkpoint.
+
+    Raises:
+        InvalidRequest: it has none that constraints can be kept with.
+    """
+    return checkpoint_tokenizer(spec.model.model, spec.model.revision, facts.vocab_size, facts.eos_token_ids)
 
 
 class Engine:
@@ -49,17 +64,26 @@ class Engine:
         spec: what to serve and where.
         progress: told of each part of the start, also from the worker's thread.
         load_worker: loads the worker, called on the worker's thread.
+        open_tokenizer: reads the vocabulary for constraints, called on a thread when the first one comes.
     """
 
-    def __init__(self, spec: EngineSpec, progress: Progress, load_worker: LoadWorker = load_torch_worker) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        progress: Progress,
+        load_worker: LoadWorker = load_torch_worker,
+        open_tokenizer: OpenTokenizer = open_tokenizer,
+    ) -> None:
         self.spec = spec
         self._progress = progress
         self._load_worker = load_worker
+        self._open_tokenizer = open_tokenizer
         self._executor = InProcessExecutor()
         self._loop: EngineLoop | None = None
         self._link: LinkServer | None = None
         self._metrics_server: MetricsServer | None = None
         self._watchdog: Watchdog | None = None
+        self._grammars: Grammars | None = None
 
     @property
     def loop(self) -> EngineLoop:
@@ -104,8 +128,10 @@ class Engine:
             await asyncio.to_thread(self._metrics_server.stop)
         if self._watchdog is not None:
             self._watchdog.close()
+        if self._grammars is not None:
+            await self._grammars.close()
         await self._executor.close()
-        self._link = self._metrics_server = self._watchdog = None
+        self._link = self._metrics_server = self._watchdog = self._grammars = None
 
     async def _start(self) -> EngineAddresses:
         spec = self.spec
@@ -128,6 +154,7 @@ class Engine:
         )
         self._watchdog = Watchdog(spec.engine.step_timeout_s)
         meter = Meter(metrics)
+        self._grammars = Grammars.open(spec.engine, facts, lambda: self._open_tokenizer(spec, facts))
         self._loop = EngineLoop(
             SchedulerState(limits, root),
             limits,
@@ -135,6 +162,7 @@ class Engine:
             self._watchdog,
             meter,
             budget=StepBudget(spec.engine.target_gap_s) if spec.engine.target_gap_s > 0 else None,
+            grammars=self._grammars,
             depth=spec.engine.pipeline_depth,
             check_every=spec.engine.check_every,
         )

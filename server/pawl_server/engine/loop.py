@@ -18,6 +18,8 @@ import psutil
 
 from pawl.errors import ServerError
 from pawl_server.engine.executor import Executor
+from pawl_server.engine.grammar.grammars import Grammars
+from pawl_server.engine.intake import Intake
 from pawl_server.engine.link.delivery import Delivery
 from pawl_server.engine.link.frames import SequenceKey, to_cache_events
 from pawl_server.engine.link.outbox import Outbox
@@ -27,7 +29,7 @@ from pawl_server.engine.suspects import CRASH_WINDOW_S, MAX_CRASHES, Suspects, p
 from pawl_server.engine.watchdog import Watchdog
 from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.block_pool import PoolError
-from pawl_server.scheduler.admission import Refusal, SchedulerLimits
+from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget
 from pawl_server.scheduler.committer import Committed, commit, launch, void
 from pawl_server.scheduler.invariants import InvariantError, check_invariants
@@ -54,12 +56,6 @@ class _InFlight:
     launched_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    key: SequenceKey
-    reason: str
-
-
 class EngineLoop:
     """The step loop of one replica.
 
@@ -70,6 +66,7 @@ class EngineLoop:
         watchdog: watches over each of them.
         meter: is told of each of them.
         budget: how many prompt tokens a step takes beside decodes; None = as many as `limits` allow.
+        grammars: what compiles constraints and keeps them; None = no request may have one.
         clock: monotonic seconds.
         depth: steps that may be in flight at once.
         check_every: check the scheduler's invariants every n steps; 0 = never.
@@ -84,6 +81,7 @@ class EngineLoop:
         meter: Meter,
         *,
         budget: StepBudget | None = None,
+        grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
         depth: int = 1,
         check_every: int = 0,
@@ -94,17 +92,18 @@ class EngineLoop:
         self.watchdog = watchdog
         self.meter = meter
         self.budget = budget
+        self.grammars = grammars
         self.clock = clock
         self.num_steps = 0  # committed, over all epochs
         self._check_every = check_every
         self._depth = depth
         self._in_flight: deque[_InFlight] = deque()
-        self._inbox: list[SequenceRequest | _Abort] = []
         self._delivery = Delivery()
         self._suspects = Suspects()
+        self._wake = asyncio.Event()
+        self._intake = Intake(state, limits, self._delivery, self._suspects, grammars, self._wake.set)
         self.stopped = asyncio.Event()  # set unless `run` is running
         self.stopped.set()
-        self._wake = asyncio.Event()
         self._stopping = False
         self._idle = False
         self._settled_at = clock()  # end of the last tick: what follows is idle time
@@ -139,7 +138,7 @@ class EngineLoop:
 
         With a depth of 2 the next step is planned and launched before the one that runs is awaited.
         """
-        self._drain()
+        self._intake.drain(self.clock())
         launched = len(self._in_flight) < self._depth_now() and self._launch()
         if len(self._in_flight) >= self._depth_now() or (self._in_flight and not launched):
             await self._click()
@@ -153,7 +152,8 @@ class EngineLoop:
         if plan is None:
             return False
         launch(self.state, plan)
-        task = asyncio.create_task(self.executor.run(plan.wire()), name=f"step {plan.step}")
+        masks = None if self.grammars is None else self.grammars.masks.launched(self.state)
+        task = asyncio.create_task(self.executor.run(plan.wire(), masks), name=f"step {plan.step}")
         self._in_flight.append(_InFlight(plan, task, planned_at, self.clock()))
         return True
 
@@ -168,7 +168,11 @@ class EngineLoop:
             return
         self._in_flight.popleft()
         answered_at = self.clock()
+        if self.grammars is not None:
+            result = self.grammars.masks.explain(result)
         committed = commit(self.state, step.plan, result, now=answered_at)
+        if self.grammars is not None:
+            self.grammars.masks.committed(self.state)
         self._delivery.emit(committed, self.num_steps + 1)
         self._settle(step, result, committed, answered_at)
 
@@ -188,44 +192,20 @@ class EngineLoop:
 
     def submit(self, request: SequenceRequest) -> None:
         """Take a sequence at the next tick. Its handle is a SequenceKey."""
-        self._inbox.append(request)
-        self._wake.set()
+        self._intake.submit(request)
 
     def abort(self, key: SequenceKey, reason: str) -> None:
         """End a sequence at the next tick; without effect when it ended already."""
-        self._inbox.append(_Abort(key, reason))
-        self._wake.set()
+        self._intake.abort(key, reason)
 
     def describe(self) -> Sequence[SequenceView]:
         """The live sequences, oldest first."""
-        return self.state.describe(self.clock())
+        now = self.clock()
+        return [*self.state.describe(now), *self._intake.describe(now)]
 
     def flush_prefix_cache(self) -> int:
         """Empty the prefix cache of the blocks nobody uses; returns how many that were."""
         return self.state.flush_prefix_cache()
-
-    def _drain(self) -> None:
-        """Arrivals and aborts, in the order in which they came."""
-        inbox, self._inbox = self._inbox, []
-        now = self.clock()
-        for event in inbox:
-            if isinstance(event, _Abort):
-                ended = self.state.abort(event.key, event.reason, now)
-                if ended is not None:
-                    self._suspects.gone([event.key])
-                    self._delivery.ended(ended)
-            else:
-                refusal = self._submit(event, now)
-                if refusal is not None:
-                    self._delivery.refused(event.handle, refusal)
-
-    def _submit(self, request: SequenceRequest, now: float) -> Refusal | None:
-        """Hand a request to the scheduler. One that trips over a defect there is refused and hurts nobody else."""
-        try:
-            return self.state.submit(request, now)
-        except Exception:
-            log.exception("request %s: the scheduler failed to take it", request.request_id)
-            return Refusal("internal", "SCHEDULER_FAILED", "", "the engine failed to take the request", {})
 
     def _step_limits(self) -> SchedulerLimits:
         return probation_limits(self.state, self.limits) if self._suspects.on_probation else self.limits
@@ -239,7 +219,7 @@ class EngineLoop:
             if not self._idle:
                 self._idle = True
                 self._publish()
-        if not self._inbox and not self._stopping:
+        if not self._intake.pending and not self._stopping:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
@@ -252,6 +232,8 @@ class EngineLoop:
             ServerError: the worker crashes again and again, or cannot be reset.
         """
         plan = self._in_flight[0].plan
+        if self.grammars is not None:
+            self.grammars.masks.void()
         members = [sequence.request for sequence in self.state.ledger[0].members(self.state.slots)]
         log.error("step %d crashed with %d sequences", plan.step, len(members), exc_info=error)
         now = self.clock()
@@ -342,9 +324,10 @@ class EngineLoop:
             self.meter.idle(now - self._settled_at)
             self._settled_at = now
         counts = self.state.counts()
+        held = self._intake.num_held
         self.meter.gauges(
             running=counts.running,
-            waiting=counts.waiting_by_reason,
+            waiting=counts.waiting_by_reason | ({"grammar": held} if held else {}),
             free=counts.free_blocks,
             cached=counts.cached_blocks,
             used=counts.used_blocks,
@@ -359,7 +342,7 @@ class EngineLoop:
         return engine_pb2.EngineLoad(
             step=self.num_steps,
             running=counts.running,
-            waiting=counts.waiting + sum(isinstance(event, SequenceRequest) for event in self._inbox),
+            waiting=counts.waiting + self._intake.num_new + self._intake.num_held,
             waiting_tokens=counts.waiting_tokens,
             free_blocks=counts.free_blocks,
             cached_blocks=counts.cached_blocks,

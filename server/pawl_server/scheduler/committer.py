@@ -197,7 +197,7 @@ def _fail(
         sequence = state.slots.owner(failure.row) if owned[failure.row] else entry.stale.get(failure.row)
         owned[failure.row] = False
         if sequence is not None and sequence.status is not Status.ENDED:
-            _end(state, committed, sequence, EndReason.FAILED, now, detail=failure.message)
+            _end(state, committed, sequence, EndReason.FAILED, now, detail=failure.message, field=failure.field)
 
 
 def _click(state: SchedulerState, committed: Committed, owned: BoolArray, result: StepResult, now: float) -> None:
@@ -280,9 +280,10 @@ def _end(
     now: float,
     *,
     detail: str = "",
+    field: str = "",
     stop_token_id: int = -1,
 ) -> None:
-    committed.ended.append(sequence.ended(reason, now, detail=detail, stop_token_id=stop_token_id))
+    committed.ended.append(sequence.ended(reason, now, detail=detail, field=field, stop_token_id=stop_token_id))
     state.remove(sequence)
 
 

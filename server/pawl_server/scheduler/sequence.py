@@ -42,6 +42,7 @@ class SequenceRequest:
 
     `max_output_tokens`: -1 = up to the context limit, 0 = prompt log-probabilities only.
     `resume_ids`: output that another engine emitted already; counted as output, not emitted again.
+    `constraint`: opaque here; what it may choose is decided by whoever made it.
     """
 
     handle: Hashable
@@ -62,6 +63,7 @@ class SequenceRequest:
     user: str = ""
     tenant: str = ""
     weight: float = 1.0  # of the tenant: its share of the service against others
+    constraint: object | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,7 @@ class Ended:
     decode_s: float
     stalled_s: float
     preemption_count: int
+    field: str = ""  # of the request, where that is why it failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,11 @@ class SequenceState:
         return int(self._slots.expected[self.row] - self._slots.planned[self.row])
 
     @property
+    def constrained(self) -> bool:
+        """Whether not every token may follow: nothing can be guessed for it."""
+        return self.request.constraint is not None
+
+    @property
     def samples(self) -> bool:
         """Whether it generates; False for prompt log-probabilities only."""
         return self.request.max_output_tokens != 0
@@ -225,7 +233,9 @@ class SequenceState:
         if self.row >= 0:
             self.last_token_at = max(self.last_token_at, float(self._slots.last_token_at[self.row]))
 
-    def ended(self, reason: EndReason, now: float, *, detail: str = "", stop_token_id: int = -1) -> Ended:
+    def ended(
+        self, reason: EndReason, now: float, *, detail: str = "", field: str = "", stop_token_id: int = -1
+    ) -> Ended:
         """The terminal event, with the times added up."""
         self._note_last_token()
         if self.preempted_at >= 0:
@@ -244,6 +254,7 @@ class SequenceState:
             request_id=self.request.request_id,
             reason=reason,
             detail=detail,
+            field=field,
             stop_token_id=stop_token_id,
             cached_prompt_tokens=max(0, self.cached_prompt_tokens),
             output_tokens=self.num_output,

@@ -45,6 +45,7 @@ class SlotTable:
         settled: whether it was preempted as often as may be.
         shares: whether its blocks are offered to others.
         watched: whether its next token must be looked at one by one (first token, end of a stall).
+        constrained: whether not every token may follow.
         last_token_at: seconds.
         handles: of the sequences that run in the rows.
     """
@@ -59,6 +60,7 @@ class SlotTable:
         self.settled: BoolArray = np.zeros(shape, dtype=np.bool_)
         self.shares: BoolArray = np.zeros(shape, dtype=np.bool_)
         self.watched: BoolArray = np.zeros(shape, dtype=np.bool_)
+        self.constrained: BoolArray = np.zeros(shape, dtype=np.bool_)
         self.last_token_at = np.full(shape, -1.0)
         self.handles: list[Hashable] = [None] * max_running
         self._owners: list[SequenceState | None] = [None] * max_running
@@ -80,6 +82,7 @@ class SlotTable:
         self.samples[row], self.settled[row] = sequence.samples, sequence.settled
         self.shares[row] = sequence.chain is not None
         self.watched[row] = True
+        self.constrained[row] = sequence.constrained
         if len(stop_ids) > self._stop_ids.shape[1]:
             wider = np.full((len(self._stop_ids), len(stop_ids)), -1, dtype=np.int32)
             wider[:, : self._stop_ids.shape[1]] = self._stop_ids
@@ -96,6 +99,7 @@ class SlotTable:
         ):  # fmt: skip
             array[row] = 0
         self.samples[row] = self.settled[row] = self.shares[row] = self.watched[row] = False
+        self.constrained[row] = False
         self.last_token_at[row] = -1.0
         self.generation[row] += 1
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from pawl.errors import FieldViolation, InvalidRequest, PawlError
+from pawl_server.engine.grammar.constraint import Constraint
 from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.events import CacheEvent, PrefixesUnknown, PrefixRemoved, PrefixStored
 from pawl_server.scheduler.admission import Refusal
@@ -49,15 +51,18 @@ def to_request(submit: engine_pb2.Submit, key: SequenceKey, vocab_size: int) -> 
     _check_ids("prompt", prompt_ids, vocab_size)
     _check_ids("resume_ids", resume_ids, vocab_size)
     _check_ids("sampling.logit_bias", list(submit.sampling.logit_bias), vocab_size)
+    constraint = _constraint(submit)
+    # Under a constraint the masks keep the end of text away: as long as anything else can follow.
+    least = submit.min_output_tokens if constraint is None else 0
     eos, stops = frozenset(submit.eos_token_ids), frozenset(submit.stop_token_ids)
     return SequenceRequest(
         handle=key,
         request_id=submit.request_id,
         prompt_ids=prompt_ids,
         resume_ids=resume_ids,
-        sampling=_sampling(submit, tuple(sorted(i for i in eos | stops if 0 <= i < vocab_size))),
+        sampling=_sampling(submit, least, tuple(sorted(i for i in eos | stops if 0 <= i < vocab_size))),
         max_output_tokens=submit.max_output_tokens,
-        min_output_tokens=submit.min_output_tokens,
+        min_output_tokens=least,
         eos_token_ids=eos,
         stop_token_ids=stops,
         prompt_logprobs=submit.prompt_logprobs if submit.HasField("prompt_logprobs") else -1,
@@ -69,7 +74,16 @@ def to_request(submit: engine_pb2.Submit, key: SequenceKey, vocab_size: int) -> 
         user=submit.user,
         tenant=submit.tenant,
         weight=submit.weight if submit.weight > 0 else 1.0,
+        constraint=constraint,
     )
+
+
+def _constraint(submit: engine_pb2.Submit) -> Constraint | None:
+    kind = submit.WhichOneof("constraint")
+    if kind is None:
+        return None
+    source = json.dumps(list(submit.choices.values)) if kind == "choices" else str(getattr(submit, kind))
+    return Constraint(kind, source, submit.min_output_tokens)
 
 
 def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
@@ -81,7 +95,7 @@ def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def _sampling(submit: engine_pb2.Submit, suppressed: tuple[int, ...]) -> SamplingSpec:
+def _sampling(submit: engine_pb2.Submit, min_output_tokens: int, suppressed: tuple[int, ...]) -> SamplingSpec:
     given = submit.sampling
     return SamplingSpec(
         temperature=given.temperature,
@@ -93,8 +107,8 @@ def _sampling(submit: engine_pb2.Submit, suppressed: tuple[int, ...]) -> Samplin
         frequency_penalty=given.frequency_penalty,
         logit_bias=dict(given.logit_bias),
         seed=given.seed,
-        min_output_tokens=submit.min_output_tokens,
-        suppressed_ids=suppressed if submit.min_output_tokens > 0 else (),
+        min_output_tokens=min_output_tokens,
+        suppressed_ids=suppressed if min_output_tokens > 0 else (),
         logprobs=given.logprobs if given.HasField("logprobs") else -1,
     )
 
@@ -132,7 +146,10 @@ def to_end(handle: int, ended: Ended) -> engine_pb2.End:
         stalled_s=ended.stalled_s,
         preemption_count=ended.preemption_count,
     )
-    if ended.reason is EndReason.FAILED:
+    if ended.reason is EndReason.FAILED and ended.field:
+        end.error.code, end.error.reason = "invalid_request", "CONSTRAINT_FAILED"
+        end.error.message, end.error.field = ended.detail, ended.field
+    elif ended.reason is EndReason.FAILED:
         end.error.CopyFrom(_internal("SEQUENCE_FAILED", ended.detail))
     return end
 

@@ -1,0 +1,58 @@
+"""`python -m pawl_server.engine.grammar.check`: tries constraints where they can do no harm.
+
+A grammar may take the library's parser too deep for a stack, or take memory and time; a process that dies of that is
+not the engine. Reads one JSON array [kind, source] a line and answers with a line, a JSON string: why it cannot be
+used, or empty. What it lets pass is compiled again in the engine, on a larger stack.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+
+from llguidance import LLMatcher, LLTokenizer
+
+from pawl_server.engine.grammar.constraint import Constraint
+from pawl_server.engine.grammar.source import BadGrammarError, error_of, new_matcher
+
+__all__ = ["main"]
+
+_STACK_BYTES = 2 << 20  # a quarter of what a thread of the engine has
+_MEMORY_BYTES = 1 << 30
+_TOKENS = 48  # of an output that are tried
+
+
+def _walk(matcher: LLMatcher) -> str:
+    """Take one allowed token after the other, each time another of them; gives why that failed."""
+    for number in range(_TOKENS):
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = [token_id for token_id in range(256) if mask >> token_id & 1]
+        if matcher.is_error() or not allowed:
+            break
+        matcher.consume_token(allowed[number * 7919 % len(allowed)])
+    fine = not matcher.is_error() or matcher.stop_reason() in ("NoExtension", "NoExtensionBias", "EndOfSentence")
+    return "" if fine else error_of(matcher)
+
+
+def _try(tokenizer: LLTokenizer, line: str) -> str:
+    kind, source = json.loads(line)
+    try:
+        return _walk(new_matcher(tokenizer, Constraint(kind, source)))
+    except BadGrammarError as error:
+        return str(error) or "it cannot be used"
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    tokenizer = LLTokenizer("byte")  # a vocabulary of bytes: what a grammar costs here does not depend on the model
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(_try(tokenizer, line)) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Which tokens the constrained sequences of a step may choose: built on a thread while the step's forward pass runs.
+
+A mask depends on every token before it. With two steps in flight those of the older one are not known when the newer
+one is sent, so its masks are begun when the older one is committed; the worker waits for them before it chooses.
+A matcher takes the tokens that the scheduler committed, whoever generated them: after a preemption, a reset of the
+worker or on another engine (`resume_ids`) that is the same thing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+from llguidance import LLExecutor, LLMatcher
+
+from pawl_server.engine.grammar.constraint import CompiledConstraint, Constraint, bad_constraint
+from pawl_server.engine.grammar.source import error_of
+from pawl_server.scheduler.sequence import SequenceState, Status
+from pawl_server.scheduler.state import SchedulerState
+from pawl_workers.plan import RowFailure, StepResult
+from pawl_workers.row_masks import MaskSource, RowMasks
+
+__all__ = ["MaskBuilder", "MasksGivenUpError"]
+
+
+class MasksGivenUpError(RuntimeError):
+    """The step was voided before its masks could be built."""
+
+
+@dataclass(slots=True)
+class _Session:
+    """One sequence's matcher. `error` is why it cannot go on; written before the masks of its step are there."""
+
+    constraint: Constraint
+    matcher: LLMatcher
+    num_taken: int = 0  # tokens of output that were handed to the matcher
+    error: str = ""
+
+
+@dataclass(slots=True)
+class _Step:
+    """A launched step: who samples in it under a constraint, by row."""
+
+    owners: list[tuple[int, SequenceState]]
+    masks: Future[RowMasks] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One row of masks: the session, tokens that its matcher has not taken, output tokens with these."""
+
+    row: int
+    session: _Session
+    token_ids: Sequence[int]
+    num_output: int
+
+
+class MaskBuilder:
+    """The matchers of one replica. All calls come from the step loop; nothing here blocks it.
+
+    Args:
+        vocab_size: ids that the model can choose.
+        eos_token_ids: what ends a text.
+        num_threads: masks built at once.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], num_threads: int) -> None:
+        self._num_words = -(-vocab_size // 32)
+        self._not_eos = np.full(self._num_words, 0xFFFFFFFF, dtype=np.uint32)
+        for token_id in eos_token_ids:
+            self._not_eos[token_id // 32] &= np.uint32(0xFFFFFFFF ^ (1 << (token_id % 32)))
+        self._num_threads = num_threads
+        self._executor: LLExecutor | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pawl-masks")
+        self._sessions: dict[Hashable, _Session] = {}
+        self._steps: deque[_Step] = deque()  # in flight, oldest first
+
+    def launched(self, state: SchedulerState) -> MaskSource | None:
+        """The newest step was launched; gives what its worker asks for its masks, None if it needs none."""
+        entry, slots = state.ledger[-1], state.slots
+        rows = entry.rows[(entry.num_samples > 0) & slots.constrained[entry.rows]]
+        step = _Step([(row, slots.owner(row)) for row in rows.tolist()])
+        self._steps.append(step)
+        if len(self._steps) == 1:
+            self._begin(step)
+        return step.masks.result if step.owners else None
+
+    def explain(self, result: StepResult) -> StepResult:
+        """The result of the oldest step, with the reason of rows that failed because of their grammar."""
+        if not result.failures or not self._steps[0].owners:
+            return result
+        owners = dict(self._steps[0].owners)
+        failures = [self._explained(failure, owners.get(failure.row)) for failure in result.failures]
+        return msgspec.structs.replace(result, failures=failures)
+
+    def committed(self, state: SchedulerState) -> None:
+        """The oldest step was committed: the masks of the next one can be built."""
+        self._steps.popleft()
+        if self._steps:
+            self._begin(self._steps[0])
+        if self._sessions:
+            for handle in [handle for handle in self._sessions if handle not in state.live]:
+                del self._sessions[handle]
+
+    def void(self) -> None:
+        """All steps in flight are given up: no worker waits for their masks any longer."""
+        for step in self._steps:
+            if not step.masks.done() and step is not self._steps[0]:
+                step.masks.set_exception(MasksGivenUpError("an older step failed"))
+        self._steps.clear()
+
+    def close(self) -> None:
+        """Let the thread go."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _explained(self, failure: RowFailure, sequence: SequenceState | None) -> RowFailure:
+        session = None if sequence is None else self._sessions.get(sequence.request.handle)
+        if session is None or not session.error:
+            return failure
+        return RowFailure(failure.row, session.error, session.constraint.field)
+
+    def _begin(self, step: _Step) -> None:
+        if not step.owners:
+            return
+        jobs = []
+        for row, sequence in step.owners:
+            if sequence.status is Status.ENDED:
+                continue
+            session = self._session(sequence)
+            taken = sequence.num_prompt + session.num_taken
+            token_ids = sequence.tokens[taken:].tolist()
+            session.num_taken += len(token_ids)
+            jobs.append(_Job(row, session, token_ids, session.num_taken))
+        self._pool.submit(self._answer, step.masks, jobs)
+
+    def _session(self, sequence: SequenceState) -> _Session:
+        handle = sequence.request.handle
+        session = self._sessions.get(handle)
+        if session is None:
+            compiled = sequence.request.constraint
+            if not isinstance(compiled, CompiledConstraint):
+                raise TypeError(f"{sequence.request.request_id} runs with a constraint that was not compiled")
+            session = _Session(compiled.constraint, compiled.prototype.deep_copy())
+            self._sessions[handle] = session
+        return session
+
+    def _answer(self, masks: Future[RowMasks], jobs: Sequence[_Job]) -> None:
+        """On the thread: a failure of all of it crashes the step, as one of the worker would."""
+        try:
+            masks.set_result(self._build(jobs))
+        except Exception as error:
+            masks.set_exception(error)
+
+    def _build(self, jobs: Sequence[_Job]) -> RowMasks:
+        words = np.zeros((len(jobs), self._num_words), dtype=np.uint32)
+        good = []
+        for index, job in enumerate(jobs):
+            if not job.session.error and not job.session.matcher.consume_tokens(list(job.token_ids)):
+                job.session.error = _why(job.session)
+            if not job.session.error:
+                good.append((job.session.matcher, index))
+        if good:
+            if self._executor is None:
+                self._executor = LLExecutor(self._num_threads)
+            self._executor.unsafe_compute_mask_ptr(good, words.ctypes.data, words.strides[0], len(words))
+        for matcher, index in good:
+            job = jobs[index]
+            if matcher.is_error() or not words[index].any():
+                words[index] = 0  # leaves no token to choose: the row fails alone
+                job.session.error = _why(job.session)
+            elif job.num_output < job.session.constraint.min_output_tokens:
+                longer = words[index] & self._not_eos
+                if longer.any():
+                    words[index] = longer
+        return RowMasks([job.row for job in jobs], words)
+
+
+def _why(session: _Session) -> str:
+    reason = error_of(session.matcher) if session.matcher.is_error() else "no token can follow"
+    return str(bad_constraint(session.constraint, f"the output cannot go on: {reason}"))

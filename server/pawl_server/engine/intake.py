@@ -1,0 +1,147 @@
+"""From what front ends send to the scheduler: arrivals, aborts, and requests whose grammar had to be compiled first.
+
+Owns their order between two ticks, and that nothing a request trips over here hurts another one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pawl.errors import InvalidRequest
+from pawl_server.engine.grammar.constraint import Constraint
+from pawl_server.engine.grammar.gate import Released
+from pawl_server.engine.grammar.grammars import Grammars
+from pawl_server.engine.link.delivery import Delivery
+from pawl_server.engine.link.frames import SequenceKey
+from pawl_server.engine.suspects import Suspects
+from pawl_server.scheduler.admission import Refusal, SchedulerLimits, refuse
+from pawl_server.scheduler.sequence import SequenceRequest
+from pawl_server.scheduler.state import SchedulerState, SequenceView
+
+__all__ = ["Intake"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    key: SequenceKey
+    reason: str
+
+
+class Intake:
+    """What came since the last tick.
+
+    Args:
+        state: takes the requests.
+        limits: what can never run is refused before its grammar is looked at.
+        delivery: is told of ends and refusals.
+        suspects: forget who is gone.
+        grammars: compiles constraints; None = no request may have one.
+        wake: called when there is something to drain.
+    """
+
+    def __init__(
+        self,
+        state: SchedulerState,
+        limits: SchedulerLimits,
+        delivery: Delivery,
+        suspects: Suspects,
+        grammars: Grammars | None,
+        wake: Callable[[], None],
+    ) -> None:
+        self._state, self._limits = state, limits
+        self._delivery, self._suspects = delivery, suspects
+        self._gate = None if grammars is None else grammars.gate
+        self._wake = wake
+        self._inbox: list[SequenceRequest | _Abort | Released] = []
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to drain."""
+        return bool(self._inbox)
+
+    @property
+    def num_new(self) -> int:
+        """Requests to be drained."""
+        return sum(not isinstance(event, _Abort) for event in self._inbox)
+
+    @property
+    def num_held(self) -> int:
+        """Sequences whose grammar is being compiled."""
+        return 0 if self._gate is None else len(self._gate)
+
+    def describe(self, now: float) -> list[SequenceView]:
+        """Requests whose grammar is being compiled."""
+        return [] if self._gate is None else [held.describe(now) for held in self._gate.held()]
+
+    def submit(self, request: SequenceRequest) -> None:
+        """Take a request at the next tick."""
+        self._put(request)
+
+    def abort(self, key: SequenceKey, reason: str) -> None:
+        """End a sequence at the next tick."""
+        self._put(_Abort(key, reason))
+
+    def _put(self, event: SequenceRequest | _Abort | Released) -> None:
+        self._inbox.append(event)
+        self._wake()
+
+    def drain(self, now: float) -> None:
+        """Hand on everything, in the order in which it came."""
+        inbox, self._inbox = self._inbox, []
+        for event in inbox:
+            if isinstance(event, _Abort):
+                self._end(event, now)
+            elif isinstance(event, Released):
+                self._release(event, now)
+            else:
+                self._take(event, now)
+
+    def _end(self, event: _Abort, now: float) -> None:
+        ended = self._state.abort(event.key, event.reason, now)
+        if ended is None and self._gate is not None:
+            ended = self._gate.abort(event.key, event.reason)
+        if ended is not None:
+            self._suspects.gone([event.key])
+            self._delivery.ended(ended)
+
+    def _take(self, request: SequenceRequest, now: float) -> None:
+        constraint = request.constraint
+        refusal = self._hold(request, constraint, now) if isinstance(constraint, Constraint) else self._to(request, now)
+        if refusal is not None:
+            self._delivery.refused(request.handle, refusal)
+
+    def _hold(self, request: SequenceRequest, constraint: Constraint, now: float) -> Refusal | None:
+        """Let a request wait for its grammar, unless it can never run or its grammar is there."""
+        if self._gate is None:
+            return Refusal("invalid_request", "NO_TOKENIZER", constraint.field, "this engine keeps no constraint", {})
+        refusal = refuse(request, self._limits, self._state.num_waiting + len(self._gate))
+        if refusal is not None:
+            return refusal
+        ready = self._gate.hold(request, constraint, now, self._put)
+        return None if ready is None else self._to(ready, now)
+
+    def _release(self, released: Released, now: float) -> None:
+        """A request waited for its grammar: it goes on, but for samples that were aborted meanwhile."""
+        held, outcome = released.held, released.outcome
+        if isinstance(outcome, InvalidRequest):
+            field = outcome.violations[0].field if outcome.violations else ""
+            refusal: Refusal | None = Refusal(outcome.code, outcome.reason, field, outcome.message, {})
+        else:
+            refusal = self._to(outcome, now)
+        for handle in held.handles:
+            if handle in held.aborted:
+                self._state.abort(handle, held.aborted[handle], now)
+            elif refusal is not None:
+                self._delivery.refused(handle, refusal)
+
+    def _to(self, request: SequenceRequest, now: float) -> Refusal | None:
+        """Hand a request to the scheduler. One that trips over a defect there is refused and hurts nobody else."""
+        try:
+            return self._state.submit(request, now)
+        except Exception:
+            log.exception("request %s: the scheduler failed to take it", request.request_id)
+            return Refusal("internal", "SCHEDULER_FAILED", "", "the engine failed to take the request", {})
