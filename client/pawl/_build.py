@@ -6,6 +6,7 @@ ranges: limits are the server's, and its answer names every field that is wrong 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TypeVar, cast
 
@@ -46,6 +47,7 @@ _ROLES = {
     Role.ASSISTANT: types_pb2.ROLE_ASSISTANT,
     Role.TOOL: types_pb2.ROLE_TOOL,
 }
+_CONSTRAINTS = ("json_schema", "regex", "grammar", "choices")
 _SAMPLING_FIELDS = (
     "temperature",
     "top_p",
@@ -104,9 +106,38 @@ def _sampling(options: OutputOptions) -> types_pb2.SamplingParams | None:
             value = getattr(base, name)
         if value is not None:
             values[name] = value
+    values |= _constraint(options, base)
     if not values:
         return None
     return build(types_pb2.SamplingParams, "sampling", values)
+
+
+def _constraint(options: OutputOptions, base: Sampling | None) -> dict[str, object]:
+    """What the output must be: of the call's keywords, else of its `sampling`."""
+    for source in (cast("Mapping[str, object]", options), {} if base is None else _constraints_of(base)):
+        given = {name: source[name] for name in _CONSTRAINTS if source.get(name) is not None}
+        if len(given) > 1:
+            raise invalid(f"sampling.{list(given)[1]}", f"is given beside {next(iter(given))}; give one of them")
+        for name, value in given.items():
+            return {name: _constraint_value(name, value)}
+    return {}
+
+
+def _constraints_of(base: Sampling) -> Mapping[str, object]:
+    return {name: getattr(base, name) for name in _CONSTRAINTS}
+
+
+def _constraint_value(name: str, value: object) -> object:
+    if name == "choices":
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise invalid("sampling.choices", f"is a {type(value).__name__}; give a sequence of str")
+        return build(types_pb2.Choices, "sampling.choices", {"values": value})
+    if name == "json_schema" and not isinstance(value, str):
+        try:
+            return json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise invalid("sampling.json_schema", f"cannot be written as JSON: {error}") from error
+    return value
 
 
 def build(kind: type[MessageT], field: str, values: Mapping[str, object]) -> MessageT:

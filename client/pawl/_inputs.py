@@ -71,6 +71,10 @@ class Sampling:
         frequency_penalty: subtracted per occurrence in the output. [-2, 2].
         logit_bias: added to the logit of a token id. [-100, 100].
         seed: the same seed, prompt and parameters give the same tokens. [0, 2^63).
+        json_schema: the output is JSON that fits this JSON Schema, given as a mapping or as its JSON text.
+        regex: the output is matched by this regular expression as a whole.
+        grammar: the output is a text of this context-free grammar (EBNF in Lark's or GBNF's notation).
+        choices: the output is one of these texts. At most one of these four is given.
     """
 
     temperature: float | None = None
@@ -82,6 +86,10 @@ class Sampling:
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
+    json_schema: Mapping[str, object] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choices: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

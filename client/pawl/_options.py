@@ -73,6 +73,7 @@ class OutputOptions(ScoreOptions, total=False):
     """Keywords of every call that generates; one that is given wins over `sampling` and `stop`.
 
     sampling: how tokens are chosen, as one object; the keywords after it are its fields.
+    json_schema, regex, grammar, choices: what the output must be; at most one of them, see `Sampling`.
     stop: stop strings, or a `Stop`; `max_tokens` is its field.
     logprobs: log-probability of each token; n > 0 also gives the n best alternatives.
     prompt_logprobs: the same for the prompt.
@@ -92,6 +93,10 @@ class OutputOptions(ScoreOptions, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     seed: int | None
+    json_schema: Mapping[str, object] | str | None
+    regex: str | None
+    grammar: str | None
+    choices: Sequence[str] | None
     stop: Stop | str | Sequence[str] | None
     max_tokens: int | None
     logprobs: int | None

@@ -5,6 +5,7 @@ Owns validation and the pieces of an answer; `_inference` puts them in order.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -36,6 +37,7 @@ def _check(request: Request) -> None:
     wrong = [
         FieldViolation(field, message)
         for bad, field, message in (
+            *_check_constraint(sampling, stop),
             (not 0 <= sampling.temperature <= 100, "sampling.temperature", "must be in [0, 100]"),
             (sampling.HasField("top_p") and not 0 < sampling.top_p <= 1, "sampling.top_p", "must be in (0, 1]"),
             (sampling.HasField("top_k") and sampling.top_k < 1, "sampling.top_k", "must be at least 1"),
@@ -54,6 +56,27 @@ def _check(request: Request) -> None:
         wrong.append(FieldViolation("conversation.messages", "needs at least one turn"))
     if wrong:
         raise InvalidRequest("; ".join(f"{v.field} {v.message}" for v in wrong), violations=wrong)
+
+
+def _check_constraint(sampling: types_pb2.SamplingParams, stop: types_pb2.StopParams) -> list[tuple[bool, str, str]]:
+    """What the server refuses beside a constraint. Whether the reply fits one is up to who wrote the reply."""
+    kind = sampling.WhichOneof("constraint")
+    if kind is None:
+        return []
+    excluded = {"stop_strings": stop.stop_strings, "stop_token_ids": stop.stop_token_ids, "ignore_eos": stop.ignore_eos}
+    found = [(bool(given), f"stop.{name}", f"not together with sampling.{kind}") for name, given in excluded.items()]
+    if kind == "choices":
+        found.append((not sampling.choices.values, "sampling.choices.values", "needs at least one"))
+    if kind == "json_schema":
+        found.append((not _is_schema(sampling.json_schema), "sampling.json_schema", "is not a JSON Schema"))
+    return found
+
+
+def _is_schema(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def prompt_ids(prompt: types_pb2.Prompt) -> list[int]:
@@ -82,7 +105,7 @@ class Job:
         else:
             ids = prompt_ids(request.prompt)
             text = decode(ids)
-        return cls(request, ids, model.generate(text, len(ids), request.stop))
+        return cls(request, ids, model.generate(text, len(ids), request.stop, request.sampling.choices.values))
 
     def ending(self, num_tokens: int, *, cancelled: bool) -> tuple[inference_pb2.SampleEnd, inference_pb2.StreamEnd]:
         """The last two events, after so many tokens."""

@@ -86,9 +86,13 @@ class FakeModel:
     reply: Callable[[str], str]
     max_context_tokens: int = 4096
 
-    def generate(self, text: str, prompt_tokens: int, stop: types_pb2.StopParams) -> Output:
-        """The reply, cut where the request says."""
+    def generate(
+        self, text: str, prompt_tokens: int, stop: types_pb2.StopParams, choices: Sequence[str] = ()
+    ) -> Output:
+        """The reply, cut where the request says. With choices the first of them, unless the reply is one."""
         reply = self.reply(text)
+        if choices and reply not in choices:
+            reply = choices[0]
         match: types_pb2.StopMatch | None = types_pb2.StopMatch(eos_token_id=EOS)
         reason = types_pb2.FINISH_REASON_STOP
         found = [(reply.find(s), s) for s in stop.stop_strings if s in reply]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 
 from pawl import (
     Chat,
@@ -21,7 +22,7 @@ from pawl import (
     StreamOptions,
     TokenLogprob,
 )
-from pawl.errors import PawlError
+from pawl.errors import InvalidRequest, PawlError
 from pawl_server.cli.render import describe, print_json, print_table, printable
 
 __all__ = ["chat", "connect", "generate", "score"]
@@ -53,7 +54,25 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
         presence_penalty=arguments.presence_penalty,
         frequency_penalty=arguments.frequency_penalty,
         seed=arguments.seed,
+        json_schema=_content(arguments.json_schema),
+        regex=arguments.regex,
+        grammar=_content(arguments.grammar),
+        choices=arguments.choice,
     )
+
+
+def _content(argument: str | None) -> str | None:
+    """A flag's value, or with @ before it the content of a file.
+
+    Raises:
+        InvalidRequest: the file cannot be read.
+    """
+    if argument is None or not argument.startswith("@"):
+        return argument
+    try:
+        return Path(argument[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"cannot read {argument[1:]}: {error}", reason="BAD_ARGUMENT") from error
 
 
 def _stop(arguments: argparse.Namespace) -> Stop:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 __all__ = [
     "ChatMessage",
     "Chunking",
+    "ConstraintChoice",
     "ConversationInput",
     "GenerationRequest",
     "Handling",
@@ -63,6 +64,14 @@ class ConversationInput:
 
 
 @dataclass(frozen=True, slots=True)
+class ConstraintChoice:
+    """What the output must be: a field of `SamplingParams` and its text; for "choices" the texts."""
+
+    kind: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingChoice:
     """How tokens are chosen; `top_k` 0 = no limit; the seed is the caller's or drawn."""
 
@@ -75,6 +84,7 @@ class SamplingChoice:
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     seed: int
+    constraint: ConstraintChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,13 @@ from pawl_server.frontend.core import Core
 from pawl_server.frontend.lengths import check_prompt, output_limit
 from pawl_server.frontend.mailbox import EVERYTHING, Mailbox
 from pawl_server.frontend.output_text import OutputText
-from pawl_server.frontend.requests import ConversationInput, GenerationRequest, Handling, SamplingChoice
+from pawl_server.frontend.requests import (
+    ConstraintChoice,
+    ConversationInput,
+    GenerationRequest,
+    Handling,
+    SamplingChoice,
+)
 from pawl_server.frontend.stream import RequestStream
 from pawl_server.internal.v1 import engine_pb2
 
@@ -177,11 +183,21 @@ def _submit(core: Core, request: GenerationRequest, call: Call, prompt_ids: list
         eos_token_ids=() if stop.ignore_eos else facts.eos_token_ids,
         stop_token_ids=stop.token_ids,
     )
+    _constrain(submit, request.sampling.constraint)
     if output.prompt_logprobs is not None:
         submit.prompt_logprobs = output.prompt_logprobs
         submit.prompt_logprobs_from = 1
     submit_handling(submit, core, request.handling, call)
     return submit
+
+
+def _constrain(submit: engine_pb2.Submit, constraint: ConstraintChoice | None) -> None:
+    if constraint is None:
+        return
+    if constraint.kind == "choices":
+        submit.choices.values.extend(constraint.texts)
+    else:
+        setattr(submit, constraint.kind, constraint.texts[0])
 
 
 def submit_handling(submit: engine_pb2.Submit, core: Core, handling: Handling, call: Call) -> None:

@@ -24,6 +24,7 @@ from pawl_server.frontend.requests import (
     ScoreInput,
     StopRules,
 )
+from pawl_server.frontend.validate_constraint import constraint
 from pawl_server.frontend.violations import Violations, visible_ascii
 
 __all__ = ["MIN_PRIORITY", "Rules", "chat", "conversation", "generation", "prompt", "score"]
@@ -122,7 +123,7 @@ def _finish(
     stream: inference_pb2.StreamOptions | None,
     path: str,
 ) -> GenerationRequest:
-    sampling = _sampling(found, message.sampling, rules)
+    sampling = _sampling(found, message.sampling, message.stop, rules)
     stop = _stop(found, message.stop, rules)
     output = _output(found, message.output, message.stop, rules.limits)
     handling = _handling(found, message.options, rules.max_priority, rules.limits)
@@ -209,7 +210,9 @@ def conversation(found: Violations, message: types_pb2.Conversation, limits: Lim
     return ConversationInput(tuple(turns), opening, final, kwargs)
 
 
-def _sampling(found: Violations, message: types_pb2.SamplingParams, rules: Rules) -> SamplingChoice:
+def _sampling(
+    found: Violations, message: types_pb2.SamplingParams, stop: types_pb2.StopParams, rules: Rules
+) -> SamplingChoice:
     defaults = rules.defaults
 
     def number(name: str, default: float, low: float, high: float, *, open_low: bool = False) -> float:
@@ -237,6 +240,7 @@ def _sampling(found: Violations, message: types_pb2.SamplingParams, rules: Rules
         frequency_penalty=number("frequency_penalty", 0.0, -2, 2),
         logit_bias=bias,
         seed=seed,
+        constraint=constraint(found, message, stop, rules.limits),
     )
 
 

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 from google.protobuf import json_format, message
 
-from pawl import TLS, AsyncClient, Client, InvalidRequest, Retry, Sampling, Stop, user
+from pawl import (
+    TLS,
+    AsyncClient,
+    ChatOptions,
+    Client,
+    GenerateOptions,
+    InvalidRequest,
+    Retry,
+    Sampling,
+    Stop,
+    user,
+)
 from pawl import _core as core
 from pawl._channel import channel_options, metadata, open_channel
 from pawl._options import DEFAULT_TARGET, Settings, settings_from
@@ -277,3 +288,41 @@ def test_with_options() -> None:
             client.with_options(timeout=-1)
     with pytest.raises(RuntimeError, match="closed"):
         fast.generate("x")
+
+
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ({"json_schema": {"type": "integer"}}, {"json_schema": '{"type": "integer"}'}),
+        ({"json_schema": '{"type":"null"}'}, {"json_schema": '{"type":"null"}'}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"grammar": 'start: "a"'}, {"grammar": 'start: "a"'}),
+        ({"choices": ["yes", "no"]}, {"choices": {"values": ["yes", "no"]}}),
+        ({"sampling": Sampling(regex="a+", seed=1)}, {"regex": "a+", "seed": "1"}),
+        ({"sampling": Sampling(regex="a+", seed=1), "choices": ("a",)}, {"choices": {"values": ["a"]}, "seed": "1"}),
+    ],
+)
+def test_a_constraint_is_sent(options: GenerateOptions, sent: dict[str, object]) -> None:
+    """As keyword or in `sampling`; the call's own wins over one of another kind in `sampling`."""
+    assert fields(core.generate(SETTINGS, "Hi", options).request)["sampling"] == sent
+    turns = core.chat(SETTINGS, [user("Hi")], ChatOptions(**options))  # type: ignore[typeddict-item]
+    assert fields(turns.request)["sampling"] == sent
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"regex": "a", "choices": ["a"]}, "sampling.choices"),
+        ({"sampling": Sampling(regex="a", grammar="b")}, "sampling.grammar"),
+        ({"choices": "yes"}, "sampling.choices"),
+        ({"choices": [1]}, "sampling.choices"),
+        ({"json_schema": {"a": {1, 2}}}, "sampling.json_schema"),
+        ({"json_schema": {"const": math.inf}}, "sampling.json_schema"),
+        ({"regex": 3}, "sampling"),
+    ],
+)
+def test_a_constraint_that_cannot_be_sent(options: GenerateOptions, field: str) -> None:
+    """Refused before anything is sent, naming the field."""
+    with pytest.raises(InvalidRequest) as caught:
+        core.generate(SETTINGS, "Hi", options)
+    assert [violation.field for violation in caught.value.violations] == [field]
