@@ -27,6 +27,7 @@ from triton.runtime.jit import KernelInterface
 from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.triton.backend import TritonKernels
 from pawl_workers.kernels.triton.draw import draw
+from pawl_workers.kernels.triton.insert import insert
 from pawl_workers.kernels.triton.layout import SPLIT, Layout
 from pawl_workers.kernels.triton.linear import StrictLinear, WideLinear
 from pawl_workers.kernels.triton.one_row import add_row, fire_row, multiply_row
@@ -142,6 +143,7 @@ def main() -> None:
     fire_row(row, square, None, TritonActivation(Activation.SILU, gated=True, fuses=True), norm)
     _compile_instead("vocabulary")
     draw(torch.zeros(2, 151_936), torch.zeros(2, WORDS, dtype=torch.int64), adjusted=False)
+    insert(torch.zeros(300, dtype=torch.int32), torch.zeros(64, dtype=torch.int32))
 
 
 if __name__ == "__main__":

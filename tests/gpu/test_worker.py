@@ -97,6 +97,30 @@ def test_a_decode_step_does_not_wait_for_the_device(folder: Path, synchronising_
     assert [len(one.output) for one in sequences] == [8, 8]
 
 
+def test_two_steps_in_flight_do_not_wait_for_the_device(folder: Path, synchronising_is_an_error: None) -> None:
+    """Chunks, then decodes through graphs: tokens equal those of one step at a time, and no launch synchronises."""
+    worker = Worker.load(_options(folder))
+    assert worker.facts.max_in_flight == 2
+    specs = [SamplingSpec(temperature=0.0), SamplingSpec(temperature=0.8, top_k=40, top_p=0.9, seed=3)]
+    found = []
+    for epoch, depth in enumerate((1, 2, 2), start=1):  # the first time, graphs are captured
+        worker.reset(epoch)
+        news = [NewSequence(row, [1, 2, 3 + row], 3, 0, [1 + row], spec) for row, spec in enumerate(specs)]
+        plans = [StepPlan(1, epoch, [], news, [], [0, 1], [3, 2])]
+        plans += [StepPlan(step, epoch, [], [], [], [1, 0], [1, 1]) for step in range(2, 60)]
+        torch.cuda.set_sync_debug_mode("error" if epoch == 3 else "default")
+        in_flight, results = [], []
+        for plan in plans:
+            in_flight.append(worker.launch(plan))
+            if len(in_flight) == depth:
+                results.append(in_flight.pop(0).result())
+        results += [step.result() for step in in_flight]
+        found.append([(result.rows, result.token_ids) for result in results])
+    torch.cuda.set_sync_debug_mode("default")
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][-1][0]) == 2
+
+
 @pytest.mark.parametrize("part", ["linears", "requests"])
 def test_strict_bits_depend_on_nothing_else(folder: Path, part: str) -> None:
     """In a process of its own, since strict mode comes before the first use of cuBLAS."""

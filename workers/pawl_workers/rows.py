@@ -20,12 +20,14 @@ class RowTable:
     """Tokens, blocks and sampling state of up to `max_running` sequences.
 
     Attributes:
-        token_ids: [rows, max_context + 1] int32; a step's drafts stand after the tokens known.
+        token_ids: [rows, max_context + 1] int32; -1 - i where sample i of the step in flight will stand. A step's drafts
+            stand after the tokens known.
         block_tables: [rows, most blocks] int64, 0 past the end.
         num_tokens, num_computed, num_prompt, num_blocks: [rows].
         prompt_alternatives: -1 when no prompt log-probabilities are wanted, [rows].
         prompt_from: first prompt position wanted, [rows].
         samples, known, failed: [rows] bool; a failed row is computed no more until it is freed.
+        generation: counts the sequences that each row was given or lost, [rows].
         sampling: how each row samples.
     """
 
@@ -44,8 +46,8 @@ class RowTable:
         most_blocks = -(-max_context // block_size)
         self.token_ids = np.zeros((max_running, max_context + 1), dtype=np.int32)
         self.block_tables = np.zeros((max_running, most_blocks), dtype=np.int64)
-        self.num_tokens, self.num_computed, self.num_prompt, self.num_blocks = (
-            np.zeros(max_running, dtype=np.int64) for _ in range(4)
+        self.num_tokens, self.num_computed, self.num_prompt, self.num_blocks, self.generation = (
+            np.zeros(max_running, dtype=np.int64) for _ in range(5)
         )
         self.prompt_alternatives, self.prompt_from = (np.full(max_running, value, dtype=np.int64) for value in (-1, 1))
         self.samples, self.known, self.failed = (np.zeros(max_running, dtype=np.bool_) for _ in range(3))
@@ -189,6 +191,7 @@ class RowTable:
         """Free, add, append blocks, then note the drafts. The plan has been checked."""
         for row in plan.freed_rows:
             self.known[row] = False
+            self.generation[row] += 1
             self.sampling.free(row)
         for sequence in plan.new:
             self._add(sequence)
@@ -216,6 +219,18 @@ class RowTable:
         """Append a token to each of some distinct rows."""
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
+        self.sampling.observe(rows, token_ids)
+
+    def reserve(self, rows: IntArray) -> IntArray:
+        """Make room for the token that each of some distinct rows will sample, and return its position, [S]."""
+        positions = self.num_tokens[rows]
+        self.token_ids[rows, positions] = -1 - np.arange(len(rows))
+        self.num_tokens[rows] += 1
+        return positions
+
+    def fill(self, rows: IntArray, positions: IntArray, token_ids: IntArray) -> None:
+        """Write the sampled tokens into the room that was reserved for them."""
+        self.token_ids[rows, positions] = token_ids
         self.sampling.observe(rows, token_ids)
 
     def blocks_of(self, row: int) -> NDArray[np.int64]:

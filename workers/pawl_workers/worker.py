@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pawl_workers.batch import IntArray, SamplingBatch
+from pawl_workers.batch import Batch, IntArray, SamplingBatch
 from pawl_workers.errors import PlanError
 from pawl_workers.forward import StepOutput, compute, finish
 from pawl_workers.graphs import DecodeGraphs, bucket_of
@@ -24,13 +25,15 @@ from pawl_workers.memory import MemoryPlan
 from pawl_workers.model.loading import load_weights
 from pawl_workers.model.rotary import rotary_table
 from pawl_workers.model.source import checkpoint_revision
-from pawl_workers.model.weights import Weights
+from pawl_workers.model.weights import ExpertWeights, Weights
 from pawl_workers.options import WorkerOptions
 from pawl_workers.parallel import set_num_threads
+from pawl_workers.pending import FAILED_EARLIER, MAX_IN_FLIGHT, DoneStep, PendingStep, Pipeline
 from pawl_workers.plan import LEAST_SAMPLES, RowFailure, StepPlan, StepResult
 from pawl_workers.prepare import BatchSettings, build_batch, staged_elements, with_masks
 from pawl_workers.row_masks import MaskSource
 from pawl_workers.rows import RowTable
+from pawl_workers.sampling.batch import QueueingSampler
 from pawl_workers.self_test import SelfTest, run_self_test
 from pawl_workers.start_plan import StartPlan, plan_start
 from pawl_workers.verify import append_accepted, find_accepted
@@ -63,6 +66,7 @@ class WorkerFacts:
     num_threads: int
     max_running: int
     max_batch_tokens: int
+    max_in_flight: int  # steps that gain from being launched before the one before is settled
     num_host_blocks: int
     restore_fixed_s: float  # measured: of bringing any number of blocks back from the host
     restore_block_s: float  # and of each of them
@@ -93,6 +97,7 @@ class Worker:
                 self.facts = dataclasses.replace(facts, restore_fixed_s=fixed_s, restore_block_s=block_s)
         self._step = self._epoch = 0
         self._table = self._new_table()
+        self._pipeline = self._new_pipeline()
         self._graphs = self._prepare_graphs()
 
     def _prepare_graphs(self) -> DecodeGraphs | None:
@@ -118,6 +123,14 @@ class Worker:
             facts.vocab_size,
             facts.num_host_blocks,
         )
+
+    def _new_pipeline(self) -> Pipeline | None:
+        settings = self._settings
+        if self.facts.max_in_flight == 1:
+            return None
+        sampler = settings.kernels.sampler
+        assert isinstance(sampler, QueueingSampler)  # noqa: S101 - narrows the type
+        return Pipeline(self._table, self._cache, sampler, settings.device, settings.kernels.block_size)
 
     @classmethod
     def load(cls, options: WorkerOptions, on_progress: Progress | None = None) -> Worker:
@@ -168,6 +181,22 @@ class Worker:
             PlanError: the plan breaks the contract; nothing has changed.
             Exception: what `masks` raised; the worker must be reset.
         """
+        return self.launch(plan, masks).result()
+
+    def launch(self, plan: StepPlan, masks: MaskSource | None = None) -> PendingStep:
+        """Begin one step: on a device it is queued, and the next may be launched before its tokens have come back.
+
+        Settles the steps before it where it needs what they gave; else all but one of them. A step with masks is
+        computed at once: they depend on the tokens of the step before.
+
+        Args:
+            plan: what to compute.
+            masks: as of `execute`.
+
+        Raises:
+            PlanError: the plan breaks the contract; nothing has changed.
+            Exception: what `masks` raised; the worker must be reset.
+        """
         started = time.perf_counter()
         if plan.epoch != self._epoch or plan.step != self._step + 1:
             raise PlanError(
@@ -175,24 +204,34 @@ class Worker:
                 f"epoch {self._epoch}"
             )
         self._table.check(plan)
+        if self._pipeline is not None:
+            self._pipeline.make_room()
         self._table.apply(plan)
         self._step = plan.step
-        self._move(plan)
         rows, num_tokens = np.array(plan.rows, dtype=np.int64), np.array(plan.num_tokens, dtype=np.int64)
+        pipeline = self._pipeline
+        if pipeline is not None:
+            queues = masks is None and pipeline.can_queue(plan, rows)
+            if not queues or pipeline.must_wait(plan):
+                pipeline.settle_all()
+            pipeline = pipeline if queues else None
+        self._move(plan)
         alive = ~self._table.failed[rows]
-        failures = [RowFailure(row, "the row failed in an earlier step") for row in rows[~alive].tolist()]
+        failures = [RowFailure(row, FAILED_EARLIER) for row in rows[~alive].tolist()]
         rows, num_tokens = rows[alive], num_tokens[alive]
         if len(rows) == 0:
-            return StepResult(plan.step, plan.epoch, [], [], [], [], failures, time.perf_counter() - started, 0.0, 0.0)
+            seconds = time.perf_counter() - started
+            return DoneStep(StepResult(plan.step, plan.epoch, [], [], [], [], failures, seconds, 0.0, 0.0))
         num_drafts = _num_drafts(plan, rows) if plan.drafts else None
         with torch.inference_mode():
             padded = self._graph_rows(rows, num_tokens) if num_drafts is None else None
             batch, _ = build_batch(self._table, rows, num_tokens, self._settings, padded, num_drafts)
+            if pipeline is not None:
+                pipeline.insert(batch)
             prepared = time.perf_counter()
-            if self._graphs is None or padded is None:
-                stream, scores = compute(batch, self._weights, self._cache)
-            else:
-                stream, scores = (found[: len(rows)] for found in self._graphs.run(batch))
+            stream, scores = self._compute(batch, len(rows), padded)
+            if pipeline is not None:
+                return pipeline.add(plan, rows, num_tokens, failures, stream, scores, batch.sampling, started, prepared)
             if masks is not None:
                 batch = with_masks(batch, masks())
             output = finish(stream, scores, batch, self._weights)
@@ -205,7 +244,13 @@ class Worker:
             failures.append(RowFailure(row, failed[row]))
         for row in unsure:
             self._table.num_computed[row] -= num_tokens[rows == row].item()
-        return self._settle(plan, output, batch.sampling, failed, failures, prepared - started, forward_s)
+        return DoneStep(self._settle(plan, output, batch.sampling, failed, failures, prepared - started, forward_s))
+
+    def _compute(self, batch: Batch, num_rows: int, padded: int | None) -> tuple[Tensor, Tensor]:
+        if self._graphs is None or padded is None:
+            return compute(batch, self._weights, self._cache)
+        stream, scores = self._graphs.run(batch)
+        return stream[:num_rows], scores[:num_rows]
 
     def _graph_rows(self, rows: IntArray, num_tokens: IntArray) -> int | None:
         """Rows of the captured graph that computes a step; None where none can."""
@@ -278,6 +323,7 @@ class Worker:
     def reset(self, epoch: int) -> None:
         """Forget every row and begin an epoch: the next plan is its step 1. KV blocks keep their contents."""
         self._table = self._new_table()
+        self._pipeline = self._new_pipeline()
         self._step, self._epoch = 0, epoch
 
     def self_test(self) -> SelfTest:
@@ -328,11 +374,18 @@ def _facts(plan: StartPlan, weights: Weights, memory: MemoryPlan, started: float
         num_threads=options.num_threads,
         max_running=options.max_running,
         max_batch_tokens=options.max_batch_tokens,
+        max_in_flight=_max_in_flight(plan, weights),
         num_host_blocks=options.host_kv_bytes // plan.block_bytes,
         restore_fixed_s=0.0,
         restore_block_s=0.0,
         load_s=time.perf_counter() - started,
     )
+
+
+def _max_in_flight(plan: StartPlan, weights: Weights) -> int:
+    """Experts are chosen on the host, in the middle of a step; and not every sampler leaves its ids on the device."""
+    routed = any(isinstance(layer.mlp, ExpertWeights) for layer in weights.layers)
+    return MAX_IN_FLIGHT if isinstance(plan.kernels.sampler, QueueingSampler) and not routed else 1
 
 
 def _kv_type(plan: StartPlan) -> str:

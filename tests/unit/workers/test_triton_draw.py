@@ -17,7 +17,7 @@ from pawl_workers.kernels.triton import draw as module
 from pawl_workers.kernels.triton.draw import draw
 from pawl_workers.kernels.triton.sampler import TritonSampler
 from pawl_workers.plan import SamplingSpec
-from pawl_workers.sampling.batch import SamplingBatch, TokenMasks
+from pawl_workers.sampling.batch import NOT_FINITE, NOTHING_LEFT, SamplingBatch, TokenMasks
 from pawl_workers.sampling.table import SamplingTable
 
 
@@ -158,3 +158,15 @@ def test_penalties_biases_and_masks_come_before_the_draw() -> None:
     assert found == choose(TorchSampler())
     assert found[1] == 5
     assert found[5:] == [-1, 41]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_chosen_ids_take_the_place_of_references(dtype: torch.dtype) -> None:
+    """Over more than one block of tokens; where nothing was chosen stands a token that exists."""
+    chooser = np.random.default_rng(5)
+    chosen = torch.from_numpy(chooser.integers(0, 150_000, 300).astype(np.int32))
+    chosen[7], chosen[8] = NOT_FINITE, NOTHING_LEFT
+    token_ids = torch.from_numpy(chooser.integers(-300, 300, 700)).to(dtype)
+    wanted = [max(0, int(chosen[-1 - i])) if i < 0 else i for i in token_ids.tolist()]
+    TritonSampler().insert(token_ids, chosen)
+    assert token_ids.tolist() == wanted

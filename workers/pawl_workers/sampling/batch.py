@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from torch import Tensor
 from pawl_workers.sampling.logprobs import TokenScores
 from pawl_workers.sampling.table import SamplingTable
 
-__all__ = ["NOTHING_LEFT", "NOT_FINITE", "IntArray", "Sampler", "SamplingBatch", "TokenMasks"]
+__all__ = ["NOTHING_LEFT", "NOT_FINITE", "IntArray", "QueueingSampler", "Sampler", "SamplingBatch", "TokenMasks"]
 
 IntArray = NDArray[np.int64]
 
@@ -99,5 +99,27 @@ class Sampler(Protocol):
         Returns:
             N descriptions. Rank 1 is the best; it is one more than the number of tokens with a higher logit, so
             equal logits share a rank.
+        """
+        ...
+
+
+@runtime_checkable
+class QueueingSampler(Sampler, Protocol):
+    """A sampler whose choice can stay on the device, so that the next step begins before the host has seen it."""
+
+    def queue(self, scores: Tensor, batch: SamplingBatch) -> Tensor:
+        """Queue what `choose` does, and wait for nothing.
+
+        Returns:
+            [S] int32 on the device, as `choose` returns it.
+        """
+        ...
+
+    def insert(self, token_ids: Tensor, chosen: Tensor) -> None:
+        """Replace each entry -1 - i of some token ids, in place, by `chosen[i]`, or by 0 where that is negative.
+
+        Args:
+            token_ids: [T], on the device.
+            chosen: [S] int32, as `queue` returns it.
         """
         ...

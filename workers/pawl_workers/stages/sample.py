@@ -11,12 +11,13 @@ from torch import Tensor
 from pawl_workers.plan import TokenLogprobs
 from pawl_workers.sampling.batch import NOT_FINITE, NOTHING_LEFT, IntArray, SamplingBatch
 
-__all__ = ["Sampled", "sample"]
+__all__ = ["MESSAGES", "Sampled", "sample"]
 
-_MESSAGES = {
+MESSAGES = {
     NOT_FINITE: "the logits are not finite",
     NOTHING_LEFT: "bias, suppression and mask leave no token to choose",
 }
+"""Why there is no token, by what was chosen in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def sample(scores: Tensor, sampling: SamplingBatch) -> Sampled:
     if not len(sampling):
         return Sampled(np.zeros(0, dtype=np.int64), [], {}, time.perf_counter() - started)
     token_ids = sampling.sampler.choose(scores, sampling)
-    failures = {i: _MESSAGES[int(token_ids[i])] for i in np.flatnonzero(token_ids < 0).tolist()}
+    failures = {i: MESSAGES[int(token_ids[i])] for i in np.flatnonzero(token_ids < 0).tolist()}
     logprobs = _describe(scores, sampling, token_ids)
     return Sampled(token_ids, logprobs, failures, time.perf_counter() - started)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pawl_workers.kernels.torch_sampler import TorchSampler, adjust
 from pawl_workers.kernels.triton.draw import draw
+from pawl_workers.kernels.triton.insert import insert
 from pawl_workers.sampling.adjustments import Adjustments, gather_adjustments
 from pawl_workers.sampling.batch import NOT_FINITE, IntArray, SamplingBatch
 from pawl_workers.sampling.logprobs import TokenScores
@@ -25,6 +26,10 @@ class TritonSampler:
 
     def choose(self, scores: Tensor, batch: SamplingBatch) -> IntArray:
         """Choose a token from each row of logits; see `Sampler`."""
+        return self._bring_back(self.queue(scores, batch))
+
+    def queue(self, scores: Tensor, batch: SamplingBatch) -> Tensor:
+        """Choose, and leave the ids on the device; see `QueueingSampler`."""
         words = batch.words
         if words is None:
             columns = parameter_words(batch.table, batch.rows, batch.positions).view(np.int32)
@@ -34,7 +39,11 @@ class TritonSampler:
         adjustments = gather_adjustments(batch)
         if adjustments is not None:
             self._choose_adjusted(scores, words, batch, adjustments, chosen)
-        return self._bring_back(chosen)
+        return chosen
+
+    def insert(self, token_ids: Tensor, chosen: Tensor) -> None:
+        """Put chosen ids where a step's token ids refer to them; see `QueueingSampler`."""
+        insert(token_ids, chosen)
 
     def _choose_adjusted(
         self, scores: Tensor, words: Tensor, batch: SamplingBatch, adjustments: Adjustments, chosen: Tensor

@@ -1,0 +1,334 @@
+"""Steps in flight: launched, their tokens not yet on the host.
+
+A device computes step k while the host prepares step k + 1, whose input ids then do not pass through the host: the row
+table holds a reference where a token will stand, and the device replaces it by the token. What is settled here is the
+host's half, once the ids are back: tokens go into the table, rows that failed are marked, what they wrote is cleaned.
+
+Source: asynchronous scheduling as in vLLM and SGLang ("overlap scheduler"); the ids that stay on the device are the
+latter's future tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pawl_workers.batch import Batch, IntArray
+from pawl_workers.errors import WorkerError
+from pawl_workers.kv_cache import KvCache
+from pawl_workers.plan import RowFailure, StepPlan, StepResult
+from pawl_workers.rows import RowTable
+from pawl_workers.sampling.batch import QueueingSampler, SamplingBatch
+from pawl_workers.stages.sample import MESSAGES
+
+__all__ = ["FAILED_EARLIER", "MAX_IN_FLIGHT", "Arrival", "DoneStep", "PendingStep", "Pipeline", "QueuedStep"]
+
+MAX_IN_FLIGHT = 2
+"""Launched steps whose results are not settled, at most."""
+
+FAILED_EARLIER = "the row failed in an earlier step"
+"""What is reported of a row that a plan computes though it has failed."""
+
+
+class PendingStep(Protocol):
+    """A launched step."""
+
+    @property
+    def future(self) -> Future[StepResult]:
+        """Done once the step is settled, be it by `result` or by a launch that had to wait for it."""
+
+    def wait(self) -> None:
+        """Wait until `result` will not; the one method that other threads than the worker's may call."""
+
+    def result(self) -> StepResult:
+        """Settle this step and those before it, and return what it gave, or raise what it raised."""
+
+
+class DoneStep:
+    """A step that was computed when it was launched.
+
+    Args:
+        result: of it.
+    """
+
+    def __init__(self, result: StepResult) -> None:
+        self.future: Future[StepResult] = Future()
+        self.future.set_result(result)
+
+    def wait(self) -> None:
+        """Return at once."""
+
+    def result(self) -> StepResult:
+        """Return what the step gave."""
+        return self.future.result()
+
+
+class Arrival:
+    """A step's ids and flags on their way to the host, into memory that is used again two steps later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self._ids = torch.empty(0, dtype=torch.int32, pin_memory=self._pinned)
+        self._flags = torch.empty(0, dtype=torch.bool, pin_memory=self._pinned)
+        self._event = torch.cuda.Event() if self._pinned else None  # type: ignore[no-untyped-call]
+        self._num_ids = self._num_flags = 0
+
+    def send(self, chosen: Tensor, finite: Tensor | None) -> None:
+        """Queue the copies of ids, [S] int32, and of flags, [T] bool, on the current stream."""
+        self._num_ids = chosen.numel()
+        self._num_flags = 0 if finite is None else finite.numel()
+        if self._ids.numel() < self._num_ids:
+            self._ids = torch.empty(self._num_ids, dtype=torch.int32, pin_memory=self._pinned)
+        if self._flags.numel() < self._num_flags:
+            self._flags = torch.empty(self._num_flags, dtype=torch.bool, pin_memory=self._pinned)
+        self._ids[: self._num_ids].copy_(chosen, non_blocking=True)
+        if finite is not None:
+            self._flags[: self._num_flags].copy_(finite, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Wait for both copies."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def read(self) -> tuple[IntArray, NDArray[np.bool_]]:
+        """Return the ids and the flags, once they are there; no flags means that every token was found finite."""
+        return self._ids[: self._num_ids].numpy().astype(np.int64), self._flags[: self._num_flags].numpy().copy()
+
+
+@dataclass(slots=True)
+class QueuedStep:
+    """A step that is queued on the device.
+
+    Attributes:
+        rows: that compute, in the order of the plan, [R].
+        num_tokens: of each, [R].
+        sampling_rows: rows that sample, [S]; the i-th chosen id is that of the i-th.
+        positions: where those ids will stand, [S].
+        generations: of the sequence in each row of the table at the launch, [rows].
+        written: blocks that the step writes, [N].
+        writers: index in `rows` of who writes each of them, [N].
+        chosen: the ids on the device, [S] int32.
+        failures: rows of the plan that had failed before.
+        settle: of the pipeline; settles this step and those before it.
+        launched_at, prepared_at, arrived_at: seconds of `time.perf_counter`; the last is 0 until it is known.
+    """
+
+    plan: StepPlan
+    rows: IntArray
+    num_tokens: IntArray
+    sampling_rows: IntArray
+    positions: IntArray
+    generations: IntArray
+    written: IntArray
+    writers: IntArray
+    chosen: Tensor
+    arrival: Arrival
+    failures: list[RowFailure]
+    settle: Callable[[QueuedStep], None]
+    launched_at: float
+    prepared_at: float
+    arrived_at: float = 0.0
+    future: Future[StepResult] = field(default_factory=Future)
+
+    def wait(self) -> None:
+        """Wait for the ids."""
+        self.arrival.wait()
+        self.arrived_at = self.arrived_at or time.perf_counter()
+
+    def result(self) -> StepResult:
+        """Settle this step and those before it, and return what it gave, or raise what it raised."""
+        if not self.future.done():
+            self.settle(self)
+        return self.future.result()
+
+
+class Pipeline:
+    """The steps in flight of one worker, oldest first.
+
+    Args:
+        table: the worker's rows.
+        cache: what its steps write.
+        sampler: that can leave ids on the device.
+        device: of the worker.
+        block_size: of the cache.
+    """
+
+    def __init__(
+        self, table: RowTable, cache: KvCache, sampler: QueueingSampler, device: torch.device, block_size: int
+    ) -> None:
+        self._table, self._cache, self._sampler, self._block_size = table, cache, sampler, block_size
+        self._in_flight: deque[QueuedStep] = deque()
+        self._arrivals = [Arrival(device) for _ in range(MAX_IN_FLIGHT)]
+        self._turn = 0
+        self._arrived_at = 0.0  # of the last settled step
+        self._broken: Exception | None = None
+
+    def make_room(self) -> None:
+        """Settle steps until one more may be launched.
+
+        Raises:
+            WorkerError: a step failed since the last reset.
+        """
+        if self._broken is not None:
+            raise WorkerError(f"a step in flight failed, reset the worker first: {self._broken}") from self._broken
+        while len(self._in_flight) >= MAX_IN_FLIGHT:
+            self._settle_oldest()
+
+    def settle_all(self) -> None:
+        """Settle every step in flight."""
+        while self._in_flight:
+            self._settle_oldest()
+
+    def can_queue(self, plan: StepPlan, rows: IntArray) -> bool:
+        """Whether a step of these rows gives nothing but one id for each that samples; its plan has been applied."""
+        table = self._table
+        scored = (table.prompt_alternatives[rows] >= 0) & (table.num_computed[rows] < table.num_prompt[rows])
+        return not plan.drafts and not scored.any() and not (table.sampling.alternatives[rows] >= 0).any()
+
+    def must_wait(self, plan: StepPlan) -> bool:
+        """Whether a step needs the host's half of the step in flight first; its plan has been applied."""
+        if not self._in_flight:
+            return False
+        if plan.copies or plan.swap_out or plan.swap_in:
+            return True
+        table = self._table
+        for row in table.sampling.seen.keys() & set(plan.rows):  # penalties count tokens on the host
+            if table.token_ids[row, table.num_tokens[row] - 1] < 0:
+                return True
+        # If a row fails in the step in flight, what it wrote must be cleaned before somebody else reads its blocks.
+        granted = [block for _, blocks in plan.append_blocks for block in blocks]
+        granted += [block for sequence in plan.new for block in sequence.block_ids]
+        return bool(granted) and bool(np.isin(granted, self._in_flight[-1].written).any())
+
+    def insert(self, batch: Batch) -> None:
+        """Replace references in a batch's token ids by the tokens; queued after the batch's integers."""
+        if self._in_flight:
+            self._sampler.insert(batch.token_ids, self._in_flight[-1].chosen)
+
+    def add(
+        self,
+        plan: StepPlan,
+        rows: IntArray,
+        num_tokens: IntArray,
+        failures: list[RowFailure],
+        stream: Tensor,
+        scores: Tensor,
+        sampling: SamplingBatch,
+        launched_at: float,
+        prepared_at: float,
+    ) -> QueuedStep:
+        """Queue the choice of a step's tokens and their way back, and note in the table what is known already.
+
+        Args:
+            plan: of the step.
+            rows: that compute, [R].
+            num_tokens: of each, [R].
+            failures: rows of the plan that failed earlier.
+            stream: after the last layer, [T, D].
+            scores: logits, [S, V].
+            sampling: how, one sample for each row that samples.
+            launched_at: when the launch began.
+            prepared_at: when its batch was ready.
+        """
+        table = self._table
+        chosen = self._sampler.queue(scores, sampling)
+        # Where all tokens sample, the choice finds out what is not finite.
+        finite = None if len(sampling) == stream.shape[0] else stream.sum(dim=-1, dtype=torch.float32).isfinite()
+        self._turn = (self._turn + 1) % MAX_IN_FLIGHT
+        arrival = self._arrivals[self._turn]
+        arrival.send(chosen, finite)
+        first = table.num_computed[rows] // self._block_size
+        count = (table.num_computed[rows] + num_tokens - 1) // self._block_size + 1 - first
+        writers = np.repeat(np.arange(len(rows)), count)
+        within = np.arange(len(writers)) - np.repeat(np.cumsum(count) - count, count)
+        table.num_computed[rows] += num_tokens
+        step = QueuedStep(
+            plan=plan,
+            rows=rows,
+            num_tokens=num_tokens,
+            sampling_rows=sampling.rows,
+            positions=table.reserve(sampling.rows),
+            generations=table.generation.copy(),
+            written=table.block_tables[rows[writers], first[writers] + within],
+            writers=writers,
+            chosen=chosen,
+            arrival=arrival,
+            failures=failures,
+            settle=self._settle_through,
+            launched_at=launched_at,
+            prepared_at=prepared_at,
+        )
+        self._in_flight.append(step)
+        return step
+
+    def _settle_through(self, step: QueuedStep) -> None:
+        while not step.future.done():
+            self._settle_oldest()
+
+    def _settle_oldest(self) -> None:
+        step = self._in_flight[0]
+        try:
+            step.wait()
+            result = self._settle(step)
+        except Exception as error:  # those after it stand on what it did not give
+            self._broken = error
+            while self._in_flight:
+                self._in_flight.popleft().future.set_exception(error)
+            raise
+        self._in_flight.popleft()
+        self._arrived_at = step.arrived_at
+        step.future.set_result(result)
+
+    def _settle(self, step: QueuedStep) -> StepResult:
+        started = time.perf_counter()
+        table = self._table
+        token_ids, finite = step.arrival.read()
+        same = table.generation == step.generations  # else the row has been freed since
+        failed = {
+            int(step.sampling_rows[i]): MESSAGES[int(token_ids[i])] for i in np.flatnonzero(token_ids < 0).tolist()
+        }
+        for row in np.repeat(step.rows, step.num_tokens)[np.flatnonzero(~finite)].tolist():
+            failed[row] = "the hidden state is not finite"
+        if failed:
+            self._clean(step, np.array(list(failed)), same)
+        for row in step.rows[same[step.rows] & table.failed[step.rows]].tolist():
+            failed.setdefault(row, FAILED_EARLIER)
+        for row in failed:
+            table.failed[row] |= same[row]
+        kept = np.flatnonzero(~np.isin(step.sampling_rows, list(failed))) if failed else np.arange(len(token_ids))
+        rows, token_ids, positions = step.sampling_rows[kept], token_ids[kept], step.positions[kept]
+        mine = same[rows]
+        table.fill(rows[mine], positions[mine], token_ids[mine])
+        begin = max(step.launched_at, self._arrived_at)  # what the step added to the time that passed
+        prepare_s = max(0.0, step.prepared_at - begin)
+        return StepResult(
+            step=step.plan.step,
+            epoch=step.plan.epoch,
+            rows=rows.tolist(),
+            token_ids=token_ids.tolist(),
+            logprobs=[],
+            prompt_logprobs=[],
+            failures=step.failures + [RowFailure(row, message) for row, message in failed.items()],
+            prepare_s=prepare_s,
+            forward_s=max(0.0, step.arrived_at - begin - prepare_s),
+            sample_s=time.perf_counter() - started,
+        )
+
+    def _clean(self, step: QueuedStep, rows: IntArray, same: NDArray[np.bool_]) -> None:
+        """Keep what failed rows wrote from whoever gets their blocks next, these may belong to others by now."""
+        blocks = step.written[np.isin(step.rows, rows)[step.writers]].tolist()
+        for row in rows[same[rows]].tolist():
+            blocks += self._table.blocks_of(row).tolist()
+        with torch.inference_mode():
+            self._cache.make_finite(blocks)
