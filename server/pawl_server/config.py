@@ -80,7 +80,10 @@ class EngineSettings:
     retained_share: float = _setting(0.25, "share of the blocks that callers may ask to keep, [0, 0.9]")
     watermark: float = _setting(0.01, "share of the blocks kept free at admission, [0, 0.5]")
     max_bypass: int = _setting(8, "how often a sequence that does not fit may be overtaken")
-    pipeline_depth: int = _setting(1, "steps in flight at once: 2 plans the next one while one is computed, 1 or 2")
+    pipeline_depth: int = _setting(
+        0,
+        "steps in flight at once: 2 plans the next one while one is computed; 0 = 2 on a GPU that can, else 1",
+    )
     max_preemptions: int = _setting(4, "how often a sequence may lose its blocks to others, at least 1")
     output_quantile: float = _setting(0.1, "quantile of the outputs seen that admission keeps blocks for, [0, 0.95]")
     ageing_s: float = _setting(30.0, "a request that waited so long rises by one priority class; 0 = never")
@@ -269,7 +272,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "retained_share": (0.0, 0.9),
     "max_retain_prefix_s": (0.001, 31_536_000.0),
     "max_preemptions": (1, 1 << 20),
-    "pipeline_depth": (1, 2),
+    "pipeline_depth": (0, 2),
     "output_quantile": (0.0, 0.95),
     "port": (0, 65535),
     "admin_port": (0, 65535),

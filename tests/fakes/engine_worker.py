@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pawl_server.config import EngineSettings, ModelSettings
 from pawl_server.engine.load import LoadProgress
 from pawl_server.engine.spec import EngineSpec
+from pawl_workers.pending import DoneStep, PendingStep
 from pawl_workers.plan import StepPlan, StepResult
 from pawl_workers.row_masks import MaskSource
 from tests.fakes.shadow_worker import ShadowWorker
@@ -44,6 +45,7 @@ class FakeFacts:
     kernels: str = "shadow"
     device: str = "cpu"
     num_threads: int = 1
+    max_in_flight: int = 1
     load_s: float = 0.0
 
 
@@ -68,6 +70,10 @@ class FakeEngineWorker:
 
     def __post_init__(self) -> None:
         self._shadow = ShadowWorker(self.facts.block_size, self.facts.vocab_size)
+
+    def launch(self, plan: StepPlan, masks: MaskSource | None = None) -> PendingStep:
+        """Compute the step at once."""
+        return DoneStep(self.execute(plan, masks))
 
     def execute(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
         """Run a step, unless a prompt in it says otherwise."""

@@ -20,8 +20,8 @@ class RowTable:
     """Tokens, blocks and sampling state of up to `max_running` sequences.
 
     Attributes:
-        token_ids: [rows, max_context + 1] int32; -1 - i where sample i of the step in flight will stand. A step's drafts
-            stand after the tokens known.
+        token_ids: [rows, max_context + 1] int32; -1 - i where sample i of the step in flight will stand. A step's
+            drafts stand after the tokens known.
         block_tables: [rows, most blocks] int64, 0 past the end.
         num_tokens, num_computed, num_prompt, num_blocks: [rows].
         prompt_alternatives: -1 when no prompt log-probabilities are wanted, [rows].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
@@ -9,9 +10,10 @@ from pawl_loadtest.peers.workloads import Workload
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import commit, launch
-from pawl_server.scheduler.planner import plan_step
+from pawl_server.scheduler.planner import Plan, plan_step
 from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
+from pawl_workers.pending import PendingStep
 from pawl_workers.plan import SamplingSpec
 from pawl_workers.worker import Worker, WorkerFacts, WorkerOptions
 
@@ -79,7 +81,10 @@ class InProcess:
 def generate_all(
     state: SchedulerState, limits: SchedulerLimits, worker: Worker, wanted: Sequence[tuple[Sequence[int], int]]
 ) -> list[list[int]]:
-    """Greedy tokens for each (prompt, number of tokens), submitted at once to an empty scheduler and a reset worker."""
+    """Greedy tokens for each (prompt, number of tokens), submitted at once to an empty scheduler and a reset worker.
+
+    As many steps are in flight as the worker gains by.
+    """
     output: dict[object, list[int]] = {}
     for number, (prompt_ids, output_tokens) in enumerate(wanted):
         output[number] = []
@@ -96,13 +101,20 @@ def generate_all(
         )
         if refusal is not None:
             raise RuntimeError(refusal.message)
-    while (plan := plan_step(state, limits, 0.0)) is not None:
-        wire = plan.wire()
-        launch(state, plan)
-        committed = commit(state, plan, worker.execute(wire), 0.0)
-        for handle, token_id in zip(committed.handles, committed.token_ids, strict=True):
-            output[handle].append(token_id)
-    return list(output.values())
+    in_flight: deque[tuple[Plan, PendingStep]] = deque()
+    while True:
+        planned = plan_step(state, limits, 0.0)
+        if planned is not None:
+            wire = planned.wire()
+            launch(state, planned)
+            in_flight.append((planned, worker.launch(wire)))
+        elif not in_flight:
+            return list(output.values())
+        if planned is None or len(in_flight) == worker.facts.max_in_flight:
+            plan, step = in_flight.popleft()
+            committed = commit(state, plan, step.result(), 0.0)
+            for handle, token_id in zip(committed.handles, committed.token_ids, strict=True):
+                output[handle].append(token_id)
 
 
 def _num_blocks(workload: Workload) -> int:

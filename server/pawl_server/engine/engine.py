@@ -163,7 +163,7 @@ class Engine:
             meter,
             budget=StepBudget(spec.engine.target_gap_s) if spec.engine.target_gap_s > 0 else None,
             grammars=self._grammars,
-            depth=spec.engine.pipeline_depth,
+            depth=spec.engine.pipeline_depth or facts.max_in_flight,
             check_every=spec.engine.check_every,
         )
         service = EngineService(self._loop, _welcome(spec, facts, limits), spec.heartbeat_timeout_s)

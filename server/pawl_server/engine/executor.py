@@ -6,8 +6,12 @@ Owns the worker's thread and the check of what comes back; knows nothing of requ
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 from pawl_workers.plan import StepPlan, StepResult
@@ -18,6 +22,7 @@ __all__ = [
     "EngineWorker",
     "Executor",
     "InProcessExecutor",
+    "PendingStep",
     "SelfTestReport",
     "WorkerFacts",
     "check_result",
@@ -71,6 +76,8 @@ class WorkerFacts(Protocol):
     def device(self) -> str: ...  # noqa: D102
     @property
     def num_threads(self) -> int: ...  # noqa: D102
+    @property
+    def max_in_flight(self) -> int: ...  # noqa: D102
 
 
 class SelfTestReport(Protocol):
@@ -85,6 +92,20 @@ class SelfTestReport(Protocol):
         """Largest difference of a log-probability from the reference path."""
 
 
+class PendingStep(Protocol):
+    """A launched step."""
+
+    @property
+    def future(self) -> Future[StepResult]:
+        """Done once the step is settled, be it by `result` or by a launch that had to wait for it."""
+
+    def wait(self) -> None:
+        """Wait until `result` will not; may be called from any thread."""
+
+    def result(self) -> StepResult:
+        """Settle this step and those before it; may raise anything."""
+
+
 class EngineWorker(Protocol):
     """The worker as the engine sees it. Every method blocks and is called from one thread."""
 
@@ -92,8 +113,8 @@ class EngineWorker(Protocol):
     def facts(self) -> WorkerFacts:
         """Sizes and names of what was loaded."""
 
-    def execute(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
-        """Compute one step; may raise anything, after which `reset` must make it usable again.
+    def launch(self, plan: StepPlan, masks: MaskSource | None = None) -> PendingStep:
+        """Begin one step, or compute it; may raise anything, after which `reset` must make the worker usable again.
 
         `masks` is asked when the tokens are to be chosen, and may make it wait.
         """
@@ -106,7 +127,7 @@ class EngineWorker(Protocol):
 
 
 class Executor(Protocol):
-    """Computes steps, one at a time."""
+    """Computes steps, one after the other."""
 
     async def run(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
         """Compute a step; `masks` gives what some rows may choose. Raises whatever the worker raised."""
@@ -119,11 +140,19 @@ class Executor(Protocol):
 
 
 class InProcessExecutor:
-    """A worker on a thread of its own. Torch releases the GIL, so the event loop lives on beside it."""
+    """A worker on a thread of its own. Torch releases the GIL, so the event loop lives on beside it.
+
+    What the worker does lies in one queue: plans, and steps whose tokens have arrived. So a plan that comes while a
+    device computes is launched at once, and nothing but a second thread, which touches no worker, waits for the device.
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pawl-worker")
+        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._waits: SimpleQueue[PendingStep | None] = SimpleQueue()
         self._worker: EngineWorker | None = None
+        # Daemons: a step that hangs must not keep the process alive.
+        threading.Thread(target=self._work, name="pawl-worker", daemon=True).start()
+        threading.Thread(target=self._wait, name="pawl-arrivals", daemon=True).start()
 
     @property
     def worker(self) -> EngineWorker:
@@ -139,26 +168,74 @@ class InProcessExecutor:
 
     async def call(self, function: Callable[[], Value]) -> Value:
         """Call something on the worker's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+        future: Future[Value] = Future()
+
+        def job() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # raised where the call is awaited
+                    future.set_exception(error)
+
+        self._jobs.put(job)
+        return await asyncio.wrap_future(future)
 
     async def run(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
-        """Compute a step.
+        """Compute a step. The one after it may be given before this one is done.
 
         Raises:
             BadResultError: the answer does not fit the plan.
             Exception: whatever the worker raised.
         """
-        result = await asyncio.get_running_loop().run_in_executor(self._pool, self.worker.execute, plan, masks)
+        future: Future[StepResult] = Future()
+        self._jobs.put(partial(self._launch, plan, masks, future))
+        result = await asyncio.wrap_future(future)
         check_result(plan, result, self.worker.facts.vocab_size)
         return result
 
     async def reset(self, epoch: int) -> None:
         """Make the worker forget every sequence."""
-        await asyncio.get_running_loop().run_in_executor(self._pool, self.worker.reset, epoch)
+        await self.call(lambda: self.worker.reset(epoch))
 
     async def close(self) -> None:
-        """Let the thread go without waiting for it."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Let the threads go without waiting for them."""
+        self._jobs.put(None)
+        self._waits.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def _wait(self) -> None:
+        while (step := self._waits.get()) is not None:
+            with contextlib.suppress(Exception):  # `result` raises it again
+                step.wait()
+            self._jobs.put(partial(_settle, step))
+
+    def _launch(self, plan: StepPlan, masks: MaskSource | None, future: Future[StepResult]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            step = self.worker.launch(plan, masks)
+        except BaseException as error:  # raised where the step is awaited
+            future.set_exception(error)
+            return
+        step.future.add_done_callback(partial(_hand_over, future))
+        if not step.future.done():
+            self._waits.put(step)
+
+
+def _settle(step: PendingStep) -> None:
+    with contextlib.suppress(Exception):  # the step's future has it
+        step.result()
+
+
+def _hand_over(future: Future[StepResult], done: Future[StepResult]) -> None:
+    error = done.exception()
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(done.result())
 
 
 def check_result(plan: StepPlan, result: StepResult, vocab_size: int) -> None:

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 import msgspec
 import pytest
 
 from pawl_server.engine.executor import BadResultError, InProcessExecutor, check_result
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult, TokenLogprobs
+from pawl_workers.row_masks import MaskSource
 from tests.fakes.engine_worker import POISON, FakeEngineWorker
 
 PLAN = StepPlan(3, 1, [], [], [], rows=[4, 5], num_tokens=[1, 1])
@@ -66,4 +70,94 @@ async def test_what_a_worker_raises_comes_out_and_reset_makes_it_usable() -> Non
         await executor.run(_plan(POISON))
     await executor.reset(1)
     assert (await executor.run(_plan(5))).epoch == 1
+    await executor.close()
+
+
+class DeviceStep:
+    """A step that a device has been given; it is there when `arrived` is set."""
+
+    def __init__(self, worker: DeviceWorker, result: StepResult) -> None:
+        self.arrived = threading.Event()
+        self.future: Future[StepResult] = Future()
+        self._worker, self._result = worker, result
+
+    def wait(self) -> None:
+        assert self.arrived.wait(30)
+
+    def result(self) -> StepResult:
+        self.wait()
+        if not self.future.done():
+            self._worker.settled.append((self._result.step, threading.current_thread().name))
+            if self._result.epoch == 9:
+                self.future.set_exception(RuntimeError("planted loss"))
+            else:
+                self.future.set_result(self._result)
+        return self.future.result()
+
+
+class DeviceWorker(FakeEngineWorker):
+    """Launches at once; a plan with copies needs the step before it first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[DeviceStep] = []
+        self.launched: SimpleQueue[int] = SimpleQueue()
+        self.settled: list[tuple[int, str]] = []
+
+    def launch(self, plan: StepPlan, masks: MaskSource | None = None) -> DeviceStep:
+        if plan.copies:
+            self.steps[-1].result()
+        self.steps.append(DeviceStep(self, StepResult(plan.step, plan.epoch, [], [], [], [], [], 0.0, 0.0, 0.0)))
+        self.launched.put(plan.step)
+        return self.steps[-1]
+
+
+def _empty(step: int, epoch: int = 1, copies: Sequence[tuple[int, int]] = ()) -> StepPlan:
+    return StepPlan(step, epoch, [], [], [], [], [], copies=[*copies])
+
+
+async def test_a_plan_is_launched_while_the_step_before_it_runs() -> None:
+    executor = InProcessExecutor()
+    worker = await executor.load(DeviceWorker)
+    assert isinstance(worker, DeviceWorker)
+    first, second = (asyncio.create_task(executor.run(_empty(step))) for step in (1, 2))
+    assert [await asyncio.to_thread(worker.launched.get, timeout=30) for _ in range(2)] == [1, 2]
+    assert not first.done()
+    worker.steps[0].arrived.set()
+    assert (await first).step == 1
+    assert not second.done()
+    worker.steps[1].arrived.set()
+    assert (await second).step == 2
+    assert worker.settled == [(1, "pawl-worker"), (2, "pawl-worker")]
+    await executor.close()
+
+
+async def test_a_launch_that_needs_the_step_before_it_hands_that_over() -> None:
+    """The result of step 1 comes out as soon as it is settled, and not when step 2 ends."""
+    executor = InProcessExecutor()
+    worker = await executor.load(DeviceWorker)
+    assert isinstance(worker, DeviceWorker)
+    first = asyncio.create_task(executor.run(_empty(1)))
+    await asyncio.to_thread(worker.launched.get, timeout=30)
+    second = asyncio.create_task(executor.run(_empty(2, copies=[(1, 2)])))
+    worker.steps[0].arrived.set()
+    assert (await first).step == 1
+    await asyncio.to_thread(worker.launched.get, timeout=30)
+    assert not second.done()
+    worker.steps[1].arrived.set()
+    assert (await second).step == 2
+    await executor.close()
+
+
+async def test_what_a_device_loses_comes_out_and_the_thread_lives_on() -> None:
+    executor = InProcessExecutor()
+    worker = await executor.load(DeviceWorker)
+    assert isinstance(worker, DeviceWorker)
+    lost = asyncio.create_task(executor.run(_empty(1, epoch=9)))
+    await asyncio.to_thread(worker.launched.get, timeout=30)
+    worker.steps[0].arrived.set()
+    with pytest.raises(RuntimeError, match="planted loss"):
+        await lost
+    await executor.reset(2)
+    assert worker.reset_epochs == [2]
     await executor.close()
