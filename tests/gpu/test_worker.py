@@ -101,13 +101,16 @@ def test_two_steps_in_flight_do_not_wait_for_the_device(folder: Path, synchronis
     """Chunks, then decodes through graphs: tokens equal those of one step at a time, and no launch synchronises."""
     worker = Worker.load(_options(folder))
     assert worker.facts.max_in_flight == 2
-    specs = [SamplingSpec(temperature=0.0), SamplingSpec(temperature=0.8, top_k=40, top_p=0.9, seed=3)]
+    specs = [
+        SamplingSpec(temperature=0.0), SamplingSpec(temperature=0.8, top_k=40, top_p=0.9, seed=3, logprobs=3),
+        SamplingSpec(seed=5, logit_bias={7: 4.0}, min_output_tokens=9, suppressed_ids=(3,)),
+    ]  # fmt: skip
     found = []
     for epoch, depth in enumerate((1, 2, 2), start=1):  # the first time, graphs are captured
         worker.reset(epoch)
         news = [NewSequence(row, [1, 2, 3 + row], 3, 0, [1 + row], spec) for row, spec in enumerate(specs)]
-        plans = [StepPlan(1, epoch, [], news, [], [0, 1], [3, 2])]
-        plans += [StepPlan(step, epoch, [], [], [], [1, 0], [1, 1]) for step in range(2, 60)]
+        plans = [StepPlan(1, epoch, [], news, [], [0, 1, 2], [3, 2, 3])]
+        plans += [StepPlan(step, epoch, [], [], [], [1, 2, 0], [1, 1, 1]) for step in range(2, 60)]
         torch.cuda.set_sync_debug_mode("error" if epoch == 3 else "default")
         in_flight, results = [], []
         for plan in plans:
@@ -115,10 +118,10 @@ def test_two_steps_in_flight_do_not_wait_for_the_device(folder: Path, synchronis
             if len(in_flight) == depth:
                 results.append(in_flight.pop(0).result())
         results += [step.result() for step in in_flight]
-        found.append([(result.rows, result.token_ids) for result in results])
+        found.append([(result.rows, result.token_ids, result.logprobs) for result in results])
     torch.cuda.set_sync_debug_mode("default")
     assert found[0] == found[1] == found[2]
-    assert len(found[0][-1][0]) == 2
+    assert len(found[0][-1][0]) == 3
 
 
 @pytest.mark.parametrize("part", ["linears", "requests"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -234,10 +234,10 @@ def _insert_of_the_step_before(sampler: QueueingCpuSampler, token_ids: Tensor, c
     _insert(sampler, token_ids, earlier if len(earlier) >= len(chosen) else chosen)
 
 
-def _send_to_one_buffer(arrival: Arrival, chosen: Tensor, finite: Tensor | None) -> None:
+def _send_to_one_buffer(arrival: Arrival, tensors: Sequence[Tensor]) -> None:
     """The ids of a step lie where the step after it puts its own."""
-    arrival._ids = _ONE_BUFFER
-    _send(arrival, chosen, finite)
+    arrival._buffers[:1] = [_ONE_BUFFER]
+    _send(arrival, tensors)
 
 
 _ONE_BUFFER = torch.empty(64, dtype=torch.int32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,9 +25,10 @@ from torch import Tensor
 from pawl_workers.batch import Batch, IntArray
 from pawl_workers.errors import WorkerError
 from pawl_workers.kv_cache import KvCache
-from pawl_workers.plan import RowFailure, StepPlan, StepResult
+from pawl_workers.plan import RowFailure, StepPlan, StepResult, TokenLogprobs
 from pawl_workers.rows import RowTable
 from pawl_workers.sampling.batch import QueueingSampler, SamplingBatch
+from pawl_workers.sampling.logprobs import TokenScores
 from pawl_workers.stages.sample import MESSAGES
 
 __all__ = ["FAILED_EARLIER", "MAX_IN_FLIGHT", "Arrival", "DoneStep", "PendingStep", "Pipeline", "QueuedStep"]
@@ -73,37 +74,34 @@ class DoneStep:
 
 
 class Arrival:
-    """A step's ids and flags on their way to the host, into memory that is used again two steps later."""
+    """What a step gave on its way to the host, into memory that is used again two steps later."""
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
-        self._ids = torch.empty(0, dtype=torch.int32, pin_memory=self._pinned)
-        self._flags = torch.empty(0, dtype=torch.bool, pin_memory=self._pinned)
+        self._buffers: list[Tensor] = []
+        self._sent: list[Tensor] = []
         self._event = torch.cuda.Event() if self._pinned else None  # type: ignore[no-untyped-call]
-        self._num_ids = self._num_flags = 0
 
-    def send(self, chosen: Tensor, finite: Tensor | None) -> None:
-        """Queue the copies of ids, [S] int32, and of flags, [T] bool, on the current stream."""
-        self._num_ids = chosen.numel()
-        self._num_flags = 0 if finite is None else finite.numel()
-        if self._ids.numel() < self._num_ids:
-            self._ids = torch.empty(self._num_ids, dtype=torch.int32, pin_memory=self._pinned)
-        if self._flags.numel() < self._num_flags:
-            self._flags = torch.empty(self._num_flags, dtype=torch.bool, pin_memory=self._pinned)
-        self._ids[: self._num_ids].copy_(chosen, non_blocking=True)
-        if finite is not None:
-            self._flags[: self._num_flags].copy_(finite, non_blocking=True)
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Queue the copies on the current stream."""
+        self._sent = []
+        for place, tensor in enumerate(tensors):
+            buffer = self._buffers[place] if place < len(self._buffers) else None
+            if buffer is None or buffer.dtype is not tensor.dtype or buffer.numel() < tensor.numel():
+                buffer = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=self._pinned)
+                self._buffers[place : place + 1] = [buffer]
+            self._sent.append(buffer[: tensor.numel()].view(tensor.shape).copy_(tensor, non_blocking=True))
         if self._event is not None:
             self._event.record()
 
     def wait(self) -> None:
-        """Wait for both copies."""
+        """Wait for the copies."""
         if self._event is not None:
             self._event.synchronize()
 
-    def read(self) -> tuple[IntArray, NDArray[np.bool_]]:
-        """Return the ids and the flags, once they are there; no flags means that every token was found finite."""
-        return self._ids[: self._num_ids].numpy().astype(np.int64), self._flags[: self._num_flags].numpy().copy()
+    def read(self) -> list[NDArray[np.generic]]:
+        """Return what was sent, in its order, once it is there; what is read is to be copied."""
+        return [tensor.numpy() for tensor in self._sent]
 
 
 @dataclass(slots=True)
@@ -119,6 +117,9 @@ class QueuedStep:
         written: blocks that the step writes, [N].
         writers: index in `rows` of who writes each of them, [N].
         chosen: the ids on the device, [S] int32.
+        described: samples whose log-probabilities are wanted, [N].
+        alternatives: best tokens to list with each, [N].
+        arrival: brings ids; flags of finite tokens, unless all tokens sample; and the descriptions, if any.
         failures: rows of the plan that had failed before.
         settle: of the pipeline; settles this step and those before it.
         launched_at, prepared_at, arrived_at: seconds of `time.perf_counter`; the last is 0 until it is known.
@@ -133,6 +134,8 @@ class QueuedStep:
     written: IntArray
     writers: IntArray
     chosen: Tensor
+    described: IntArray
+    alternatives: IntArray
     arrival: Arrival
     failures: list[RowFailure]
     settle: Callable[[QueuedStep], None]
@@ -191,10 +194,10 @@ class Pipeline:
             self._settle_oldest()
 
     def can_queue(self, plan: StepPlan, rows: IntArray) -> bool:
-        """Whether a step of these rows gives nothing but one id for each that samples; its plan has been applied."""
+        """Whether a step of these rows gives one token for each that samples, and nothing else; its plan is applied."""
         table = self._table
         scored = (table.prompt_alternatives[rows] >= 0) & (table.num_computed[rows] < table.num_prompt[rows])
-        return not plan.drafts and not scored.any() and not (table.sampling.alternatives[rows] >= 0).any()
+        return not plan.drafts and not scored.any()
 
     def must_wait(self, plan: StepPlan) -> bool:
         """Whether a step needs the host's half of the step in flight first; its plan has been applied."""
@@ -243,11 +246,16 @@ class Pipeline:
         """
         table = self._table
         chosen = self._sampler.queue(scores, sampling)
-        # Where all tokens sample, the choice finds out what is not finite.
-        finite = None if len(sampling) == stream.shape[0] else stream.sum(dim=-1, dtype=torch.float32).isfinite()
+        found = [chosen]
+        if len(sampling) < stream.shape[0]:  # where all tokens sample, the choice finds out what is not finite
+            found.append(stream.sum(dim=-1, dtype=torch.float32).isfinite())
+        alternatives = table.sampling.alternatives[sampling.rows]
+        described = np.flatnonzero(alternatives >= 0)
+        if len(described):
+            found += self._sampler.queue_description(scores, described, chosen, int(alternatives.max()))
         self._turn = (self._turn + 1) % MAX_IN_FLIGHT
         arrival = self._arrivals[self._turn]
-        arrival.send(chosen, finite)
+        arrival.send(found)
         first = table.num_computed[rows] // self._block_size
         count = (table.num_computed[rows] + num_tokens - 1) // self._block_size + 1 - first
         writers = np.repeat(np.arange(len(rows)), count)
@@ -263,6 +271,8 @@ class Pipeline:
             written=table.block_tables[rows[writers], first[writers] + within],
             writers=writers,
             chosen=chosen,
+            described=described,
+            alternatives=alternatives[described],
             arrival=arrival,
             failures=failures,
             settle=self._settle_through,
@@ -293,13 +303,18 @@ class Pipeline:
     def _settle(self, step: QueuedStep) -> StepResult:
         started = time.perf_counter()
         table = self._table
-        token_ids, finite = step.arrival.read()
+        chosen, *found = step.arrival.read()
+        token_ids = chosen.astype(np.int64)
         same = table.generation == step.generations  # else the row has been freed since
         failed = {
             int(step.sampling_rows[i]): MESSAGES[int(token_ids[i])] for i in np.flatnonzero(token_ids < 0).tolist()
         }
-        for row in np.repeat(step.rows, step.num_tokens)[np.flatnonzero(~finite)].tolist():
-            failed[row] = "the hidden state is not finite"
+        if len(token_ids) < step.num_tokens.sum():
+            spoiled = np.flatnonzero(found.pop(0) == 0)
+            failed |= dict.fromkeys(
+                np.repeat(step.rows, step.num_tokens)[spoiled].tolist(), "the hidden state is not finite"
+            )
+        logprobs = _entries(step, token_ids, found) if found else []
         if failed:
             self._clean(step, np.array(list(failed)), same)
         for row in step.rows[same[step.rows] & table.failed[step.rows]].tolist():
@@ -317,7 +332,7 @@ class Pipeline:
             epoch=step.plan.epoch,
             rows=rows.tolist(),
             token_ids=token_ids.tolist(),
-            logprobs=[],
+            logprobs=[logprobs[i] for i in kept.tolist()] if logprobs else [],
             prompt_logprobs=[],
             failures=step.failures + [RowFailure(row, message) for row, message in failed.items()],
             prepare_s=prepare_s,
@@ -332,3 +347,15 @@ class Pipeline:
             blocks += self._table.blocks_of(row).tolist()
         with torch.inference_mode():
             self._cache.make_finite(blocks)
+
+
+def _entries(step: QueuedStep, token_ids: IntArray, found: list[NDArray[np.generic]]) -> list[TokenLogprobs | None]:
+    logprobs, ranks, ids, alternatives = found
+    scores = TokenScores(
+        logprobs.astype(np.float32), ranks.astype(np.int64), ids.astype(np.int64), alternatives.astype(np.float32)
+    )
+    entries: list[TokenLogprobs | None] = [None] * len(token_ids)
+    described = scores.entries(token_ids[step.described], step.alternatives)
+    for sample, entry in zip(step.described.tolist(), described, strict=True):
+        entries[sample] = entry
+    return entries

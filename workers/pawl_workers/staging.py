@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "send"]
 
 _ALIGNMENT = 32  # int32 elements: 128 bytes, a line of a GPU's cache
 
@@ -86,3 +86,9 @@ class Staging:
         if self._pinned:
             self._target[: self._used].copy_(self._sources[self._turn][: self._used], non_blocking=True)
             self._events[self._turn].record()
+
+
+def send(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """Queue the copy of an array to a device, and do not wait for it; on a CPU the tensor is the array's memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -10,12 +10,13 @@ from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import make_llama
 
 SPECS = (
-    SamplingSpec(temperature=0.0), SamplingSpec(seed=4), SamplingSpec(temperature=0.8, top_k=40, top_p=0.9, seed=7)
+    SamplingSpec(temperature=0.0), SamplingSpec(seed=4, logprobs=3),
+    SamplingSpec(temperature=0.8, top_k=40, top_p=0.9, seed=7, presence_penalty=0.5, logit_bias={3: 2.0}),
 )  # fmt: skip
 
 
 def test_two_steps_in_flight_give_what_one_gives(tmp_path: Path) -> None:
-    """The ids of a step become the input of the next without the host: chunks, joins, greedy and drawn."""
+    """The ids of a step become the input of the next without the host: chunks, joins, and every kind of sampling."""
     folder = make_llama(tmp_path, num_hidden_layers=1)
     found = []
     for depth in (1, 2):
@@ -36,6 +37,6 @@ def test_two_steps_in_flight_give_what_one_gives(tmp_path: Path) -> None:
             if len(in_flight) == depth:
                 results.append(in_flight.pop(0).result())
         results += [step.result() for step in in_flight]
-        found.append([(result.rows, result.token_ids) for result in results])
+        found.append([(result.rows, result.token_ids, result.logprobs) for result in results])
     assert found[0] == found[1]
-    assert [len(rows) for rows, _ in found[0]] == [1, 3, 3, 3, 3, 3, 3]
+    assert [len(rows) for rows, *_ in found[0]] == [1, 3, 3, 3, 3, 3, 3]

@@ -12,8 +12,9 @@ from pawl_workers.sampling.batch import NOT_FINITE, NOTHING_LEFT, IntArray, Samp
 from pawl_workers.sampling.logprobs import TokenScores
 from pawl_workers.sampling.noise import uniform
 from pawl_workers.sampling.table import SamplingTable
+from pawl_workers.staging import send
 
-__all__ = ["TorchSampler", "adjust"]
+__all__ = ["TorchSampler", "adjust", "describe_tokens"]
 
 _AT_ONCE = 16
 """Samples whose weights, in float64, are held at a time."""
@@ -60,18 +61,27 @@ class TorchSampler:
 
     def describe(self, scores: Tensor, rows: IntArray, token_ids: IntArray, num_alternatives: IntArray) -> TokenScores:
         """Describe tokens under the softmax of untouched logits; see `Sampler`."""
-        scores = scores[torch.from_numpy(rows).to(scores.device)]
-        index = torch.from_numpy(token_ids).to(scores.device).unsqueeze(1)
-        logprobs = torch.log_softmax(scores, dim=-1)  # a row at a time: no row's bits depend on another
-        ranks = (scores > scores.gather(1, index)).sum(dim=-1) + 1
-        counts = np.clip(num_alternatives, 0, scores.shape[1])
-        best = _best_ids(scores, counts)
-        return TokenScores(
-            logprobs.gather(1, index).squeeze(1).cpu().numpy(),
-            ranks.cpu().numpy(),
-            best.cpu().numpy(),
-            logprobs.gather(1, best).cpu().numpy(),
-        )
+        chosen = send(token_ids, scores.device)
+        found = describe_tokens(scores[send(rows, scores.device)], chosen, int(num_alternatives.max(initial=0)))
+        return TokenScores(*(tensor.cpu().numpy() for tensor in found))
+
+
+def describe_tokens(scores: Tensor, token_ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Describe a token of each row, without waiting for the device.
+
+    Args:
+        scores: logits, [N, V].
+        token_ids: [N] int64.
+        most: best tokens to list.
+
+    Returns:
+        What `TokenScores` holds, on the device of the logits.
+    """
+    index = token_ids.unsqueeze(1)
+    logprobs = torch.log_softmax(scores, dim=-1)  # a row at a time: no row's bits depend on another
+    ranks = (scores > scores.gather(1, index)).sum(dim=-1) + 1
+    best = _best_ids(scores, min(most, scores.shape[1]))
+    return logprobs.gather(1, index).squeeze(1), ranks, best, logprobs.gather(1, best)
 
 
 def adjust(logits: Tensor, samples: IntArray, adjustments: Adjustments, repetition: NDArray[np.float32]) -> None:
@@ -84,12 +94,12 @@ def adjust(logits: Tensor, samples: IntArray, adjustments: Adjustments, repetiti
         at = np.repeat(np.arange(len(samples)), sizes)
         within = np.arange(len(at)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         places = entries.starts[samples][at] + within
-        index = torch.from_numpy(at).to(device), torch.from_numpy(entries.ids[places]).to(device)
-        values = torch.from_numpy(entries.values[places]).to(device)
+        index = send(at, device), send(entries.ids[places], device)
+        values = send(entries.values[places], device)
         if is_bias:
             logits.index_put_(index, values, accumulate=True)
         else:
-            seen, penalty = logits[index], torch.from_numpy(repetition[at]).to(device)
+            seen, penalty = logits[index], send(repetition[at], device)
             logits[index] = torch.where(seen > 0, seen / penalty, seen * penalty) - values
     if adjustments.masks is not None:
         _mask(logits, samples, adjustments.masks)
@@ -104,8 +114,8 @@ def _mask(logits: Tensor, samples: IntArray, masks: TokenMasks) -> None:
     octets = masks.words[of_sample[masked]].astype("<u4", copy=False).view(np.uint8)
     bits = np.unpackbits(octets, axis=1, count=min(octets.shape[1] * 8, logits.shape[1]), bitorder="little")
     allowed[:, : bits.shape[1]] = bits
-    index = torch.from_numpy(masked).to(logits.device)
-    logits[index] = logits[index].masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
+    index = send(masked, logits.device)
+    logits[index] = logits[index].masked_fill(~send(allowed, logits.device), -torch.inf)
 
 
 def _draw(logits: Tensor, best: Tensor, table: SamplingTable, rows: IntArray, noise: NDArray[np.float64]) -> Tensor:
@@ -158,18 +168,13 @@ def _filter(logits: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, min_p
     return weights.masked_fill(~kept | (weights < min_p.unsqueeze(1)), 0.0)
 
 
-def _best_ids(scores: Tensor, counts: IntArray) -> Tensor:
-    """The best tokens of each row, [N, most], by logit and then by id; rows have `counts` of them."""
-    most = int(counts.max(initial=0))
-    best = torch.zeros(scores.shape[0], most, dtype=torch.int64, device=scores.device)
+def _best_ids(scores: Tensor, most: int) -> Tensor:
+    """The best tokens of each row, [N, most], by logit and then by id."""
     if most == 0:
-        return best
-    # topk leaves open which of several equal tokens it takes, so only its threshold is used.
-    found, ids = (scores >= scores.topk(most, dim=-1).values[:, -1:]).nonzero(as_tuple=True)
-    order = scores[found, ids].sort(descending=True, stable=True).indices
-    order = order[found[order].sort(stable=True).indices]
-    found, ids = found[order], ids[order]
-    places = torch.arange(len(found), device=scores.device) - torch.searchsorted(found, found)
-    kept = places < most
-    best[found[kept], places[kept]] = ids[kept]
-    return best
+        return torch.zeros(scores.shape[0], 0, dtype=torch.int64, device=scores.device)
+    # topk leaves open which of several equal tokens it takes: those of the lowest ids are left for it.
+    cut = scores.topk(most, dim=-1).values[:, -1:]
+    above, tied = scores > cut, scores == cut
+    kept = above | (tied & (tied.cumsum(dim=-1) <= most - above.sum(dim=-1, keepdim=True)))
+    best = scores.masked_fill(~kept, -torch.inf).topk(most, dim=-1).indices.sort(dim=-1).values
+    return best.gather(1, scores.gather(1, best).sort(dim=-1, descending=True, stable=True).indices)

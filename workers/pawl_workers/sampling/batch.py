@@ -123,3 +123,19 @@ class QueueingSampler(Sampler, Protocol):
             chosen: [S] int32, as `queue` returns it.
         """
         ...
+
+    def queue_description(
+        self, scores: Tensor, samples: IntArray, chosen: Tensor, most: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queue what `describe` does, for some samples of a choice, and wait for nothing.
+
+        Args:
+            scores: [S, V] float32.
+            samples: [N], of the choice.
+            chosen: [S] int32, as `queue` returns it.
+            most: best tokens to list.
+
+        Returns:
+            The fields of `TokenScores` on the device; undefined where nothing was chosen.
+        """
+        ...

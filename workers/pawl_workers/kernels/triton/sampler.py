@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pawl_workers.kernels.torch_sampler import TorchSampler, adjust
+from pawl_workers.kernels.torch_sampler import TorchSampler, adjust, describe_tokens
 from pawl_workers.kernels.triton.draw import draw
 from pawl_workers.kernels.triton.insert import insert
 from pawl_workers.sampling.adjustments import Adjustments, gather_adjustments
 from pawl_workers.sampling.batch import NOT_FINITE, IntArray, SamplingBatch
 from pawl_workers.sampling.logprobs import TokenScores
 from pawl_workers.sampling.words import WORDS, parameter_words
+from pawl_workers.staging import send
 
 __all__ = ["TritonSampler"]
 
@@ -33,7 +34,7 @@ class TritonSampler:
         words = batch.words
         if words is None:
             columns = parameter_words(batch.table, batch.rows, batch.positions).view(np.int32)
-            words = torch.from_numpy(columns).to(scores.device)
+            words = send(columns, scores.device)
         words = words.view(torch.int64).view(-1, WORDS)
         chosen = draw(scores, words, adjusted=False)
         adjustments = gather_adjustments(batch)
@@ -54,7 +55,7 @@ class TritonSampler:
         samples = np.flatnonzero(adjusted)
         if not len(samples):
             return
-        index = torch.from_numpy(samples).to(scores.device)
+        index = send(samples, scores.device)
         logits = scores[index]
         adjust(logits, samples, adjustments, batch.table.repetition[batch.rows[samples]])
         found = draw(logits, words[index], adjusted=True)
@@ -72,6 +73,13 @@ class TritonSampler:
             chosen = arrived
         found: IntArray = chosen.numpy().astype(np.int64)
         return found
+
+    def queue_description(
+        self, scores: Tensor, samples: IntArray, chosen: Tensor, most: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Describe chosen tokens, and leave that on the device; see `QueueingSampler`."""
+        index = send(samples, scores.device)
+        return describe_tokens(scores[index], chosen[index].clamp(min=0).long(), most)
 
     def describe(self, scores: Tensor, rows: IntArray, token_ids: IntArray, num_alternatives: IntArray) -> TokenScores:
         """Describe tokens under the softmax of untouched logits; see `Sampler`."""
