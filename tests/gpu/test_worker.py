@@ -80,8 +80,8 @@ def test_swapped_and_forked_blocks_hold_what_they_held(folder: Path, kernels: st
 
     alone = run(1, new(0, prompt, [1, 2, 3]))
     run(2, new(0, [9] * length, [1, 2, 4]), [0], swap_out=[(1, 3), (2, 0)])
-    assert run(3, new(0, prompt, [7, 8, 9], 2 * size), [0], swap_in=[(3, 7), (0, 8)]) == alone
-    assert run(4, new(1, prompt, [7, 8, 11], length - 3), copies=[(9, 11)]) == alone
+    assert run(3, new(0, prompt, [7, 8, 9], 2 * size), [0], swap_in=[(3, 7), (0, 8)], copies=[(9, 11)]) == alone
+    assert run(4, new(1, prompt, [7, 8, 11], length - 3)) == alone
 
 
 def test_a_decode_step_does_not_wait_for_the_device(folder: Path, synchronising_is_an_error: None) -> None:

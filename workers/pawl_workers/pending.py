@@ -197,13 +197,14 @@ class Pipeline:
         """Whether a step of these rows gives one token for each that samples, and nothing else; its plan is applied."""
         table = self._table
         scored = (table.prompt_alternatives[rows] >= 0) & (table.num_computed[rows] < table.num_prompt[rows])
-        return not plan.drafts and not scored.any()
+        # What is copied must be finite, which is known when the step has come back.
+        return not plan.copies and not plan.drafts and not scored.any()
 
     def must_wait(self, plan: StepPlan) -> bool:
         """Whether a step needs the host's half of the step in flight first; its plan has been applied."""
         if not self._in_flight:
             return False
-        if plan.copies or plan.swap_out or plan.swap_in:
+        if plan.swap_out or plan.swap_in:
             return True
         table = self._table
         for row in table.sampling.seen.keys() & set(plan.rows):  # penalties count tokens on the host

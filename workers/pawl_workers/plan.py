@@ -72,10 +72,11 @@ class NewSequence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One step. The worker applies it in this order: free, add, append blocks, swap out, swap in, copy, run.
+    """One step. The worker applies it in this order: free, add, append blocks, swap out, swap in, run, copy.
 
     `rows[i]` computes its next `num_tokens[i]` tokens. Rows are distinct; every grant is at least 1. The grant of a row
-    with drafts ends with the last of them. At most max(max_running, LEAST_SAMPLES) positions are sampled.
+    with drafts ends with the last of them. At most max(max_running, LEAST_SAMPLES) positions are sampled. A sequence may
+    be added without being computed: one that is forked from a row of this step begins in a later one.
     No block is written twice by the moves of one plan, and no copy reads what another copy writes.
     """
 
@@ -86,7 +87,7 @@ class StepPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     append_blocks: list[tuple[int, list[int]]]  # (row, block ids), for rows already known
     rows: list[int]
     num_tokens: list[int]
-    copies: list[tuple[int, int]] = []  # (source, destination): partial blocks of forked sequences
+    copies: list[tuple[int, int]] = []  # (source, destination), after the run: partial blocks of forked sequences
     swap_out: list[tuple[int, int]] = []  # (block, host block): cached blocks that are about to be overwritten
     swap_in: list[tuple[int, int]] = []  # (host block, block)
     drafts: list[tuple[int, list[int]]] = []  # (row, token ids): guesses of the tokens after the last one known

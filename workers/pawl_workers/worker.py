@@ -220,6 +220,7 @@ class Worker:
         failures = [RowFailure(row, FAILED_EARLIER) for row in rows[~alive].tolist()]
         rows, num_tokens = rows[alive], num_tokens[alive]
         if len(rows) == 0:
+            self._copy(plan)
             seconds = time.perf_counter() - started
             return DoneStep(StepResult(plan.step, plan.epoch, [], [], [], [], failures, seconds, 0.0, 0.0))
         num_drafts = _num_drafts(plan, rows) if plan.drafts else None
@@ -237,6 +238,7 @@ class Worker:
             output = finish(stream, scores, batch, self._weights)
             forward_s = time.perf_counter() - prepared - output.sampled.sample_s
             failed = self._find_failures(output, rows, num_tokens, batch.sampling)
+        self._copy(plan)
         self._table.num_computed[rows] += num_tokens
         unsure = {row for row, _ in plan.drafts if row in failed}  # the drafts may have done it
         for row in failed.keys() - unsure:
@@ -261,10 +263,15 @@ class Worker:
         return self._graphs.rows_of(num_tokens, int(samples.sum()))
 
     def _move(self, plan: StepPlan) -> None:
-        if plan.swap_out or plan.swap_in or plan.copies:
+        if plan.swap_out or plan.swap_in:
             with torch.inference_mode():
                 self._host.swap_out(plan.swap_out)
                 self._host.swap_in(plan.swap_in)
+
+    def _copy(self, plan: StepPlan) -> None:
+        """Forked sequences get what the step wrote; where it is not finite, it has been made so by now."""
+        if plan.copies:
+            with torch.inference_mode():
                 self._cache.copy_blocks(plan.copies)
 
     def _find_failures(

@@ -141,8 +141,8 @@ def test_more_host_blocks_than_memory_are_refused(llama_folder: Path) -> None:
         Worker.load(WorkerOptions(str(llama_folder), max_running=1, num_blocks=4, host_kv_bytes=1 << 50))
 
 
-def test_a_plan_moves_blocks_before_it_computes(fresh: Worker) -> None:
-    """A prefix of two blocks is swapped out, its blocks given to others, then swapped in and forked."""
+def test_a_plan_swaps_before_it_computes_and_copies_after(fresh: Worker) -> None:
+    """A prefix of two blocks is swapped out, its blocks given to others; then it is swapped in, computed and forked."""
     prompt = [7, 200, 31, 8] * 20
     sequences = {
         "alone": sequence(token_ids=prompt, num_prompt_tokens=80, block_ids=[1, 2, 3]),
@@ -152,10 +152,10 @@ def test_a_plan_moves_blocks_before_it_computes(fresh: Worker) -> None:
     }
     alone = fresh.execute(plan(new=[sequences["alone"]], num_tokens=[80])).token_ids
     fresh.execute(plan(step=2, freed_rows=[0], new=[sequences["other"]], num_tokens=[80], swap_out=[(1, 3), (2, 0)]))
-    restored = fresh.execute(
-        plan(step=3, freed_rows=[0], new=[sequences["restored"]], num_tokens=[16], swap_in=[(3, 7), (0, 8)])
-    )
-    forked = fresh.execute(plan(step=4, new=[sequences["forked"]], rows=[1], num_tokens=[8], copies=[(9, 11)]))
+    new, moves = [sequences["restored"], sequences["forked"]], {"swap_in": [(3, 7), (0, 8)], "copies": [(9, 11)]}
+    restored = fresh.execute(plan(step=3, freed_rows=[0], new=new, num_tokens=[16], **moves))
+    assert restored.rows == [0]
+    forked = fresh.execute(plan(step=4, new=[], rows=[1], num_tokens=[8]))
     assert restored.token_ids == forked.token_ids == alone
 
 
