@@ -62,7 +62,7 @@ OUTCOMES = (
     "rejected",
     "error",
 )
-WAIT_REASONS = ("blocks", "slots", "priority", "fairness", "grammar", "reservation")
+WAIT_REASONS = ("blocks", "slots", "priority", "fairness", "grammar", "reservation", "prompt")
 PHASES = ("queue", "prefill", "decode", "stalled", "total")
 STEP_PHASES = ("schedule", "prepare", "forward", "sample", "postprocess", "idle")
 STEP_KINDS = ("prefill", "decode", "mixed")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import replace
 from typing import cast
+
+import msgspec
 
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import Committed, commit, launch, void
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_server.scheduler.planner import Plan, plan_step
-from pawl_server.scheduler.sequence import Ended, SequenceRequest
+from pawl_server.scheduler.sequence import Ended, SequenceRequest, Sibling
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import PromptLogprobs, SamplingSpec, StepResult
 from tests.fakes.shadow_worker import ShadowWorker, isolated_output
@@ -48,6 +51,7 @@ class Bench:
         bypass: bool = False,
         priority: int = 0,
         prompt_logprobs: int = -1,
+        num_samples: int = 1,
     ) -> SequenceRequest:
         handle = len(self.requests)
         return SequenceRequest(
@@ -61,13 +65,18 @@ class Bench:
             bypass_prefix_cache=bypass,
             priority=priority,
             prompt_logprobs=prompt_logprobs,
+            siblings=[Sibling(handle + index, tenant + 256 * index) for index in range(1, num_samples)],
         )
 
     def submit(self, request: SequenceRequest) -> bool:
         refused = self.state.submit(request, self.now) is not None
         if not refused:
-            self.requests[cast("int", request.handle)] = request
-            self.output[cast("int", request.handle)] = []
+            seeds = [request.sampling.seed, *(sibling.seed for sibling in request.siblings)]
+            for handle, seed in zip(cast("tuple[int, ...]", request.handles), seeds, strict=True):
+                sampling = msgspec.structs.replace(request.sampling, seed=seed)
+                scored = request.prompt_logprobs if handle == request.handle else -1
+                self.requests[handle] = replace(request, handle=handle, sampling=sampling, prompt_logprobs=scored)
+                self.output[handle] = []
         return not refused
 
     def step(self) -> bool:
@@ -89,6 +98,7 @@ class Bench:
         if plan.victims:
             best = min(self.state.running.values(), key=lambda s: (-s.level, s.order))
             assert best not in [victim.sequence for victim in plan.victims], "the oldest of the top class lost its KV"
+        self.check_groups(plan)
         wire = plan.wire()
         launch(self.state, plan)
         check_invariants(self.state)
@@ -97,6 +107,15 @@ class Bench:
         members = [cast("int", request.handle) for request in plan.members(self.state.slots)]
         self.owners.append(dict(zip(wire.rows, members, strict=True)))
         return True
+
+    def check_groups(self, plan: Plan) -> None:
+        """All samples of a request start together, or none does."""
+        for admission in plan.admissions:
+            assert len(admission.kept_rows) == len(admission.kept_blocks) == len(admission.sequence.followers)
+        forked = {fork.leader.order: fork.leader for fork in plan.forks}
+        for leader in forked.values():
+            started = [fork.sequence for fork in plan.forks if fork.leader is leader]
+            assert started == list(leader.followers)
 
     def commit(self) -> Committed:
         """Settle the oldest step: every token sampled for a sequence that lives is delivered."""
@@ -178,9 +197,11 @@ def random_request(bench: Bench, draw: random.Random) -> SequenceRequest:
     kind = draw.random()
     max_output = 0 if kind < 0.1 else -1 if kind < 0.2 else draw.randint(1, 20)
     scored = 0 if kind < 0.15 else -1
+    samples = draw.randint(2, 5) if kind >= 0.1 and draw.random() < 0.3 else 1
     return bench.request(
         prompt, max_output, draw.randint(0, 1), prompt_logprobs=scored, priority=draw.choice([0, 0, 1]),
         eos=draw.random() < 0.5, bypass=draw.random() < 0.1,
+        num_samples=samples,
     )  # fmt: skip
 
 

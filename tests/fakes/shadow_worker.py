@@ -2,7 +2,7 @@
 
 The next token is a function of the whole prefix, so a wrong block, a block shared across tenants, a stale cache
 entry or a lost write shows as an assertion or as another token than the isolated run gives. The namespace of a
-sequence travels in `sampling.seed`.
+sequence travels in the lowest byte of `sampling.seed`; samples of one prompt differ in the bits above it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ def _extend(digest: bytes, token_id: int) -> bytes:
 _SPOILED = b"spoiled"
 
 
-def _root(namespace: int) -> bytes:
-    return b"root" + namespace.to_bytes(8, "little")
+def _root(seed: int) -> bytes:
+    return b"root" + (seed % 256).to_bytes(8, "little")
+
+
+def _draw(digest: bytes, seed: int, vocab_size: int) -> int:
+    """The token after a prefix: another one for each sample."""
+    drawn = _extend(digest, seed // 256) if seed >= 256 else digest
+    return int.from_bytes(drawn, "little") % vocab_size
 
 
 class _Row:
@@ -98,9 +104,11 @@ class ShadowWorker:
                     row.failed = True
                     failures.append(RowFailure(number, "no token is left"))
                     continue
-                token_id = choices[int.from_bytes(digest, "little") % len(choices)]
+                token_id = choices[_draw(digest, row.new.sampling.seed, len(choices))]
                 row.tokens.append(token_id)
                 sampled.append((number, token_id))
+        for source, destination in plan.copies:
+            self._fill(destination, [self.slots.get((source, offset)) for offset in range(self.block_size)])
         rows, token_ids = [number for number, _ in sampled], [token_id for _, token_id in sampled]
         return StepResult(plan.step, plan.epoch, rows, token_ids, [], prompt_logprobs, failures, 0.0, 0.0, 0.0)
 
@@ -108,13 +116,11 @@ class ShadowWorker:
         return row.blocks[position // self.block_size], position % self.block_size
 
     def _move(self, plan: StepPlan) -> None:
-        """Swap out, swap in, copy: whole blocks, with whatever stands in them."""
+        """Swap out, swap in: whole blocks, with whatever stands in them."""
         for block, host in plan.swap_out:
             self.host[host] = [self.slots.get((block, offset)) for offset in range(self.block_size)]
         for host, block in plan.swap_in:
             self._fill(block, self.host[host])
-        for source, destination in plan.copies:
-            self._fill(destination, [self.slots.get((source, offset)) for offset in range(self.block_size)])
 
     def _fill(self, block: int, contents: list[bytes | None]) -> None:
         for offset, digest in enumerate(contents):
@@ -174,13 +180,13 @@ def _allowed(masks: MaskSource | None) -> Mapping[int, Sequence[int]]:
     return {row: np.flatnonzero(bits[i]).tolist() for i, row in enumerate(found.rows)}
 
 
-def isolated_output(prompt: Sequence[int], namespace: int, num_tokens: int, vocab_size: int = 32) -> list[int]:
+def isolated_output(prompt: Sequence[int], seed: int, num_tokens: int, vocab_size: int = 32) -> list[int]:
     """What a sequence alone generates: the oracle."""
-    digest = _root(namespace)
+    digest = _root(seed)
     for token_id in prompt:
         digest = _extend(digest, token_id)
     output: list[int] = []
     for _ in range(num_tokens):
-        output.append(int.from_bytes(digest, "little") % vocab_size)
+        output.append(_draw(digest, seed, vocab_size))
         digest = _extend(digest, output[-1])
     return output

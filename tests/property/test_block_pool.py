@@ -191,23 +191,21 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(s.in_flight is None for s in self.going))
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        """Full blocks are shared, a partial one is copied; without room nothing changes."""
+        """Full blocks are shared, a partial one is copied into the block that the new sequence has of its own."""
         parent = data.draw(st.sampled_from([s for s in self.going if s.in_flight is None]))
         num_tokens = data.draw(st.integers(1, parent.computed))
         full, rest = divmod(num_tokens, BLOCK_SIZE)
         draft = self.draft_class(self.pool)
         order = self.model.order()
-        table = draft.fork(parent.table, num_tokens, BLOCK_SIZE)
-        if table is None:
-            assert rest
+        own = draft.take(1)
+        if own is None:
             assert not order
             return
-        assert table[:full] == parent.table[:full]
-        assert draft.copies == ([(parent.table[full], table[full])] if rest else [])
+        table = draft.fork(parent.table, num_tokens, BLOCK_SIZE, own[0])
+        assert table == [*parent.table[:full], order[0]]
+        assert draft.copies == ([(parent.table[full], order[0])] if rest else [])
         self.model.share(table[:full])
-        if rest:
-            assert table[full] == order[0]
-            self.model.take(table[full])
+        self.model.take(table[full])
         draft.apply(self.step, self.now)
         child = Sequence(parent.namespace, parent.tokens[:num_tokens], parent.chain, table, num_tokens)
         self.going.append(child)
@@ -300,7 +298,7 @@ def test_misuse_is_an_error_and_changes_nothing() -> None:
     with pytest.raises(PoolError):
         pool.release([1])
     with pytest.raises(PoolError):
-        BlockDraft(pool).fork([1], 1, 1)
+        BlockDraft(pool).fork([1], 1, 1, 2)
     with pytest.raises(PoolError):
         BlockPool(0)
 

@@ -89,8 +89,8 @@ class SharesWhatItTook(BlockDraft):
 class CopiesTheWrongWay(BlockDraft):
     """Copies a forked block over its source."""
 
-    def fork(self, blocks: Sequence[int], num_tokens: int, block_size: int) -> list[int] | None:
-        table = super().fork(blocks, num_tokens, block_size)
+    def fork(self, blocks: Sequence[int], num_tokens: int, block_size: int, own: int) -> list[int]:
+        table = super().fork(blocks, num_tokens, block_size, own)
         self.copies = [(destination, source) for source, destination in self.copies]
         return table
 

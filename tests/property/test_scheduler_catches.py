@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pawl_server.kv.block_pool import PoolError
+from pawl_server.kv.draft import BlockDraft
 from pawl_server.scheduler import committer, planner
 from pawl_server.scheduler.committer import StaleResultError
 from pawl_server.scheduler.fit import Room
@@ -16,6 +17,7 @@ from pawl_server.scheduler.ledger import LedgerEntry
 from pawl_server.scheduler.queues import Cursor
 from pawl_server.scheduler.sequence import SequenceState
 from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
+from pawl_server.scheduler.state import SchedulerState
 from tests.fakes.scheduler_bench import Bench, make_limits, random_request
 
 NUM_TRACES = 60
@@ -81,6 +83,24 @@ def _keep_what_was_lifted(*_: object) -> None:
     """What a pass over the queue lifted out of it is not put back."""
 
 
+def _no_copy(draft: BlockDraft, blocks: list[int], num_tokens: int, block_size: int, own: int) -> list[int]:
+    """A forked sequence finds nothing in its partial block."""
+    full = num_tokens // block_size
+    draft.share(blocks[:full])
+    return [*blocks[:full], own]
+
+
+def _share_all(draft: BlockDraft, blocks: list[int], num_tokens: int, block_size: int, own: int) -> list[int]:
+    """A forked sequence writes into the block of another; its own is lost."""
+    draft.share(blocks[: num_tokens // block_size + 1])
+    return [*blocks[: num_tokens // block_size], blocks[num_tokens // block_size] if own else own]
+
+
+def _keep_rows(state: SchedulerState, leader: SequenceState) -> None:
+    """What is kept for parked sequences is lost with their leader."""
+    del state, leader
+
+
 def _keep_nothing(sequence: SequenceState, now: float) -> None:
     """A sequence that loses its KV does not say that it waits."""
     del now
@@ -97,6 +117,9 @@ def _keep_nothing(sequence: SequenceState, now: float) -> None:
         (planner, "_max_hits", _all_hits),
         (Cursor, "__exit__", _keep_what_was_lifted),
         (SequenceState, "lose_kv", _keep_nothing),
+        (BlockDraft, "fork", _no_copy),
+        (BlockDraft, "fork", _share_all),
+        (SchedulerState, "_give_up_kept", _keep_rows),
     ],
 )
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, where: object, name: str, bug: object) -> None:

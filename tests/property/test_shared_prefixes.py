@@ -13,8 +13,9 @@ from pawl_server.kv.block_hash import HashChain
 from pawl_server.kv.block_pool import BlockPool
 from pawl_server.kv.draft import BlockDraft
 from pawl_server.scheduler import committer
+from pawl_server.scheduler.groups import Fork
 from pawl_server.scheduler.invariants import InvariantError, check_invariants
-from pawl_server.scheduler.sequence import EndReason
+from pawl_server.scheduler.sequence import EndReason, SequenceState
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import StepPlan
 from tests.fakes.scheduler_bench import Bench, limits, make_limits, random_request
@@ -83,6 +84,21 @@ def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, where: object, 
     monkeypatch.setattr(where, name, lambda *_: [])
     with pytest.raises((AssertionError, InvariantError)):
         run_many_with_failures()
+
+
+def test_forks_that_are_not_told_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that began with a prompt whose row failed go on as if it were right."""
+    monkeypatch.setattr(committer, "_fork", _fork_and_forget)
+    with pytest.raises(AssertionError):
+        run_many_with_failures()
+
+
+_FORK = committer._fork
+
+
+def _fork_and_forget(state: SchedulerState, fork: Fork) -> SequenceState:
+    _FORK(state, fork)
+    return fork.leader
 
 
 def run_many_with_failures() -> None:

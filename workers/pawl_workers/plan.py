@@ -75,8 +75,8 @@ class StepPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One step. The worker applies it in this order: free, add, append blocks, swap out, swap in, run, copy.
 
     `rows[i]` computes its next `num_tokens[i]` tokens. Rows are distinct; every grant is at least 1. The grant of a row
-    with drafts ends with the last of them. At most max(max_running, LEAST_SAMPLES) positions are sampled. A sequence may
-    be added without being computed: one that is forked from a row of this step begins in a later one.
+    with drafts ends with the last of them. At most max(max_running, LEAST_SAMPLES) positions are sampled. A sequence
+    may be added without being computed: one that is forked from a row of this step begins in a later one.
     No block is written twice by the moves of one plan, and no copy reads what another copy writes.
     """
 

@@ -91,6 +91,12 @@ class HashChain:
             parent = hashlib.sha256(_BEFORE_PARENT + parent + self._before_tokens + tokens.tobytes()).digest()
             names.append(parent)
 
+    def fork(self, num_blocks: int) -> HashChain:
+        """The chain of another sequence that begins with the same blocks."""
+        chain = HashChain(self.root, self.block_size, self.owner)
+        chain.names = self.names[:num_blocks]
+        return chain
+
     def parent(self, index: int) -> bytes:
         """Name of the prefix before a block."""
         return self.names[index - 1] if index else self.root

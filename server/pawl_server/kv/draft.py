@@ -22,7 +22,7 @@ class BlockDraft:
     """Blocks that a step would release, share, take and copy. Valid until the pool changes.
 
     Attributes:
-        copies: (source, destination) of blocks that the worker must copy before it computes the step.
+        copies: (source, destination) of blocks that the worker must copy after it has computed the step.
     """
 
     __slots__ = (
@@ -166,32 +166,31 @@ class BlockDraft:
                 else:
                     self._freed.append(block)
 
-    def fork(self, blocks: Sequence[int], num_tokens: int, block_size: int) -> list[int] | None:
+    def fork(self, blocks: Sequence[int], num_tokens: int, block_size: int, own: int) -> list[int]:
         """The blocks of a new sequence that begins with the first `num_tokens` tokens of another.
 
-        Full blocks are shared, a partial one is copied by the worker before it computes the step (copy on write).
-        The tokens must be computed by earlier steps, and their holder must keep its blocks in this one.
+        Full blocks are shared, a partial one is copied by the worker after it has computed the step (copy on write).
+        The tokens must be computed by this step or earlier ones; what becomes of their holder does not matter.
 
         Args:
             blocks: of the other sequence, in its order.
             num_tokens: that both have in common.
             block_size: tokens of a block.
+            own: a block that the new sequence holds already, for what follows the full ones.
 
         Returns:
-            The new table; None, and nothing changes, when there is no block for the copy.
+            The new table.
 
         Raises:
             PoolError: nobody holds one of the blocks.
         """
         num_full, rest = divmod(num_tokens, block_size)
-        if not all(self._count(block) for block in blocks[: num_full + bool(rest)]):
-            raise PoolError("a sequence is forked from blocks that nobody holds")
-        copy = self.take(1 if rest else 0)
-        if copy is None:
-            return None
+        if not all(self._count(block) for block in (*blocks[: num_full + bool(rest)], own)):
+            raise PoolError("a sequence is forked from or into blocks that nobody holds")
         self.share(blocks[:num_full])
-        self.copies += zip(blocks[num_full:], copy, strict=False)
-        return [*blocks[:num_full], *copy]
+        if rest:
+            self.copies.append((blocks[num_full], own))
+        return [*blocks[:num_full], own]
 
     def announce(self, chain: HashChain, begin: int, blocks: Sequence[int], producer: int = 0) -> None:
         """Say that the step fills blocks of a sequence, from its block `begin` on.
@@ -213,7 +212,7 @@ class BlockDraft:
             pool.release(blocks)
         if self._hits or self._taken:
             # A block that this draft both takes and shares is referenced by the taker first.
-            taken = set(self._taken) if self._pending else set()
+            taken = set(self._taken) if self._hits else set()
             pool.acquire([block for block in self._hits if block not in taken])
             pool.take(self._taken)
             pool.acquire([block for block in self._hits if block in taken])

@@ -102,7 +102,24 @@ def refuse(request: SequenceRequest, limits: SchedulerLimits, num_waiting: int) 
         bound = min(limits.max_context, limits.pool_tokens + 1) - num_prompt
         message = f"max_output_tokens = {outputs}, at most {bound} fit after {num_prompt} prompt tokens"
         return Refusal("invalid_request", "NEVER_FITS", "stop.max_output_tokens", message, numbers)
-    if num_waiting >= limits.max_waiting:
+    if request.siblings and (refusal := _refuse_group(request, limits, numbers)) is not None:
+        return refusal
+    if num_waiting + len(request.handles) > limits.max_waiting:
         message = f"{num_waiting} sequences wait already, at most {limits.max_waiting} may: try again later"
         return Refusal("overloaded", "QUEUE_FULL", "", message, {"max_waiting": str(limits.max_waiting)})
+    return None
+
+
+def _refuse_group(request: SequenceRequest, limits: SchedulerLimits, numbers: dict[str, str]) -> Refusal | None:
+    """All samples start together: there must be as many rows, and a block for each beside the prompt's."""
+    number, field = len(request.handles), "sampling.sample_count"
+    if number > limits.max_running:
+        message = f"{number} samples start together, at most {limits.max_running} sequences run at once: ask for fewer"
+        return Refusal("invalid_request", "NEVER_FITS", field, message, {"max_running": str(limits.max_running)})
+    room = limits.num_blocks - blocks_for(len(request.prompt_ids) + len(request.resume_ids), limits.block_size) + 1
+    if number > room:
+        message = (
+            f"{number} samples, at most {room} fit beside a prompt of {len(request.prompt_ids)} tokens: ask for fewer"
+        )
+        return Refusal("invalid_request", "NEVER_FITS", field, message, numbers)
     return None

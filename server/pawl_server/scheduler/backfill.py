@@ -125,6 +125,8 @@ class Backfill:
 
     def _harmless(self, candidate: Candidate, reservations: Sequence[_Reservation], *, alone: bool) -> bool:
         """Whether everybody for whom blocks are kept starts as early with the candidate as without."""
+        if candidate.sequence.followers:
+            return False  # they end at different times, and none before the last of them has begun
         whole = candidate.chunk == candidate.want
         if not whole and not alone:
             return False  # its prompt could slow down that of one who runs

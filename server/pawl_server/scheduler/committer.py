@@ -8,6 +8,7 @@ from itertools import compress
 
 import numpy as np
 
+from pawl_server.scheduler.groups import Fork
 from pawl_server.scheduler.ledger import LedgerEntry
 from pawl_server.scheduler.planner import Admission, Plan, Victim
 from pawl_server.scheduler.sequence import Ended, EndReason, Preemption, SequenceState, Status
@@ -60,6 +61,7 @@ def launch(state: SchedulerState, plan: Plan) -> None:
         slots.capacity[row] += len(blocks) * slots.block_size
     for admission in plan.admissions:
         _admit(state, admission, plan.now)
+    forks = [(fork.leader.row, _fork(state, fork)) for fork in plan.forks]
     rows, num_tokens = plan.rows, plan.grants
     if plan.admissions:
         rows = np.concatenate([rows, np.array([a.row for a in plan.admissions], dtype=np.int64)])
@@ -69,7 +71,8 @@ def launch(state: SchedulerState, plan: Plan) -> None:
     num_samples = ((planned == expected) & slots.samples[rows]).astype(np.int64)
     slots.planned[rows] = planned
     slots.expected[rows] = expected + num_samples
-    state.ledger.append(LedgerEntry(plan.step, plan.epoch, rows, slots.generation[rows], num_tokens, num_samples))
+    generations = slots.generation[rows]
+    state.ledger.append(LedgerEntry(plan.step, plan.epoch, rows, generations, num_tokens, num_samples, forks))
 
 
 def _preempt(state: SchedulerState, plan: Plan, victim: Victim) -> None:
@@ -99,6 +102,30 @@ def _admit(state: SchedulerState, admission: Admission, now: float) -> None:
         sequence.first_granted_at = now
     state.accounts.charge(sequence.tenant, admission.cost)
     sequence.charged = True
+    group = sequence.group
+    if group is not None and sequence.followers:
+        group.rows, group.blocks = admission.kept_rows, admission.kept_blocks
+        state.leaders[sequence.order] = sequence
+
+
+def _fork(state: SchedulerState, fork: Fork) -> SequenceState:
+    """A parked sequence starts in the row kept for it; what it lacks of the prompt is its last token."""
+    sequence, leader, request, group = fork.sequence, fork.leader, fork.sequence.request, fork.leader.group
+    if group is not None and group.parked:
+        group.parked, group.rows, group.blocks = [], [], []
+        del state.leaders[leader.order]
+    state.num_parked -= 1
+    sequence.status = Status.RUNNING
+    sequence.blocks = fork.blocks
+    sequence.inherit(leader, state.slots.block_size)
+    sequence.first_granted_at = leader.first_granted_at
+    sequence.cached_prompt_tokens = leader.cached_prompt_tokens
+    sequence.recompute_until = sequence.num_prompt
+    stop_ids = request.eos_token_ids | request.stop_token_ids
+    state.slots.enter(fork.row, sequence, sequence.num_prompt - 1, stop_ids)
+    sequence.row = fork.row
+    state.running[sequence.order] = sequence
+    return sequence
 
 
 def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) -> Committed:
@@ -146,13 +173,15 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
 def _retract(state: SchedulerState, committed: Committed, entry: LedgerEntry, row: int, now: float) -> None:
     """A row failed: what it announced does not hold, and whoever relied on it starts again without a trace."""
     broken = set(state.pool.retract(entry.step, row))
+    forked = {sequence.order for parent, sequence in entry.forks if parent == row}
     generation = entry.generations[entry.rows == row]
     for later in state.ledger:
         found = later.generations[later.rows == row]
         if len(found) and (found == generation).all():
             broken.update(state.pool.retract(later.step, row))
-    for sequence in list(state.running.values()) if broken else ():
-        if sequence.row != row and not broken.isdisjoint(sequence.blocks):
+            forked.update(sequence.order for parent, sequence in later.forks if parent == row)
+    for sequence in list(state.running.values()) if broken or forked else ():
+        if sequence.row != row and (sequence.order in forked or not broken.isdisjoint(sequence.blocks)):
             committed.requeued.append(sequence.request.handle)
             state.start_again(sequence, now)
     for unsure in (entry, *state.ledger):  # who lost his KV since may have shared it, too: he samples again
@@ -284,7 +313,7 @@ def _end(
     stop_token_id: int = -1,
 ) -> None:
     committed.ended.append(sequence.ended(reason, now, detail=detail, field=field, stop_token_id=stop_token_id))
-    state.remove(sequence)
+    state.remove(sequence, now)
 
 
 def void(state: SchedulerState, plan: Plan) -> None:

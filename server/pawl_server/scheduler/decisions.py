@@ -29,6 +29,7 @@ class Decision(msgspec.Struct, frozen=True, array_like=True):
     preempted: list[tuple[int, str, int]] = []  # sequence, reason, blocks short
     unfit: list[int] = []  # sequences that did not fit, in the order in which they were considered
     backfilled: list[int] = []  # of those started, who came before somebody for whom blocks are kept
+    forked: list[tuple[int, int, int]] = []  # sequence, row, the sequence whose prompt it takes over
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -54,7 +55,9 @@ class DecisionRing:
 
     def note(self, plan: Plan) -> None:
         """A plan is launched."""
-        quiet = len(plan.rows) == plan.num_decodes and not (plan.admissions or plan.victims or plan.bypassed)
+        quiet = len(plan.rows) == plan.num_decodes and not (
+            plan.admissions or plan.victims or plan.bypassed or plan.forks
+        )
         run = self._run
         if quiet and run is not None and run[1] == plan.epoch and run[3] == plan.num_decodes:
             self._length += 1
@@ -75,6 +78,7 @@ class DecisionRing:
             [(victim.sequence.order, victim.reason, victim.num_short) for victim in plan.victims],
             [sequence.order for sequence, _ in plan.bypassed],
             [one.sequence.order for one in plan.admissions if one.backfilled],
+            [(fork.sequence.order, fork.row, fork.leader.order) for fork in plan.forks],
         )
         self._records.append(_encoder.encode(decision))
 

@@ -54,7 +54,7 @@ def wait_reasons(state: SchedulerState, most: int | None = None) -> Iterator[tup
     """
     limits = state.limits
     num_rows = len(state.free_rows) + len(state.rows_to_free)
-    room = Room(state.slots, state.lengths, limits, 0, state.pool.now)
+    room = Room(state.slots, state.lengths, limits, 0, state.pool.now, state.leaders.values())
     head: SequenceState | None = None
     head_fits = True
     for position, sequence in enumerate(islice(state.queue.in_order(), most)):
@@ -62,9 +62,13 @@ def wait_reasons(state: SchedulerState, most: int | None = None) -> Iterator[tup
         fits = room.fits(need, state.pool.num_available, 0, settled=sequence.settled)
         if head is None:
             head, head_fits = sequence, fits
-        place = f"position {position + 1} of {state.num_waiting}"
+        place = f"position {position + 1} of {len(state.queue)}"
+        number = 1 + len(sequence.followers)
         if not num_rows:
             yield sequence, WaitReason("slots", f"all {limits.max_running} slots are taken, {place}")
+        elif number > num_rows:
+            text = f"its {number} samples start together and {num_rows} of {limits.max_running} slots are free, {place}"
+            yield sequence, WaitReason("slots", text)
         elif head.level > sequence.level:
             yield sequence, WaitReason("priority", f"a higher class waits (priority {head.level}), {place}")
         elif sequence is not head and not head_fits and head.bypassed >= limits.max_bypass:
@@ -89,16 +93,26 @@ def wait_reasons(state: SchedulerState, most: int | None = None) -> Iterator[tup
 def count_reasons(state: SchedulerState) -> dict[str, int]:
     """Waiting sequences by reason; they sum to all that wait.
 
-    Only the first are asked; the others wait behind the last of these, for its reason.
+    Only the first are asked; the others wait behind the last of these, for its reason. Those that are parked wait for
+    the reason of their leader, or for the prompt that it computes.
     """
-    first = [reason.reason for _, reason in wait_reasons(state, _MOST_ASKED)]
-    counts = Counter(first)
-    if first:
-        counts[first[-1]] += len(state.queue) - len(first)
+    counts: Counter[str] = Counter()
+    num_asked, last = 0, ""
+    for sequence, reason in wait_reasons(state, _MOST_ASKED):
+        number, last = 1 + len(sequence.followers), reason.reason
+        counts[last] += number
+        num_asked += number
+    num_prompt = sum(len(leader.followers) for leader in state.leaders.values())
+    if num_prompt:
+        counts["prompt"] += num_prompt
+    if last:
+        counts[last] += state.num_waiting - num_asked - num_prompt
     return dict(counts)
 
 
 def _phase(sequence: SequenceState) -> str:
+    if sequence.status is Status.PARKED:
+        return "waiting"
     if sequence.status is Status.WAITING:
         return "preempted" if sequence.preemptions else "waiting"
     return "decode" if sequence.num_output else "prefill"
@@ -117,7 +131,10 @@ def _why_preempted(sequence: SequenceState) -> str:
 
 def describe(state: SchedulerState, now: float) -> list[SequenceView]:
     """Every live sequence, oldest first."""
-    reasons = {sequence.order: reason for sequence, reason in wait_reasons(state)}
+    reasons = {sequence.order: reason.text for sequence, reason in wait_reasons(state)}
+    for leader in state.live.values():
+        text = reasons.get(leader.order, "the prompt is computed once, for all samples of the request")
+        reasons.update((follower.order, text) for follower in leader.followers)
     return [
         SequenceView(
             request_id=sequence.request.request_id,
@@ -127,7 +144,7 @@ def describe(state: SchedulerState, now: float) -> list[SequenceView]:
             num_blocks=len(sequence.blocks),
             age_s=now - sequence.arrived_at,
             preemption_count=sequence.preemptions,
-            wait_reason=reasons[sequence.order].text if sequence.order in reasons else "",
+            wait_reason=reasons.get(sequence.order, ""),
             user=sequence.request.user,
             priority=sequence.request.priority,
             tenant=sequence.request.tenant,

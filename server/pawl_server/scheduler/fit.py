@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,24 @@ class Need:
 
 
 def need_of(sequence: SequenceState, lengths: OutputLengths, block_size: int, now: float) -> Need:
-    """Blocks of a waiting sequence. The KV of the last token is never needed."""
+    """Blocks of a waiting sequence and of those parked behind it. The KV of the last token is never needed."""
+    alone = _need_alone(sequence, lengths, block_size, now)
+    number = len(sequence.followers)
+    if not number:
+        return alone
+    one = branch_need(sequence, lengths, block_size, now)
+    return Need(alone.now + number * one.now, alone.expected + number * one.expected, alone.most + number * one.most)
+
+
+def branch_need(leader: SequenceState, lengths: OutputLengths, block_size: int, now: float) -> Need:
+    """Blocks of one that is parked, beside those that it shares with its leader: one is kept for it."""
+    follower = leader.followers[0]
+    alone = _need_alone(follower, lengths, block_size, now)
+    num_shared = (follower.num_prompt - 1) // block_size
+    return Need(1, alone.expected - num_shared, alone.most - num_shared)
+
+
+def _need_alone(sequence: SequenceState, lengths: OutputLengths, block_size: int, now: float) -> Need:
     tokens = sequence.num_tokens
     most = expected = tokens
     if sequence.samples:
@@ -48,7 +66,13 @@ class Room:
     """
 
     def __init__(
-        self, slots: SlotTable, lengths: OutputLengths, limits: SchedulerLimits, num_granted: int, now: float
+        self,
+        slots: SlotTable,
+        lengths: OutputLengths,
+        limits: SchedulerLimits,
+        num_granted: int,
+        now: float,
+        leaders: Iterable[SequenceState] = (),
     ) -> None:
         rows = slots.running()
         size = limits.block_size
@@ -65,6 +89,10 @@ class Room:
         self._most = int((-(-np.maximum(most, slots.expected[rows]) // size)).sum())
         self.settled = bool(slots.settled[rows].any())
         self._busy = len(rows) > 0
+        for leader in leaders:  # those parked behind them run soon, and hold a block each by now
+            one, number = branch_need(leader, lengths, size, now), len(leader.followers)
+            self._promised += number * (one.expected - one.now)
+            self._most += number * one.most
 
     @property
     def promised(self) -> int:
@@ -72,7 +100,7 @@ class Room:
         return self._promised + self._limits.watermark_blocks if self._busy else 0
 
     def need(self, sequence: SequenceState) -> Need:
-        """Blocks of a waiting sequence."""
+        """Blocks of a waiting sequence and of those parked behind it."""
         return need_of(sequence, self._lengths, self._limits.block_size, self._now)
 
     def fits(self, need: Need, num_available: int, num_shared: int, *, settled: bool) -> bool:

@@ -33,11 +33,12 @@ def check_invariants(state: SchedulerState) -> None:
     state.pool.check_invariants()
     running = list(state.running.values())
     held = Counter(block for sequence in running for block in sequence.blocks)
+    kept_rows = _check_groups(state, held)
     for block in range(1, state.limits.num_blocks + 1):
         _hold(held[block] == state.pool.references(block), f"block {block} is counted otherwise than it is held")
     _hold(len(running) <= state.limits.max_running, "more run than may")
     rows = [sequence.row for sequence in running]
-    everywhere = sorted([*rows, *state.free_rows, *state.rows_to_free])
+    everywhere = sorted([*rows, *kept_rows, *state.free_rows, *state.rows_to_free])
     _hold(everywhere == list(range(state.limits.max_running)), f"rows are lost or doubled: {everywhere}")
     _hold(sorted(rows) == state.slots.running().tolist(), "the slot table has others than run")
     waiting = list(state.queue.in_order())
@@ -46,6 +47,10 @@ def check_invariants(state: SchedulerState) -> None:
     places = Counter(id(sequence) for sequence in [*running, *waiting])
     _hold(all(count == 1 for count in places.values()), "a sequence is in two places")
     listed = {id(sequence) for sequence in [*running, *waiting]}
+    parked = [sequence for leader in [*running, *waiting] for sequence in leader.followers]
+    _hold(len(parked) == state.num_parked, "the counter of parked sequences is off")
+    _hold(listed.isdisjoint(map(id, parked)), "a parked sequence waits or runs")
+    listed.update(map(id, parked))
     _hold(listed == {id(sequence) for sequence in state.live.values()}, "the live table and the queues differ")
     for sequence in waiting:
         _hold(sequence.status is Status.WAITING, "a waiting sequence says that it does not wait")
@@ -63,12 +68,34 @@ def check_invariants(state: SchedulerState) -> None:
     _check_names(state)
 
 
+def _check_groups(state: SchedulerState, held: Counter[int]) -> list[int]:
+    """Parked sequences have a row and a block kept for each while their leader runs; counts the blocks as held."""
+    kept_rows: list[int] = []
+    leaders = {order for order, sequence in state.running.items() if sequence.followers}
+    _hold(leaders == set(state.leaders), "a running sequence has others parked behind it, or is said to")
+    for sequence in state.live.values():
+        group = sequence.group
+        if group is None or not sequence.followers:
+            continue
+        number = len(group.parked) if sequence.status is Status.RUNNING else 0
+        _hold(len(group.rows) == len(group.blocks) == number, "not one row and one block is kept for each")
+        _hold(not sequence.num_output, "others are still parked behind one that has output")
+        for follower in group.parked:
+            _hold(follower.status is Status.PARKED and follower.row < 0, "a parked sequence says that it is not")
+            _hold(follower.group is group and not follower.blocks, "a parked sequence holds KV")
+        held.update(group.blocks)
+        kept_rows += group.rows
+    return kept_rows
+
+
 def _check_running(state: SchedulerState, sequence: SequenceState) -> None:
     slots, size = state.slots, state.limits.block_size
     _hold(sequence.status is Status.RUNNING, "a running sequence says that it does not run")
     _hold(slots.owner(sequence.row) is sequence, "a row belongs to another sequence")
     reach = sequence.num_computed + sequence.num_in_flight
-    _hold(len(sequence.blocks) == blocks_for(reach, size), "a table is longer or shorter than its tokens")
+    forked = sequence.group is not None and reach == sequence.num_prompt - 1  # it holds the block of its next token
+    lengths = (blocks_for(reach, size), blocks_for(reach + forked, size))
+    _hold(len(sequence.blocks) in lengths, "a table is longer or shorter than its tokens")
     _hold(slots.capacity[sequence.row] == len(sequence.blocks) * size, "the capacity of a row is off")
     _hold(len(sequence.tokens) == sequence.num_tokens <= sequence.limit, "there are more tokens than allowed")
     _hold(reach <= slots.expected[sequence.row] <= sequence.limit, "computed and known tokens are out of order")
@@ -108,15 +135,21 @@ def _check_names(state: SchedulerState) -> None:
 
 
 def _check_sharing(state: SchedulerState) -> None:
-    """A block is shared only at one index, when full and computed or announced, by equal prefixes of one namespace."""
+    """A block is shared only at one index, when full and computed or announced, by equal prefixes of one namespace.
+
+    None is written any more: those who fork take over what a launched step completes.
+    """
     holders: dict[int, tuple[int, bytes, list[int]]] = {}
     size = state.limits.block_size
+    lent = {block for entry in state.ledger for _, sequence in entry.forks for block in sequence.blocks}
     for sequence in state.running.values():
+        num_final = (sequence.num_computed + sequence.num_in_flight) // size
         for index, block in enumerate(sequence.blocks):
             if state.pool.references(block) < 2:
                 continue
             prefix = sequence.tokens[: (index + 1) * size].tolist()
             mine = (index, sequence.request.cache_key, prefix)
             _hold(holders.setdefault(block, mine) == mine, f"block {block} is shared by different prefixes")
-            there = index < sequence.num_computed // size or state.pool.is_pending(block)
+            _hold(index < num_final, f"block {block} is shared and still to be written")
+            there = index < sequence.num_computed // size or state.pool.is_pending(block) or block in lent
             _hold(there, f"block {block} is shared before it is computed or announced")

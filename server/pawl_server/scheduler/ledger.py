@@ -23,6 +23,7 @@ class LedgerEntry:
         generations: of the rows at launch; another one now means that their owner has left.
         num_tokens: tokens computed.
         num_samples: tokens that come out, 0 in mid-prompt.
+        forks: row and sequence of those that begin with what a row computes in this step.
         stale: by row, those who lost their KV since; what was sampled for them still counts.
     """
 
@@ -32,6 +33,7 @@ class LedgerEntry:
     generations: IntArray
     num_tokens: IntArray
     num_samples: IntArray
+    forks: list[tuple[int, SequenceState]] = field(default_factory=list)
     stale: dict[int, SequenceState] = field(default_factory=dict)
 
     def alive(self, slots: SlotTable) -> BoolArray:

@@ -18,6 +18,7 @@ from pawl_server.scheduler.admission import SchedulerLimits, blocks_for
 from pawl_server.scheduler.backfill import Backfill, Candidate, Unfit
 from pawl_server.scheduler.budget import StepBudget, StepLoad
 from pawl_server.scheduler.fit import Room
+from pawl_server.scheduler.groups import Fork, fork_group
 from pawl_server.scheduler.preemption import victims_in_order
 from pawl_server.scheduler.queues import Cursor
 from pawl_server.scheduler.sequence import SequenceRequest, SequenceState
@@ -42,6 +43,8 @@ class Admission:
     num_computed: int  # tokens in `hits`
     cost: float  # charged to its tenant
     backfilled: bool = False  # it starts before somebody for whom blocks are kept, whom it cannot delay
+    kept_rows: list[int] = field(default_factory=list)  # for those that are parked behind it, one each
+    kept_blocks: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Plan:
         grants: how many tokens each of them, [S].
         append_blocks: blocks that running sequences get, by row.
         admissions: sequences that start.
+        forks: sequences that start with what the step computes, and compute from the next step on.
         victims: sequences that lose their KV.
         bypassed: waiting sequences that did not fit, each with `num_overtaking` when it was considered.
         num_overtaking: admissions that count as overtaking those: all that are not backfilled.
@@ -84,6 +88,7 @@ class Plan:
     append_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
     victims: list[Victim] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
     bypassed: list[tuple[SequenceState, int]] = field(default_factory=list)
     num_overtaking: int = 0
     free_rows: list[int] = field(default_factory=list)
@@ -121,7 +126,8 @@ class Plan:
             step=self.step,
             epoch=self.epoch,
             freed_rows=self.freed_rows,
-            new=[_new_sequence(admission) for admission in self.admissions],
+            new=[_new_sequence(admission) for admission in self.admissions]
+            + [_forked_sequence(fork) for fork in self.forks],
             append_blocks=self.append_blocks,
             rows=self.rows.tolist() + [admission.row for admission in self.admissions],
             num_tokens=self.grants.tolist() + [admission.num_tokens for admission in self.admissions],
@@ -144,6 +150,18 @@ def _new_sequence(admission: Admission) -> NewSequence:
         prompt_logprobs=request.prompt_logprobs if wants_logprobs else -1,
         prompt_logprobs_from=sequence.prompt_logprobs_next,
         samples=sequence.samples,
+    )
+
+
+def _forked_sequence(fork: Fork) -> NewSequence:
+    sequence = fork.sequence
+    return NewSequence(
+        row=fork.row,
+        token_ids=sequence.tokens.tolist(),
+        num_prompt_tokens=sequence.num_prompt,
+        num_computed=sequence.num_prompt - 1,
+        block_ids=fork.blocks,
+        sampling=sequence.request.sampling,
     )
 
 
@@ -205,6 +223,8 @@ def _attempt(
     if not plan.victims and len(state.queue) and plan.budget > 0 and plan.free_rows:
         with state.queue.cursor() as cursor:
             _admit(plan, state, limits, cursor, num_partial, budget)
+    if state.leaders or any(admission.kept_rows for admission in plan.admissions):
+        _fork(plan, state)
     return plan
 
 
@@ -220,6 +240,10 @@ def _preempt(plan: Plan, victim: Victim, want: IntArray) -> None:
     plan.free_rows.append(row)
     plan.freed_rows.append(row)
     want[row] = 0
+    group = victim.sequence.group
+    if group is not None and victim.sequence.followers:
+        plan.draft.release(group.blocks)
+        plan.free_rows += group.rows
 
 
 def _grant_decodes(plan: Plan, slots: SlotTable, want: IntArray, decodes: BoolArray) -> None:
@@ -329,8 +353,8 @@ def _admit(
     size = limits.block_size
     may_overtake = limits.max_running  # starts of this step, until somebody has been overtaken as often as he may be
     num_granted = sum(len(blocks) for _, blocks in plan.append_blocks)
-    room = Room(state.slots, state.lengths, limits, num_granted, plan.now)
-    num_used = state.pool.num_used
+    room = Room(state.slots, state.lengths, limits, num_granted, plan.now, state.leaders.values())
+    num_used = state.pool.num_used - sum(len(leader.followers) for leader in state.leaders.values())
     backfill = Backfill(state.slots, room, limits, state.lengths, plan.draft.num_available, num_used)
     for sequence in cursor:
         if plan.budget < 1 or not plan.free_rows:
@@ -347,7 +371,9 @@ def _admit(
             num_stored = plan.draft.host_hits(chain, len(hits), most)
         need = room.need(sequence)
         num_shared = len(hits) - plan.draft.num_free_among(hits)
-        if not room.fits(need, plan.draft.num_available, num_shared, settled=sequence.settled):
+        num_kept = len(sequence.followers)
+        fits = room.fits(need, plan.draft.num_available, num_shared, settled=sequence.settled)
+        if not fits or num_kept >= len(plan.free_rows):
             may_overtake = min(may_overtake, plan.num_overtaking + limits.max_bypass - sequence.bypassed)
             plan.bypassed.append((sequence, plan.num_overtaking))
             if len(plan.bypassed) > limits.max_bypass:
@@ -366,19 +392,43 @@ def _admit(
             continue
         plan.draft.share(hits)
         restored = plan.draft.restore(chain, len(hits), num_stored) if chain is not None and num_stored else []
-        blocks = plan.draft.take(blocks_for(computed + chunk, size) - len(hits) - num_stored)
+        blocks = plan.draft.take(blocks_for(computed + chunk, size) - len(hits) - num_stored + num_kept)
         if blocks is None or restored is None:
             return
+        kept_blocks, blocks = blocks[len(blocks) - num_kept :], blocks[: len(blocks) - num_kept]
         hits += restored
-        room.admit(need, len(hits) + len(blocks), settled=sequence.settled)
+        room.admit(need, len(hits) + len(blocks) + num_kept, settled=sequence.settled)
         backfill.admitted(num_shared)
         num_partial += chunk < want
         price = 0.0
         if not sequence.charged:
             price = state.accounts.prompt_cost(sequence.tenant, want, computed)
-        row = plan.free_rows.pop()
+        row, *kept_rows = [plan.free_rows.pop() for _ in range(1 + num_kept)]
         _announce(plan, sequence, row, blocks, computed, chunk)
-        plan.admissions.append(Admission(sequence, row, hits, blocks, chunk, computed, price, backfilled=kept))
+        plan.admissions.append(
+            Admission(sequence, row, hits, blocks, chunk, computed, price, kept, kept_rows, kept_blocks)
+        )
         plan.num_overtaking += not kept
         cursor.charge(sequence, price)
         _take(plan, computed, chunk)
+
+
+def _fork(plan: Plan, state: SchedulerState) -> None:
+    """Those who are parked behind a sequence whose prompt this step completes take it over."""
+    size = state.limits.block_size
+    victims = {victim.sequence.order for victim in plan.victims}
+    grants = dict(zip(plan.rows.tolist(), plan.grants.tolist(), strict=True))
+    appended = dict(plan.append_blocks)
+    for leader in state.leaders.values():
+        group = leader.group
+        if group is None or leader.order in victims:
+            continue
+        reach = int(state.slots.planned[leader.row]) + grants.get(leader.row, 0)
+        if reach >= leader.num_prompt:
+            blocks = leader.blocks + appended.get(leader.row, [])
+            plan.forks += fork_group(plan.draft, leader, blocks, group.rows, group.blocks, size)
+    for admission in plan.admissions:
+        leader, reach = admission.sequence, admission.num_computed + admission.num_tokens
+        if admission.kept_rows and reach >= leader.num_prompt:
+            blocks = admission.hits + admission.new_blocks
+            plan.forks += fork_group(plan.draft, leader, blocks, admission.kept_rows, admission.kept_blocks, size)

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pawl_server.kv.block_hash import HashChain
+from pawl_server.scheduler.groups import SampleGroup
 from pawl_server.scheduler.slots import SlotTable
 from pawl_workers.plan import SamplingSpec
 
-__all__ = ["EndReason", "Ended", "Preemption", "SequenceRequest", "SequenceState", "Status"]
+__all__ = ["EndReason", "Ended", "Preemption", "SequenceRequest", "SequenceState", "Sibling", "Status"]
 
 
 class Status(Enum):
     """Where a sequence is. It is in exactly one place."""
 
     WAITING = "waiting"
+    PARKED = "parked"  # until another sample of its request has computed the prompt
     RUNNING = "running"
     ENDED = "ended"
 
@@ -34,6 +36,14 @@ class EndReason(Enum):
     CONTEXT_LENGTH = "context_length"
     ABORTED = "aborted"
     FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Sibling:
+    """A further sample of a request: like the first but for its handle and its seed."""
+
+    handle: Hashable
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +74,12 @@ class SequenceRequest:
     tenant: str = ""
     weight: float = 1.0  # of the tenant: its share of the service against others
     constraint: object | None = None
+    siblings: Sequence[Sibling] = ()  # further samples of the same prompt; all start together, or none does
+
+    @property
+    def handles(self) -> tuple[Hashable, ...]:
+        """Of all samples."""
+        return (self.handle, *(sibling.handle for sibling in self.siblings))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +116,10 @@ class SequenceState:
 
     __slots__ = (
         "_slots", "_tokens", "arrived_at", "blocks", "bypassed", "cached_prompt_tokens", "chain", "charged",
-        "first_granted_at", "first_token_at", "last_preemption", "last_token_at", "level", "limit", "num_prompt",
-        "num_stale", "order", "preempted_at", "preemptions", "prompt_logprobs_next", "recompute_until", "request",
-        "row", "settled", "stalled_before_first_token", "stalled_s", "status", "tenant", "ticket", "tokens_lost",
+        "first_granted_at", "first_token_at", "group", "last_preemption", "last_token_at", "level", "limit",
+        "num_prompt", "num_stale", "order", "preempted_at", "preemptions", "prompt_logprobs_next", "recompute_until",
+        "request", "row", "settled", "stalled_before_first_token", "stalled_s", "status", "tenant", "ticket",
+        "tokens_lost",
     )  # fmt: skip
 
     def __init__(
@@ -125,6 +142,7 @@ class SequenceState:
         self.ticket = -1  # its place in the queue; -1 = not queued
         self.charged = False  # whether its tenant was charged for the prompt
         self.chain = chain  # None when the prefix cache is not used
+        self.group: SampleGroup | None = None  # None for the only sample of a request
         self._tokens = array("i", [*request.prompt_ids, *request.resume_ids])
         self.num_prompt = len(request.prompt_ids)
         self.blocks: list[int] = []
@@ -186,6 +204,12 @@ class SequenceState:
         return self.request.constraint is not None
 
     @property
+    def followers(self) -> Sequence[SequenceState]:
+        """Those that are parked until this one has computed the prompt."""
+        group = self.group
+        return group.parked if group is not None and group.leader is self else ()
+
+    @property
     def samples(self) -> bool:
         """Whether it generates; False for prompt log-probabilities only."""
         return self.request.max_output_tokens != 0
@@ -198,6 +222,12 @@ class SequenceState:
     def append_late(self, token_id: int) -> None:
         """A token of a step that was launched before the KV was lost."""
         self._tokens.append(token_id)
+
+    def inherit(self, leader: SequenceState, block_size: int) -> None:
+        """A parked sequence begins, with what is known of the prompt."""
+        self.level, self.charged, self.bypassed = leader.level, leader.charged, leader.bypassed
+        if leader.chain is not None:
+            self.chain = leader.chain.fork(self.num_prompt // block_size)
 
     def leave_row(self) -> None:
         """Stop running; tokens and output stay."""

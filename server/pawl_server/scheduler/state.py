@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import msgspec
 
 from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
 from pawl_server.kv.block_pool import BlockPool
@@ -17,6 +19,7 @@ from pawl_server.scheduler.admission import Refusal, SchedulerLimits, refuse, to
 from pawl_server.scheduler.decisions import DecisionRing
 from pawl_server.scheduler.explain import SequenceView, count_reasons, describe
 from pawl_server.scheduler.fairness import Prices, TenantAccounts
+from pawl_server.scheduler.groups import SampleGroup
 from pawl_server.scheduler.ledger import LedgerEntry
 from pawl_server.scheduler.output_lengths import OutputLengths
 from pawl_server.scheduler.queues import WaitingQueue
@@ -62,18 +65,20 @@ class SchedulerState:
         self.ledger: deque[LedgerEntry] = deque()  # launched steps, oldest first
         self.live: dict[Hashable, SequenceState] = {}
         self.running: dict[int, SequenceState] = {}  # by order of arrival, in the order of admission
+        self.leaders: dict[int, SequenceState] = {}  # of the running ones, those with others parked behind them
+        self.num_parked = 0
         self.free_rows = list(range(limits.max_running - 1, -1, -1))
         self.rows_to_free: list[int] = []  # rows whose sequence is gone, not yet told to the worker
         self._next_order = 0
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait."""
-        return len(self.queue)
+        """Sequences that wait, those that are parked behind another included."""
+        return len(self.queue) + self.num_parked
 
     def submit(self, request: SequenceRequest, now: float) -> Refusal | None:
         """Take a sequence, or say why not."""
-        if request.handle in self.live:
+        if len({*request.handles} - self.live.keys()) <= len(request.siblings):
             return Refusal("already_exists", "REQUEST_ID_IN_USE", "", "the handle is in use", {})
         refusal = refuse(request, self.limits, self.num_waiting)
         if refusal is not None:
@@ -81,7 +86,16 @@ class SchedulerState:
         chain = None
         if self.limits.prefix_cache and not request.bypass_prefix_cache:
             chain = HashChain(root_hash(self.root, request.cache_key), self.limits.block_size, request.tenant)
-        sequence = SequenceState(
+        sequence = self._enter(request, chain, now)
+        if chain is not None:
+            chain.extend(sequence.tokens, sequence.num_tokens // self.limits.block_size)
+        if request.siblings:
+            self._park(sequence, now)
+        self.queue.push(sequence, now)
+        return None
+
+    def _enter(self, request: SequenceRequest, chain: HashChain | None, now: float) -> SequenceState:
+        sequence = self.live[request.handle] = SequenceState(
             request,
             self.slots,
             order=self._next_order,
@@ -91,29 +105,50 @@ class SchedulerState:
             now=now,
         )
         self._next_order += 1
-        if chain is not None:
-            chain.extend(sequence.tokens, sequence.num_tokens // self.limits.block_size)
-        self.live[request.handle] = sequence
-        self.queue.push(sequence, now)
-        return None
+        return sequence
+
+    def _park(self, leader: SequenceState, now: float) -> None:
+        """Park the further samples of a request behind its first."""
+        request = leader.request
+        group = leader.group = SampleGroup(leader, request.handles)
+        for sibling in request.siblings:
+            sampling = msgspec.structs.replace(request.sampling, seed=sibling.seed)
+            alike = replace(
+                request, handle=sibling.handle, sampling=sampling, siblings=(), resume_ids=(), prompt_logprobs=-1
+            )
+            follower = self._enter(alike, None, now)
+            follower.group, follower.status = group, Status.PARKED
+            group.parked.append(follower)
+        self.num_parked += len(group.parked)
 
     def abort(self, handle: Hashable, detail: str, now: float) -> Ended | None:
-        """End a sequence at any point; None when it is not live. What is in flight is dropped at commit."""
+        """End a sequence at any point; None when it is not live. What is in flight is dropped at commit.
+
+        The other samples of its request go on.
+        """
         sequence = self.live.get(handle)
         if sequence is None:
             return None
         ended = sequence.ended(EndReason.ABORTED, now, detail=detail)
-        self.remove(sequence)
+        self.remove(sequence, now)
         return ended
 
-    def remove(self, sequence: SequenceState) -> None:
-        """Take a sequence out of every table and give its blocks back.
+    def siblings(self, handle: Hashable) -> list[Hashable]:
+        """The live samples of the request that a live sequence belongs to, this one included."""
+        group = self.live[handle].group
+        return [handle] if group is None else [other for other in group.handles if other in self.live]
+
+    def remove(self, sequence: SequenceState, now: float) -> None:
+        """Take a sequence out of every table and give its blocks back. Whoever is parked behind it gets another leader.
 
         A launched step may still write them: steps run in order, so whoever gets the blocks writes after it.
         """
-        if sequence.status is Status.WAITING:
+        if sequence.status is Status.PARKED:
+            self._unpark(sequence)
+        elif sequence.status is Status.WAITING:
             self.queue.take(sequence)
         else:
+            self._give_up_kept(sequence)
             if sequence.request.retain_prefix_s:
                 self.pool.retain(sequence.blocks, self.pool.now + sequence.request.retain_prefix_s)
             self.pool.release(sequence.blocks)
@@ -124,14 +159,52 @@ class SchedulerState:
             self.lengths.observe(sequence.num_output)
         sequence.status = Status.ENDED
         del self.live[sequence.request.handle]
+        if sequence.followers:
+            self._succeed(sequence, now)
         self.accounts.leave(sequence.tenant)
 
+    def _unpark(self, sequence: SequenceState) -> None:
+        """A parked sequence ends: what was kept for it is free."""
+        group = sequence.group
+        if group is None:
+            return
+        place = group.parked.index(sequence)
+        del group.parked[place]
+        self.num_parked -= 1
+        if group.rows:
+            self.free_rows.append(group.rows.pop(place))
+            self.pool.release([group.blocks.pop(place)])
+            if not group.parked:
+                del self.leaders[group.leader.order]
+
+    def _succeed(self, leader: SequenceState, now: float) -> None:
+        """The first of those parked behind a sequence that ended computes the prompt in its place."""
+        group = leader.group
+        if group is None:
+            return
+        heir = group.leader = group.parked.pop(0)
+        self.num_parked -= 1
+        heir.status = Status.WAITING
+        heir.inherit(leader, self.limits.block_size)
+        self.queue.push(heir, now)
+
+    def _give_up_kept(self, leader: SequenceState) -> None:
+        """A running sequence runs no more: what is kept for those parked behind it is free."""
+        group = leader.group
+        if group is not None and leader.followers:
+            self.pool.release(group.blocks)
+            self.free_rows += group.rows
+            group.forget_kept()
+            del self.leaders[leader.order]
+
     def requeue(self, sequence: SequenceState, now: float, *, owed: bool = True) -> None:
-        """Put a sequence whose blocks are given back by the caller in front of its class.
+        """Put a sequence in front of its class. The caller gives back its blocks, and what is kept for its followers.
 
         Tokens that launched steps sample for it are still `owed` to it, unless they are not right.
         """
         del self.running[sequence.order]
+        if self.leaders.pop(sequence.order, None) is not None and sequence.group is not None:
+            sequence.group.forget_kept()
         for entry in self.ledger if owed else ():
             if entry.holds(sequence.row, self.slots):
                 entry.stale[sequence.row] = sequence
@@ -143,6 +216,7 @@ class SchedulerState:
 
     def start_again(self, sequence: SequenceState, now: float) -> None:
         """Queue a running sequence whose KV is not right; what is in flight of it is dropped."""
+        self._give_up_kept(sequence)
         self.pool.release(sequence.blocks)
         self.rows_to_free.append(sequence.row)
         self.requeue(sequence, now, owed=False)
@@ -155,6 +229,7 @@ class SchedulerState:
         self.epoch = epoch
         self.step = 0
         for sequence in list(self.running.values()):
+            self._give_up_kept(sequence)
             self.pool.release(sequence.blocks)
             self.requeue(sequence, now)
         self.pool.flush()
