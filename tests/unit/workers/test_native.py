@@ -77,17 +77,6 @@ def test_a_row_has_the_same_bits_in_any_company(kernels: CpuKernels, dtype: torc
         torch.set_num_threads(before)
 
 
-def test_formats_give_the_same_bits(kernels: CpuKernels) -> None:
-    """A weight that both bf16 and fp32 hold gives one result, whichever it is kept in."""
-    weight, x = _weight(64, 80, torch.bfloat16), _weight(40, 80, torch.float32)
-    narrow = kernels.pack_linear(weight, None)
-    extra = torch.cat([weight, torch.full((1, 80), 0.1)])  # 0.1 is in neither 16-bit format
-    wide = kernels.pack_linear(extra, None)
-    assert (narrow.data_type, wide.data_type) == (torch.bfloat16, torch.float32)
-    assert narrow.num_bytes == 64 * 80 * 2
-    assert torch.equal(narrow(x), wide(x)[:, :64])
-
-
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_a_weight_is_packed_from_the_type_it_is_stored_in(kernels: CpuKernels, stored: torch.dtype) -> None:
     """Every 16-bit value, the smallest and those that are no numbers included, comes back as it was widened."""
@@ -231,17 +220,20 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-def test_the_portable_build_computes_the_same(tmp_path: Path) -> None:
-    """Without AVX2, FMA and F16C: the same sources, in another process, within rounding."""
+def _computed_at(level: str) -> str:
+    """What a process prints that uses at most these instructions: checks, and a digest of its results."""
     program = (
-        "import sys, torch\n"
-        "from pawl_workers.kernels.native import build\n"
-        "build.instruction_flags = lambda: ()\n"
+        "import hashlib, torch\n"
         "from pawl_workers.kernels.cpu import CpuKernels\n"
-        "k, g = CpuKernels(), torch.Generator().manual_seed(0)\n"
+        "k, g, digest = CpuKernels(), torch.Generator().manual_seed(0), hashlib.sha256()\n"
         "for dtype in (torch.float32, torch.float16, torch.bfloat16):\n"
-        "    w, x = torch.randn(50, 40, generator=g).to(dtype).float(), torch.randn(20, 40, generator=g)\n"
-        "    print((k.pack_linear(w, None)(x) - (x.double() @ w.double().T)).abs().max().item() < 1e-4)\n"
+        "    w, x = torch.randn(50, 40, generator=g).to(dtype).float(), torch.randn(70, 40, generator=g)\n"
+        "    y = k.pack_linear(w, None)(x)\n"
+        "    print((y - (x.double() @ w.double().T)).abs().max().item() < 1e-4)\n"
+        "    print(all(torch.equal(k.pack_linear(w, None)(x[:n]), y[:n]) for n in (1, 5, 12, 16, 33)))\n"
+        "    in_fp32 = k.pack_linear(torch.cat([w, torch.full((1, 40), 0.1)]), None)\n"
+        "    print(torch.equal(in_fp32(x)[:, :50], y))\n"
+        "    digest.update(y.numpy().tobytes())\n"
         "import numpy as np\n"
         "from pawl_workers.kernels.torch_sampler import TorchSampler\n"
         "from pawl_workers.plan import SamplingSpec\n"
@@ -256,13 +248,32 @@ def test_the_portable_build_computes_the_same(tmp_path: Path) -> None:
         "all_rows, zeros, fours = np.arange(60), np.zeros(60, dtype=np.int64), np.full(60, 4)\n"
         "found, wanted = (s.describe(scores, all_rows, zeros, fours) for s in samplers)\n"
         "print(bool(np.abs(found.alternative_logprobs - wanted.alternative_logprobs).max() < 1e-5))\n"
+        "print(digest.hexdigest())\n"
     )
     paths = os.pathsep.join(path for path in sys.path if path)
-    variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    variables = os.environ | {"PAWL_CPU_INSTRUCTIONS": level, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.stdout.split() == ["True"] * 5, done.stderr
+    *checks, digest = done.stdout.split() or [done.stderr]
+    assert checks == ["True"] * 11, done.stderr
+    return digest
+
+
+def test_older_processors_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within rounding; AVX2 and AVX-512 to the bit, and there each format of weights too."""
+    flags = {}
+    for level in ("portable", "avx2", "avx512"):
+        monkeypatch.setenv("PAWL_CPU_INSTRUCTIONS", level)
+        flags[build.instruction_flags()] = level
+    digests = {level: _computed_at(level) for level in flags.values()}
+    assert len(set(digests.values()) - {digests["portable"]}) <= 1
+
+
+def test_instructions_that_are_not_known_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAWL_CPU_INSTRUCTIONS", "mmx")
+    with pytest.raises(build.BuildError, match="PAWL_CPU_INSTRUCTIONS is 'mmx'; known: amx, avx512, avx2, portable"):
+        build.instruction_flags()
 
 
 def test_linears_know_their_shape(kernels: CpuKernels) -> None:

@@ -7,6 +7,7 @@ compiler brings it along, built into the package by `python -m pawl_workers.kern
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import os
 import platform
@@ -14,13 +15,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 __all__ = ["BuildError", "find_or_build", "instruction_flags"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("linear.c", "attention.c", "elementwise.c", "program.c", "sampling.c")
-_HEADERS = ("vector.h", "linear.h", "attention.h", "elementwise.h")
+_SOURCES = ("linear.c", "linear_tiles.c", "attention.c", "elementwise.c", "program.c", "sampling.c")
+_HEADERS = ("vector.h", "linear.h", "linear_tiles.h", "panels.h", "attention.h", "elementwise.h")
 _BUILT = _FOLDER / "built"
 # No -march=native: the machine that builds may not be the one that runs. Products and sums are fused where the source
 # says so and nowhere else, so that builds agree.
@@ -28,6 +30,16 @@ _FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O3", "-ffp-contract=off", "-fopenmp", "
 _X86 = {"x86_64", "AMD64"}
 _AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_FLAGS = (*_AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AMX_FLAGS = (*_AVX512_FLAGS, "-mamx-tile", "-mamx-bf16")
+_LEVELS: Mapping[str, tuple[str, ...]] = {
+    "amx": _AMX_FLAGS,
+    "avx512": _AVX512_FLAGS,
+    "avx2": _AVX2_FLAGS,
+    "portable": (),
+}
+_LIMIT = "PAWL_CPU_INSTRUCTIONS"
+# Linux asks each process to ask before it uses tile registers: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 _TIMEOUT_S = 120.0
 
 
@@ -36,7 +48,17 @@ class BuildError(Exception):
 
 
 def instruction_flags() -> tuple[str, ...]:
-    """The compiler's flags for what this processor can do: AVX-512, AVX2 with FMA and F16C, or nothing."""
+    """The compiler's flags for what this processor can do: AMX, AVX-512, AVX2 with FMA and F16C, or nothing.
+
+    The environment variable PAWL_CPU_INSTRUCTIONS (amx, avx512, avx2 or portable) sets the most that is used: for
+    replicas on unlike machines that shall compute the same bits, and to compare.
+
+    Raises:
+        BuildError: the variable names none of these.
+    """
+    limit = os.environ.get(_LIMIT) or next(iter(_LEVELS))
+    if limit not in _LEVELS:
+        raise BuildError(f"{_LIMIT} is {limit!r}; known: {', '.join(_LEVELS)}")
     if platform.machine() not in _X86:
         return ()
     try:
@@ -45,10 +67,18 @@ def instruction_flags() -> tuple[str, ...]:
         return ()
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
     known = set(line.split())
-    for flags in (_AVX512_FLAGS, _AVX2_FLAGS):
-        if {flag.removeprefix("-m") for flag in flags} <= known:
+    for level in list(_LEVELS)[list(_LEVELS).index(limit) :]:
+        flags = _LEVELS[level]
+        wanted = {flag.removeprefix("-m").replace("-", "_") for flag in flags}
+        if wanted <= known and (level != "amx" or _may_use_tiles()):
             return flags
     return ()
+
+
+def _may_use_tiles() -> bool:
+    """Ask the kernel for tile registers, for this process and its threads."""
+    refused: int = ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
+    return refused == 0
 
 
 def find_or_build() -> Path:
@@ -62,6 +92,15 @@ def find_or_build() -> Path:
     if packaged.is_file():
         return packaged
     compiler = _compiler()
+    try:
+        return _find_or_build(compiler, flags)
+    except BuildError:
+        if flags != _AMX_FLAGS:
+            raise
+        return _find_or_build(compiler, _AVX512_FLAGS)  # compilers before GCC 11 and Clang 12 know no AMX
+
+
+def _find_or_build(compiler: str, flags: tuple[str, ...]) -> Path:
     library = _cache_folder() / f"{_key(_version(compiler), flags)}.so"
     if not library.is_file():
         _build(compiler, flags, library)
@@ -72,7 +111,7 @@ def _build_into_package() -> list[Path]:
     """For every processor of this kind: the machine that runs the image may know less than the one that builds it."""
     compiler = _compiler()
     made = []
-    for flags in ((), _AVX2_FLAGS, _AVX512_FLAGS) if platform.machine() in _X86 else ((),):
+    for flags in _LEVELS.values() if platform.machine() in _X86 else ((),):
         made.append(_BUILT / f"{_key('', flags)}.so")
         _build(compiler, flags, made[-1])
     return made

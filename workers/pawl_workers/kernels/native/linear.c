@@ -6,13 +6,16 @@
    widened by a shift and a mask. Panels of groups hold, for each group, WIDTH scales and [group][WIDTH] bytes: a byte
    times its scale is a weight, rounded to fp32.
 
-   Every output is a sum over k in order, started at 0, scaled (where a feature has one scale) and with the bias added last: its bits depend neither on
-   the number of rows nor on that of threads, which share the panels out, nor on the width of registers. */
+   Every output is a sum over k in order, started at 0, scaled (where a feature has one scale) and with the bias added
+   last: its bits depend neither on the number of rows nor on that of threads, which share the panels out, nor on the
+   width of registers. */
 #include "linear.h"
 
 #include <omp.h>
 #include <stddef.h>
 
+#include "linear_tiles.h"
+#include "panels.h"
 #include "vector.h"
 
 #define ROW_BLOCK 96 /* rows that stay in the second-level cache while a thread passes over its panels */
@@ -25,15 +28,6 @@
 #else
 #define ROWS 6 /* 6 rows x 2 panels fill 12 of 16 registers */
 #endif
-
-typedef struct {
-    const Linear *linear;
-    int64_t odd_step, pair_step; /* bytes from an even panel to the odd one after it, and from pair to pair */
-} Panels;
-
-INLINE int64_t panel_bytes(int format, int64_t k) {
-    return format == BRAIN ? (k + 1) / 2 * WIDTH * 4 : k * WIDTH * (format == FLOAT ? 4 : format == HALF ? 2 : 1);
-}
 
 /* Bytes of a panel's scales that lie among its weights. */
 INLINE int64_t scale_bytes(int shift, int64_t k) { return ((k + (1 << shift) - 1) >> shift) * WIDTH * 4; }
@@ -64,52 +58,6 @@ INLINE void add_products(int format, int shift, int odd, int rows, int panels, c
     for (int r = 0; r < rows; r++) {
         vw value = allw(*(const float *)(bases[r / 3] + (r % 3) * stride + k * 4));
         for (int p = 0; p < panels; p++) sums[r * panels + p] = fmaw(value, weights[p], sums[r * panels + p]);
-    }
-}
-
-static v8 activated(int activation, v8 x) { return activate8(activation, x); }
-
-INLINE void store_some(float *to, vw value, int64_t lanes) {
-    if (lanes >= WIDTH) storew(to, value);
-    else
-        for (int64_t i = 0; i < lanes; i++) to[i] = value[i];
-}
-
-INLINE vw load_some(const float *from, int64_t lanes) {
-    if (lanes >= WIDTH) return loadw(from);
-    vw value = allw(0.0f);
-    for (int64_t i = 0; i < lanes; i++) value[i] = from[i];
-    return value;
-}
-
-INLINE vw finish(const Linear *l, vw sum, int64_t column, int64_t lanes) {
-    if (l->format == BYTE) sum *= load_some(l->scales + column, lanes);
-    return l->bias ? sum + load_some(l->bias + column, lanes) : sum;
-}
-
-/* Stores a tile whose first panel is `panel`; gated, pairs of panels give one of results. */
-static void store_tile(const Linear *l, int rows, int panels, int64_t row, int64_t panel, const vw *sums) {
-    for (int r = 0; r < rows; r++, sums += panels) {
-        float *y = l->y + (row + r) * l->y_stride;
-        if (l->gated) {
-            for (int p = 0; p < panels; p += 2) {
-                int64_t column = (panel + p) / 2 * WIDTH;
-                vw gate = finish(l, sums[p], column, WIDTH), up = finish(l, sums[p + 1], l->n / 2 + column, WIDTH);
-                storew(y + column, eachw(gate, activated, l->activation) * up);
-            }
-            continue;
-        }
-        for (int p = 0; p < panels; p++) {
-            int64_t column = (panel + p) * WIDTH, lanes = l->n - column;
-            if (lanes <= 0) break;
-            vw result = finish(l, sums[p], column, lanes);
-            if (l->activation != NO_ACTIVATION) result = eachw(result, activated, l->activation);
-            if (l->added) {
-                vw before = load_some(y + column, lanes);
-                result = l->factor == 1.0f ? before + result : fmaw(allw(l->factor), result, before);
-            }
-            store_some(y + column, result, lanes);
-        }
     }
 }
 
@@ -183,7 +131,10 @@ INLINE int64_t widened_rows(int format) {
     return WIDTH == 16 && format == BRAIN ? INT64_MAX : 25;
 }
 
-int64_t linear_wide_bytes(int64_t k) { return (k + 1) / 2 * 2 * WIDTH * 2 * (int64_t)sizeof(float); }
+int64_t linear_wide_bytes(int64_t k) {
+    int64_t wide = (k + 1) / 2 * 2 * WIDTH * 2 * (int64_t)sizeof(float), tiles = tiles_scratch_bytes(k);
+    return wide > tiles ? wide : tiles;
+}
 
 static void widen(const Linear *l, const char *panel, float *wide) {
     for (int64_t i = 0; i < l->k; i++) storew(wide + i * WIDTH, weights_at(l->format, l->shift, i & 1, panel, i));
@@ -193,8 +144,7 @@ static void widen(const Linear *l, const char *panel, float *wide) {
 static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t row, int64_t row_end, float *wide) {
     int64_t rows = row_end - row, tiles = (rows + ROWS - 1) / ROWS, bytes = panel_bytes(l->format, l->k);
     if (l->format == GROUPS) bytes += scale_bytes(l->shift, l->k);
-    int64_t half = (l->n / 2 / WIDTH) * bytes; /* gated: from the panel of gates to that of their factors */
-    Panels at = {l, l->gated ? half : bytes, l->gated ? bytes : 2 * bytes};
+    Panels at = panels_of(l, bytes);
     const char *packed = l->weights;
     int64_t step = panels_at_once((rows + tiles - 1) / tiles);
     for (int64_t panel = first; panel < end;) {
@@ -219,6 +169,10 @@ static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t row
 }
 
 void linear_part(const Linear *l, int64_t *next, int32_t threads, float *wide) {
+    if (in_tiles(l->format)) {
+        tiles_part(l, next, threads, (char *)wide);
+        return;
+    }
     int64_t panels = (l->n + 2 * WIDTH - 1) / (2 * WIDTH) * 2;
     int64_t chunk = panels / (threads * 6); /* some for each thread: one that was held up takes fewer */
     chunk = threads == 1 ? panels : chunk >= 8 ? chunk / 8 * 8 : chunk >= 4 ? 4 : 2;
