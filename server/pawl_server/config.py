@@ -85,6 +85,7 @@ class EngineSettings:
         "steps in flight at once: 2 plans the next one while one is computed; 0 = 2 on a GPU that can, else 1",
     )
     max_preemptions: int = _setting(4, "how often a sequence may lose its blocks to others, at least 1")
+    preempt_below: int = _setting(5, "a request takes the blocks of those whose class is lower by so much; 0 = never")
     output_quantile: float = _setting(0.1, "quantile of the outputs seen that admission keeps blocks for, [0, 0.95]")
     ageing_s: float = _setting(30.0, "a request that waited so long rises by one priority class; 0 = never")
     grammar_threads: int = _setting(
@@ -274,6 +275,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_preemptions": (1, 1 << 20),
     "pipeline_depth": (0, 2),
     "output_quantile": (0.0, 0.95),
+    "preempt_below": (0, 20),
     "port": (0, 65535),
     "admin_port": (0, 65535),
     "metrics_port": (0, 65535),

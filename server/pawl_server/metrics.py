@@ -29,6 +29,7 @@ __all__ = [
     "LATENCY_BUCKETS",
     "OUTCOMES",
     "PHASES",
+    "PREEMPTION_REASONS",
     "STEP_PHASES",
     "TOKEN_BUCKETS",
     "WAIT_REASONS",
@@ -63,6 +64,7 @@ OUTCOMES = (
     "error",
 )
 WAIT_REASONS = ("blocks", "slots", "priority", "fairness", "grammar", "reservation", "prompt")
+PREEMPTION_REASONS = ("blocks", "priority", "worker_lost")
 PHASES = ("queue", "prefill", "decode", "stalled", "total")
 STEP_PHASES = ("schedule", "prepare", "forward", "sample", "postprocess", "idle")
 STEP_KINDS = ("prefill", "decode", "mixed")
@@ -205,7 +207,7 @@ class EngineMetrics:
         )
         self.batch_tokens = {kind: batch_tokens.labels(*values, kind) for kind in STEP_KINDS}
         preemptions = Counter("pawl_preemptions", "Sequences that lost their KV blocks", [*names, "reason"], registry=r)
-        self.preemptions = {reason: preemptions.labels(*values, reason) for reason in ("blocks", "worker_lost")}
+        self.preemptions = {reason: preemptions.labels(*values, reason) for reason in PREEMPTION_REASONS}
         self.preempted_tokens = Counter(
             "pawl_preempted_tokens",
             "Computed tokens that preempted sequences lost with their blocks",

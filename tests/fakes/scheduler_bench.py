@@ -96,8 +96,7 @@ class Bench:
             return False
         assert 1 <= plan.num_tokens <= self.limits.max_batch_tokens
         if plan.victims:
-            best = min(self.state.running.values(), key=lambda s: (-s.level, s.order))
-            assert best not in [victim.sequence for victim in plan.victims], "the oldest of the top class lost its KV"
+            self.check_victims(plan)
         self.check_groups(plan)
         wire = plan.wire()
         launch(self.state, plan)
@@ -116,6 +115,18 @@ class Bench:
         for leader in forked.values():
             started = [fork.sequence for fork in plan.forks if fork.leader is leader]
             assert started == list(leader.followers)
+
+    def check_victims(self, plan: Plan) -> None:
+        """The oldest of the top class is none of them, and for priority nobody who is not low enough."""
+        started = [admission.sequence for admission in plan.admissions]
+        best = min([*self.state.running.values(), *started], key=lambda s: (-s.level, s.order))
+        assert best not in [victim.sequence for victim in plan.victims], "the oldest of the top class lost its KV"
+        gave_way = [victim.sequence for victim in plan.victims if victim.reason == "priority"]
+        if gave_way:
+            (beneficiary,) = started
+            highest = beneficiary.request.priority - self.limits.preempt_below
+            assert all(victim.level <= highest for victim in gave_way), "one that is not low enough gave way"
+            assert all(victim.preemptions + 1 < self.limits.max_preemptions for victim in gave_way)
 
     def commit(self) -> Committed:
         """Settle the oldest step: every token sampled for a sequence that lives is delivered."""
@@ -188,6 +199,7 @@ def make_limits(draw: random.Random) -> SchedulerLimits:
         max_preemptions=draw.randint(1, 4),
         output_quantile=draw.choice([0.0, 0.5, 0.9]),
         ageing_s=draw.choice([0.0, 3.0]),
+        preempt_below=draw.choice([0, 1]),
     )
 
 

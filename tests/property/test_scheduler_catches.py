@@ -9,7 +9,7 @@ import pytest
 
 from pawl_server.kv.block_pool import PoolError
 from pawl_server.kv.draft import BlockDraft
-from pawl_server.scheduler import committer, planner
+from pawl_server.scheduler import committer, planner, priority
 from pawl_server.scheduler.committer import StaleResultError
 from pawl_server.scheduler.fit import Room
 from pawl_server.scheduler.invariants import InvariantError, check_invariants
@@ -69,6 +69,12 @@ def _oldest_first(slots: SlotTable, rows: IntArray) -> list[int]:
     return oldest
 
 
+def _anybody_gives_way(state: SchedulerState, highest: int) -> BoolArray:
+    """Whoever waits first takes the blocks of any class."""
+    del highest
+    return np.asarray(state.slots.length > 0, dtype=np.bool_)
+
+
 def _anybody_fits(*_: object, **__: object) -> bool:
     """The fit test counts nothing."""
     return True
@@ -113,6 +119,7 @@ def _keep_nothing(sequence: SequenceState, now: float) -> None:
         (committer, "_deliver_late", _drop_late),
         (LedgerEntry, "alive", _everybody_alive),
         (planner, "victims_in_order", _oldest_first),
+        (priority, "_may_give_way", _anybody_gives_way),
         (Room, "fits", _anybody_fits),
         (planner, "_max_hits", _all_hits),
         (Cursor, "__exit__", _keep_what_was_lifted),

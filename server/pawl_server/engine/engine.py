@@ -300,6 +300,7 @@ def _limits(spec: EngineSpec, facts: WorkerFacts) -> SchedulerLimits:
             watermark=engine.watermark,
             max_bypass=engine.max_bypass,
             max_preemptions=engine.max_preemptions,
+            preempt_below=engine.preempt_below,
             output_quantile=engine.output_quantile,
             ageing_s=engine.ageing_s,
         )

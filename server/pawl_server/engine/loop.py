@@ -305,6 +305,7 @@ class EngineLoop:
                 num_prompt_cached=committed.num_prompt_cached,
                 num_recomputed=committed.num_recomputed,
                 num_preempted=committed.num_preempted,
+                num_gave_way=committed.num_gave_way,
                 num_swapped_out=len(plan.draft.swap_out),
                 num_swapped_in=len(plan.draft.swap_in),
                 num_lost=committed.num_lost,

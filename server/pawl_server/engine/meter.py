@@ -39,6 +39,7 @@ class StepRecord:
     num_prompt_cached: int
     num_recomputed: int
     num_preempted: int
+    num_gave_way: int  # of them, those that a higher class took the blocks of
     num_swapped_out: int = 0
     num_swapped_in: int = 0
     num_lost: int  # computed tokens of those preempted that are not cached
@@ -120,5 +121,6 @@ class Meter:
         metrics.swapped_blocks["out"].inc(record.num_swapped_out)
         metrics.swapped_blocks["in"].inc(record.num_swapped_in)
         if record.num_preempted:
-            metrics.preemptions["blocks"].inc(record.num_preempted)
+            metrics.preemptions["blocks"].inc(record.num_preempted - record.num_gave_way)
+            metrics.preemptions["priority"].inc(record.num_gave_way)
             metrics.preempted_tokens.inc(record.num_lost)

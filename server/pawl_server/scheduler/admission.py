@@ -31,6 +31,7 @@ class SchedulerLimits:
     max_bypass: int = 8
     backfill: bool = True  # whoever cannot delay those for whom blocks are kept may start before them
     max_preemptions: int = 4  # how often a sequence may be preempted
+    preempt_below: int = 5  # a sequence takes the blocks of those whose class is lower by so much; 0 = of nobody
     output_quantile: float = 0.1  # of the output lengths seen, that admission keeps blocks for
     ageing_s: float = 0.0  # a sequence that waited so long rises by one class; 0 = never
 

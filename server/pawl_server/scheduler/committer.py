@@ -40,6 +40,7 @@ class Committed:
     num_prompt_cached: int = 0
     num_recomputed: int = 0
     num_preempted: int = 0
+    num_gave_way: int = 0  # of those preempted, the ones that a higher class took the blocks of
     num_lost: int = 0  # tokens of those preempted that were computed and are not cached
     requeued: list[Hashable] = field(default_factory=list)  # their step is dropped: a prefix they shared failed
 
@@ -143,7 +144,8 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
             f" the oldest in flight is {in_flight}"
         )
     state.ledger.popleft()
-    committed = Committed(num_preempted=len(plan.victims))
+    num_gave_way = sum(victim.reason == "priority" for victim in plan.victims)
+    committed = Committed(num_preempted=len(plan.victims), num_gave_way=num_gave_way)
     records = [victim.sequence.last_preemption for victim in plan.victims]
     committed.num_lost = sum(record.num_lost for record in records if record is not None)
     committed.num_prompt_cached = sum(admission.num_computed for admission in plan.admissions)

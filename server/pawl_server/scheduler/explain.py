@@ -122,11 +122,12 @@ def _why_preempted(sequence: SequenceState) -> str:
     last = sequence.last_preemption
     if last is None:
         return ""
+    lost = f"{last.num_computed} tokens were computed, {last.num_lost} of them are not cached"
+    if last.reason == "priority":
+        lacked = f"was short of {last.num_short} KV blocks" if last.num_short else "had no slot"
+        return f"step {last.step}: priority: a request of a much higher class {lacked}; {lost}"
     need = {"decode": "those who decode", "progress": "the oldest of the highest class"}[last.reason]
-    return (
-        f"step {last.step}: {need} were short of {last.num_short} KV blocks; {last.num_computed} tokens were computed,"
-        f" {last.num_lost} of them are not cached"
-    )
+    return f"step {last.step}: {last.reason}: {need} were short of {last.num_short} KV blocks; {lost}"
 
 
 def describe(state: SchedulerState, now: float) -> list[SequenceView]:

@@ -10,7 +10,7 @@ import numpy as np
 from pawl_server.scheduler.admission import SchedulerLimits, blocks_for
 from pawl_server.scheduler.output_lengths import OutputLengths
 from pawl_server.scheduler.sequence import SequenceState
-from pawl_server.scheduler.slots import SlotTable
+from pawl_server.scheduler.slots import IntArray, SlotTable
 
 __all__ = ["Need", "Room", "need_of"]
 
@@ -59,6 +59,15 @@ class Room:
     Somebody who was preempted as often as may be is *settled*: while one such runs, everybody is admitted with all
     the blocks that he may ever take, so that there is no shortage and nobody is preempted again.
 
+    Args:
+        slots: those who run.
+        lengths: of the outputs seen.
+        limits: of the replica.
+        num_granted: blocks that the step gives to those who run.
+        now: seconds.
+        leaders: of those who run on, those with others parked behind them.
+        rows: of those who run on; None = of all.
+
     Attributes:
         rows: of those who run, [S].
         total: tokens whose KV each of them is expected to have in the end, [S].
@@ -73,8 +82,10 @@ class Room:
         num_granted: int,
         now: float,
         leaders: Iterable[SequenceState] = (),
+        rows: IntArray | None = None,
     ) -> None:
-        rows = slots.running()
+        if rows is None:
+            rows = slots.running()
         size = limits.block_size
         output = np.maximum(slots.length[rows] - slots.num_prompt[rows], 0)
         most = np.where(slots.samples[rows], slots.stop_at[rows] - 1, slots.length[rows])

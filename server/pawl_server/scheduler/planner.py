@@ -20,6 +20,7 @@ from pawl_server.scheduler.budget import StepBudget, StepLoad
 from pawl_server.scheduler.fit import Room
 from pawl_server.scheduler.groups import Fork, fork_group
 from pawl_server.scheduler.preemption import victims_in_order
+from pawl_server.scheduler.priority import make_way
 from pawl_server.scheduler.queues import Cursor
 from pawl_server.scheduler.sequence import SequenceRequest, SequenceState
 from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
@@ -170,8 +171,8 @@ def plan_step(
 ) -> Plan | None:
     """Plan the next step; None when there is nothing to compute, or nothing before the steps in flight are settled.
 
-    Preempts only what it must: first for decodes; and when nobody at all could go on, until the oldest of the
-    highest class can.
+    Preempts only what it must: first for decodes; for the first of the queue, if those it takes the blocks of are of
+    a much lower class; and when nobody at all could go on, until the oldest of the highest class can.
 
     Args:
         state: read, not written.
@@ -183,7 +184,7 @@ def plan_step(
     while True:
         plan = _attempt(state, limits, now, budget, forced)
         if plan.num_sequences:
-            return plan
+            return _with_way_made(plan, state, limits, now, budget)
         if state.ledger:
             return None
         order = victims_in_order(state.slots, _left(plan, state.slots))
@@ -192,13 +193,30 @@ def plan_step(
         forced = [*plan.victims, Victim(state.slots.owner(order[0]), "progress", 1)]
 
 
+def _with_way_made(
+    plan: Plan, state: SchedulerState, limits: SchedulerLimits, now: float, budget: StepBudget | None
+) -> Plan:
+    """The plan; or one in which the first of the queue, which is not in it, starts at the cost of lower classes."""
+    if plan.victims or not len(state.queue):
+        return plan
+    way = make_way(state, limits, now)
+    if way is None or (plan.admissions and plan.admissions[0].sequence is way.to):
+        return plan
+    forced = [Victim(victim, "priority", way.num_short) for victim in way.victims]
+    other = _attempt(state, limits, now, budget, forced, way.to)
+    started = [admission.sequence for admission in other.admissions]
+    return other if started == [way.to] else plan
+
+
 def _attempt(
     state: SchedulerState,
     limits: SchedulerLimits,
     now: float,
     budget: StepBudget | None,
     forced: Sequence[Victim],
+    only: SequenceState | None = None,
 ) -> Plan:
+    """A step in which those `forced` lose their KV, and then nobody starts but `only`."""
     freed = list(state.rows_to_free)
     plan = Plan(
         step=state.step + 1,
@@ -220,9 +238,10 @@ def _attempt(
     if len(behind) > 1:
         behind = behind[np.lexsort((slots.order[behind], -slots.level[behind]))]
     num_partial = _grant_prefills(plan, slots, limits, behind, budget)
-    if not plan.victims and len(state.queue) and plan.budget > 0 and plan.free_rows:
+    may_admit = not plan.victims or (only is not None and len(plan.victims) == len(forced))
+    if may_admit and len(state.queue) and plan.budget > 0 and plan.free_rows:
         with state.queue.cursor() as cursor:
-            _admit(plan, state, limits, cursor, num_partial, budget)
+            _admit(plan, state, limits, cursor, num_partial, budget, only)
     if state.leaders or any(admission.kept_rows for admission in plan.admissions):
         _fork(plan, state)
     return plan
@@ -345,19 +364,25 @@ def _admit(
     cursor: Cursor,
     num_partial: int,
     budget: StepBudget | None,
+    only: SequenceState | None,
 ) -> None:
-    """Start waiting sequences in order.
+    """Start waiting sequences in order, or `only` the first.
 
     One that does not fit may be overtaken a bounded number of times, and then only by those who cannot delay it.
     """
     size = limits.block_size
     may_overtake = limits.max_running  # starts of this step, until somebody has been overtaken as often as he may be
     num_granted = sum(len(blocks) for _, blocks in plan.append_blocks)
-    room = Room(state.slots, state.lengths, limits, num_granted, plan.now, state.leaders.values())
+    left = _left(plan, state.slots) if plan.victims else None
+    victims = {victim.sequence.order for victim in plan.victims}
+    leaders = [leader for leader in state.leaders.values() if leader.order not in victims]
+    room = Room(state.slots, state.lengths, limits, num_granted, plan.now, leaders, left)
     num_used = state.pool.num_used - sum(len(leader.followers) for leader in state.leaders.values())
     backfill = Backfill(state.slots, room, limits, state.lengths, plan.draft.num_available, num_used)
     for sequence in cursor:
         if plan.budget < 1 or not plan.free_rows:
+            return
+        if only is not None and sequence is not only:
             return
         kept = plan.num_overtaking >= may_overtake
         if kept and backfill.hopeless:

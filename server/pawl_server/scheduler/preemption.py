@@ -6,7 +6,7 @@ import numpy as np
 
 from pawl_server.scheduler.slots import IntArray, SlotTable
 
-__all__ = ["protected_row", "victims_in_order"]
+__all__ = ["by_cost", "protected_row", "victims_in_order"]
 
 
 def protected_row(slots: SlotTable, rows: IntArray) -> int:
@@ -14,14 +14,19 @@ def protected_row(slots: SlotTable, rows: IntArray) -> int:
     return int(rows[np.lexsort((slots.order[rows], -slots.level[rows]))[0]])
 
 
-def victims_in_order(slots: SlotTable, rows: IntArray) -> list[int]:
-    """Rows in the order in which they would be preempted; without the one that never is.
+def by_cost(slots: SlotTable, rows: IntArray) -> list[int]:
+    """Rows in the order in which they would be preempted.
 
     Lowest class first, then the least to compute again, then the newest. What has to be computed again is what
     was computed, less the published blocks, which stay cached.
     """
+    lost = slots.computed[rows] - slots.published[rows] * slots.block_size
+    ordered: list[int] = rows[np.lexsort((-slots.order[rows], lost, slots.level[rows]))].tolist()
+    return ordered
+
+
+def victims_in_order(slots: SlotTable, rows: IntArray) -> list[int]:
+    """Rows in the order in which they would be preempted; without the one that never is."""
     if len(rows) == 0:
         return []
-    lost = slots.computed[rows] - slots.published[rows] * slots.block_size
-    ordered = rows[np.lexsort((-slots.order[rows], lost, slots.level[rows]))]
-    return [row for row in ordered.tolist() if row != protected_row(slots, rows)]
+    return [row for row in by_cost(slots, rows) if row != protected_row(slots, rows)]

@@ -173,6 +173,11 @@ class WaitingQueue:
         """Go through the queue without changing it."""
         return Cursor(sorted(self._levels.items(), reverse=True), self._accounts)
 
+    @property
+    def top_level(self) -> int:
+        """No sequence that waits is of a higher class; the lowest class when nobody waits."""
+        return max(self._levels, default=-MAX_LEVEL)
+
     def head(self) -> SequenceState | None:
         """The sequence that is considered first."""
         with self.cursor() as cursor:

@@ -102,10 +102,14 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Preemption:
-    """Why a sequence lost its KV: who needed blocks, and how many there were too few."""
+    """Why a sequence lost its KV: who needed blocks, and how many there were too few.
+
+    `reason`: "decode" = those who decode did; "progress" = nobody could go on; "priority" = one of a much higher class
+    waited.
+    """
 
     step: int
-    reason: str  # "decode": those who decode needed blocks; "progress": nobody could go on
+    reason: str
     num_short: int
     num_computed: int  # tokens it had computed
     num_lost: int  # of them, those that are not in the prefix cache

@@ -36,7 +36,8 @@ class Policy:
     def limits(self, limits: SchedulerLimits) -> SchedulerLimits:
         """The limits of a replica under this policy."""
         max_bypass = 0 if self.head_blocks else limits.max_bypass
-        return dataclasses.replace(limits, max_bypass=max_bypass, backfill=self.backfill)
+        below = 0 if self.newest_victim else limits.preempt_below
+        return dataclasses.replace(limits, max_bypass=max_bypass, backfill=self.backfill, preempt_below=below)
 
 
 POLICIES: Mapping[str, Policy] = {

@@ -20,6 +20,7 @@ RECORD = StepRecord(
     num_prompt_cached=4,
     num_recomputed=2,
     num_preempted=1,
+    num_gave_way=0,
     num_swapped_out=7,
     num_swapped_in=5,
     num_lost=70,
@@ -40,6 +41,15 @@ def test_steps_are_filled_in_at_a_scrape_and_only_once() -> None:
         assert totals["pawl_batch_tokens_sum"] == 6
         assert totals["pawl_kv_swapped_blocks_total"] == 24
     assert meter.output_tokens == 6
+
+
+def test_preemptions_are_counted_by_reason() -> None:
+    meter = Meter(EngineMetrics("m", 0))
+    meter.step(dataclasses.replace(RECORD, num_preempted=5, num_gave_way=2))
+    meter.worker_lost(4)
+    text = meter.exposition().decode()
+    for reason, count in (("blocks", 3), ("priority", 2), ("worker_lost", 4)):
+        assert f'pawl_preemptions_total{{model="m",reason="{reason}",replica="0"}} {count}.0' in text
 
 
 def test_phases_sum_to_wall_time() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from pawl_server.scheduler.committer import StaleResultError, commit, launch
@@ -88,6 +90,92 @@ def test_preemption_takes_the_lowest_class_and_loses_no_token() -> None:
         bench.check_output(handle)
         assert len(bench.output[handle]) == 14
     assert bench.ended[2].stalled_s > 0
+
+
+def _crowd(bench: Bench, priorities: Sequence[int], num_output: int = 12) -> None:
+    """So many sequences of two blocks each, growing to four, that run."""
+    for number, priority in enumerate(priorities):
+        bench.submit(bench.request([number] * 5, num_output, priority=priority))
+    while any(sequence.num_output < 2 for sequence in bench.state.live.values()):
+        bench.step()
+
+
+def test_a_much_higher_class_takes_the_blocks_of_the_lowest() -> None:
+    """Of three that run those of class 0 give way, the newest first, and only as many as it takes."""
+    bench = Bench(limits(num_blocks=12, max_running=8, preempt_below=5, prefix_cache=False))
+    _crowd(bench, [0, 1, 0])
+    assert bench.submit(bench.request([9] * 10, 4, priority=6))
+    bench.step()
+    running = {sequence.request.handle for sequence in bench.state.running.values()}
+    assert running == {0, 1, 3}, "the newest of the lowest class gives way, at once"
+    (record,) = [sequence.last_preemption for sequence in bench.state.live.values() if sequence.preemptions]
+    assert record is not None
+    assert record.reason == "priority"
+    assert record.num_lost == record.num_computed > 0
+    (view,) = [view for view in bench.state.describe(bench.now) if view.preemption_count]
+    assert view.phase == "preempted"
+    assert "priority: a request of a much higher class was short of" in view.preemption_reason
+    assert view.lost_tokens == record.num_lost
+    bench.run()
+    for handle in range(4):
+        bench.check_output(handle)
+
+
+@pytest.mark.parametrize(("preempt_below", "priority"), [(0, 10), (5, 4)])
+def test_a_class_that_is_not_high_enough_waits(preempt_below: int, priority: int) -> None:
+    bench = Bench(limits(num_blocks=12, max_running=8, preempt_below=preempt_below, prefix_cache=False))
+    _crowd(bench, [0, 0, 0])
+    bench.submit(bench.request([9] * 10, 4, priority=priority))
+    bench.run()
+    assert sum(ended.preemption_count for ended in bench.ended.values()) == 0
+
+
+def test_a_much_higher_class_takes_a_slot() -> None:
+    bench = Bench(limits(num_blocks=40, max_running=2, preempt_below=5))
+    _crowd(bench, [0, 0])
+    bench.submit(bench.request([9], 4, priority=5))
+    bench.step()
+    assert {sequence.request.handle for sequence in bench.state.running.values()} == {0, 2}
+    (view,) = [view for view in bench.state.describe(bench.now) if view.preemption_count]
+    assert "had no slot" in view.preemption_reason
+
+
+def test_nobody_is_preempted_in_vain() -> None:
+    """All that class 0 holds would not be enough: the rest is held by a class that does not give way."""
+    bench = Bench(limits(num_blocks=12, max_running=8, preempt_below=5, prefix_cache=False))
+    _crowd(bench, [3, 3, 0])
+    bench.submit(bench.request([9] * 20, 4, priority=6))
+    for _ in range(4):
+        bench.step()
+    assert not any(sequence.preemptions for sequence in bench.state.live.values())
+    bench.run()
+
+
+def test_age_lets_nobody_take_blocks_and_protects_those_who_run() -> None:
+    bench = Bench(limits(num_blocks=12, max_running=8, preempt_below=1, ageing_s=2.0, prefix_cache=False))
+    _crowd(bench, [0, 0, 0], num_output=30)
+    bench.submit(bench.request([9] * 10, 4))
+    for _ in range(10):
+        bench.step()
+    (waiting,) = bench.state.queue.in_order()
+    assert waiting.level > 1
+    assert not any(sequence.preemptions for sequence in bench.state.live.values())
+
+
+def test_a_stream_of_a_high_class_preempts_a_low_one_a_bounded_number_of_times() -> None:
+    """And the last time that one may be preempted at all is not spent on them."""
+    bench = Bench(limits(num_blocks=12, max_running=8, preempt_below=5, max_preemptions=3))
+    bench.submit(bench.request([1] * 5, 40))
+    bench.submit(bench.request([2] * 5, 40))
+    for number in range(50):
+        if number % 8 == 7:
+            bench.submit(bench.request([9] * 24, 3, priority=9))
+        bench.step()
+    counts = [sequence.preemptions for sequence in bench.state.live.values()]
+    assert max(counts) == 2
+    assert not any(sequence.settled for sequence in bench.state.live.values())
+    bench.run()
+    assert set(bench.ended) == set(bench.requests)
 
 
 @pytest.mark.parametrize(("num_output", "backfill", "num_overtaking"), [(1, False, 2), (1, True, 6), (20, True, 2)])
