@@ -7,7 +7,10 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from llguidance import LLTokenizer
+
 from pawl_server.engine.engine import Engine
+from pawl_server.engine.grammar.compiler import checkpoint_tokenizer
 from pawl_server.engine.link.client import EngineLink, EngineStream
 from pawl_server.engine.spec import EngineProgress, EngineSpec
 from pawl_server.internal.v1 import engine_pb2
@@ -88,13 +91,16 @@ class RunningEngine:
 
 @contextlib.asynccontextmanager
 async def running_engine(
-    spec: EngineSpec | None = None, facts: FakeFacts | None = None
+    spec: EngineSpec | None = None,
+    facts: FakeFacts | None = None,
+    open_tokenizer: Callable[[], LLTokenizer] | None = None,
 ) -> AsyncIterator[RunningEngine]:
-    """Start an engine, run it, stop it."""
+    """Start an engine, run it, stop it. Its tokens are the embedded model's for constraints, unless told otherwise."""
     spec = spec or fake_spec()
     worker = FakeEngineWorker(facts or FakeFacts(num_blocks=spec.engine.num_blocks))
     progress: list[EngineProgress] = []
-    engine = Engine(spec, progress.append, lambda _spec, _progress: worker)
+    opened = open_tokenizer or (lambda: checkpoint_tokenizer("demo", "", VOCAB_SIZE, worker.facts.eos_token_ids))
+    engine = Engine(spec, progress.append, lambda _spec, _progress: worker, lambda _spec, _facts: opened())
     addresses = await engine.start()
     task = asyncio.create_task(engine.run())
     try:

@@ -32,6 +32,11 @@ class GrammarChecker:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
 
+    @property
+    def process_id(self) -> int | None:
+        """Of the process, if there is one."""
+        return None if self._process is None else self._process.pid
+
     async def check(self, constraint: Constraint) -> InvalidRequest | None:
         """See whether a constraint can be used; gives why it cannot."""
         async with self._turn:

@@ -115,6 +115,11 @@ class GrammarGate:
     def __len__(self) -> int:
         return sum(len(held.handles) - len(held.aborted) for held in self.held())
 
+    @property
+    def kept(self) -> list[tuple[str, str]]:
+        """Kind and text of the compiled grammars that are kept, the last used at the end."""
+        return list(self._kept)
+
     def held(self) -> Iterator[Held]:
         """Those that wait."""
         for waiting in self._held.values():
