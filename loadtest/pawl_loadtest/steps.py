@@ -19,10 +19,11 @@ from pathlib import Path
 
 from pawl_loadtest.arguments import positive
 from pawl_server.sim.measured import RecordedStep, write_steps
-from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
+from pawl_workers.kernels.cpu_program import StepSeconds
+from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult
 from pawl_workers.worker import Worker, WorkerOptions
 
-__all__ = ["Shape", "draw_shapes", "main", "measure"]
+__all__ = ["Driver", "Shape", "TimedStep", "draw_shapes", "main", "measure"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,23 @@ def draw_shapes(count: int, *, max_running: int, max_batch_tokens: int, max_cont
     return shapes
 
 
-class _Driver:
+@dataclass(frozen=True, slots=True)
+class TimedStep:
+    """A step that was run: seconds in all, what the worker says of them, and its layers' share by kind of operation."""
+
+    seconds: float
+    result: StepResult
+    layers: StepSeconds | None
+
+
+class Driver:
     """Puts a worker into the state before a step, and times that step."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._epoch = 1
 
-    def seconds(self, shape: Shape) -> float:
+    def run(self, shape: Shape) -> TimedStep:
         """Run one step of this shape. Its rows are known to the worker by then, as they mostly are when it serves."""
         worker, size = self._worker, self._worker.facts.block_size
         self._epoch += 1
@@ -76,19 +86,20 @@ class _Driver:
         rows = list(range(len(new)))
         worker.execute(StepPlan(1, self._epoch, [], new, [], rows, [1] * len(rows)))
         plan = StepPlan(2, self._epoch, [], [], [], rows, list(shape.tokens))
+        worker.take_layer_seconds()
         started = time.perf_counter()
-        worker.execute(plan)
-        return time.perf_counter() - started
+        result = worker.execute(plan)
+        return TimedStep(time.perf_counter() - started, result, worker.take_layer_seconds())
 
 
 def measure(worker: Worker, shapes: Sequence[Shape], *, repeats: int = 3) -> list[RecordedStep]:
     """Time every shape, the median of some repeats."""
-    driver = _Driver(worker)
+    driver = Driver(worker)
     for shape in shapes[:8]:
-        driver.seconds(shape)
+        driver.run(shape)
     steps = []
     for shape in shapes:
-        seconds = statistics.median(driver.seconds(shape) for _ in range(repeats))
+        seconds = statistics.median(driver.run(shape).seconds for _ in range(repeats))
         contexts = [count + before for count, before in zip(shape.tokens, shape.before, strict=True)]
         steps.append(RecordedStep(seconds=seconds, tokens=list(shape.tokens), contexts=contexts))
     return steps

@@ -20,6 +20,7 @@ from pawl_workers.errors import PlanError
 from pawl_workers.forward import StepOutput, compute, finish
 from pawl_workers.graphs import DecodeGraphs, bucket_of
 from pawl_workers.host_cache import HostCache
+from pawl_workers.kernels.cpu_program import CpuProgram, StepSeconds
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.memory import MemoryPlan
 from pawl_workers.model.loading import load_weights
@@ -326,6 +327,11 @@ class Worker:
             forward_s=forward_s,
             sample_s=sampled.sample_s,
         )
+
+    def take_layer_seconds(self) -> StepSeconds | None:
+        """Seconds in all layers by kind of operation since this was last called; None where kernels do not count."""
+        program = self._cache.program
+        return program.take_seconds() if isinstance(program, CpuProgram) else None
 
     def reset(self, epoch: int) -> None:
         """Forget every row and begin an epoch: the next plan is its step 1. KV blocks keep their contents."""
