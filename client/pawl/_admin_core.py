@@ -88,6 +88,7 @@ def _request_state(message: admin_pb2.RequestState) -> RequestState:
         priority=message.priority,
         preemption_reason=message.preemption_reason,
         lost_tokens=message.lost_tokens,
+        queue_position=message.queue_position,
     )
 
 

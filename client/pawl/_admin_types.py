@@ -75,11 +75,12 @@ class RequestState:
     Attributes:
         phase: "waiting", "prefill", "decode" or "preempted".
         age: seconds since it arrived at the engine.
-        wait_reason: why it waits, with the numbers; empty while it runs.
+        wait_reason: why it waits: a word such as "blocks" or "slots", a colon and the numbers; empty while it runs.
         replica: number of the replica that it is on.
         user: the caller's label of an end user.
         preemption_reason: why it was preempted last, with the numbers; empty if it never was.
         lost_tokens: tokens to be computed again because of preemptions.
+        queue_position: its place among those that wait on its replica, 1 = next; 0 while it runs.
     """
 
     request_id: str
@@ -95,3 +96,4 @@ class RequestState:
     priority: int
     preemption_reason: str = ""
     lost_tokens: int = 0
+    queue_position: int = 0

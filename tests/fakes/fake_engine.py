@@ -328,6 +328,13 @@ class FakeFleet(fleet_pb2_grpc.FleetServiceServicer):
             )
             for engine in engines
         ]
+        self._show(replicas)
+
+    def show_address(self, address: str) -> None:
+        """List one engine, ready at an address."""
+        self._show([fleet_pb2.Replica(incarnation=1, state=fleet_pb2.REPLICA_STATE_READY, address=address)])
+
+    def _show(self, replicas: Iterable[fleet_pb2.Replica]) -> None:
         self._revision += 1
         self._listing = fleet_pb2.WatchReplicasResponse(
             revision=self._revision, model_source=self._source, model_id=self._id, replicas=replicas

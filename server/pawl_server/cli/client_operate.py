@@ -59,6 +59,7 @@ def requests(arguments: argparse.Namespace) -> int:
             state.preemption_count,
             state.replica,
             state.priority,
+            state.queue_position or "",
             state.user,
             state.wait_reason or state.preemption_reason,
         )
@@ -74,6 +75,7 @@ def requests(arguments: argparse.Namespace) -> int:
         "preempted",
         "replica",
         "priority",
+        "place",
         "user",
         "waits, or lost its blocks, because",
     )

@@ -165,6 +165,7 @@ def _state(sequence: engine_pb2.SequenceState, replica: int) -> admin_pb2.Reques
         priority=sequence.priority,
         preemption_reason=sequence.preemption_reason,
         lost_tokens=sequence.lost_tokens,
+        queue_position=sequence.queue_position,
     )
 
 

@@ -22,10 +22,11 @@ _MOST_ASKED = 256  # waiting sequences that are asked for their reason when thes
 
 @dataclass(frozen=True, slots=True)
 class WaitReason:
-    """`reason` is one of the closed words of `pawl_server.metrics.WAIT_REASONS`."""
+    """`reason` is one of the closed words of `pawl_server.metrics.WAIT_REASONS`; `position` is 1 for the first."""
 
     reason: str
     text: str
+    position: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,7 @@ class SequenceView:
     tenant: str
     preemption_reason: str
     lost_tokens: int
+    queue_position: int = 0  # among those that wait, 1 = next; 0 = it is not in the queue
 
 
 def wait_reasons(state: SchedulerState, most: int | None = None) -> Iterator[tuple[SequenceState, WaitReason]]:
@@ -57,37 +59,37 @@ def wait_reasons(state: SchedulerState, most: int | None = None) -> Iterator[tup
     room = Room(state.slots, state.lengths, limits, 0, state.pool.now, state.leaders.values())
     head: SequenceState | None = None
     head_fits = True
-    for position, sequence in enumerate(islice(state.queue.in_order(), most)):
+    for position, sequence in enumerate(islice(state.queue.in_order(), most), start=1):
         need = room.need(sequence)
         fits = room.fits(need, state.pool.num_available, 0, settled=sequence.settled)
         if head is None:
             head, head_fits = sequence, fits
-        place = f"position {position + 1} of {len(state.queue)}"
+        place = f"position {position} of {len(state.queue)}"
         number = 1 + len(sequence.followers)
         if not num_rows:
-            yield sequence, WaitReason("slots", f"all {limits.max_running} slots are taken, {place}")
+            yield sequence, WaitReason("slots", f"all {limits.max_running} slots are taken, {place}", position)
         elif number > num_rows:
             text = f"its {number} samples start together and {num_rows} of {limits.max_running} slots are free, {place}"
-            yield sequence, WaitReason("slots", text)
+            yield sequence, WaitReason("slots", text, position)
         elif head.level > sequence.level:
-            yield sequence, WaitReason("priority", f"a higher class waits (priority {head.level}), {place}")
+            yield sequence, WaitReason("priority", f"a higher class waits (priority {head.level}), {place}", position)
         elif sequence is not head and not head_fits and head.bypassed >= limits.max_bypass:
             text = f"blocks are kept for the head, overtaken {head.bypassed} times, and it might delay it, {place}"
-            yield sequence, WaitReason("reservation", text)
+            yield sequence, WaitReason("reservation", text, position)
         elif not fits:
             available = max(0, state.pool.num_available - room.promised)
             text = (
                 f"needs up to {need.expected} KV blocks, {need.now} for its {sequence.num_tokens} tokens and the others"
                 f" for its output; {available} are available and {room.promised} kept for those who run, {place}"
             )
-            yield sequence, WaitReason("blocks", text)
+            yield sequence, WaitReason("blocks", text, position)
         elif sequence.tenant != head.tenant:
             mine, theirs = state.accounts.service(sequence.tenant), state.accounts.service(head.tenant)
             text = f"its tenant has had {mine:.0f} weighted tokens, the next one's {theirs:.0f}, {place}"
-            yield sequence, WaitReason("fairness", text)
+            yield sequence, WaitReason("fairness", text, position)
         else:
             text = f"the step's {limits.max_batch_tokens} tokens go to others, {place}"
-            yield sequence, WaitReason("slots", text)
+            yield sequence, WaitReason("slots", text, position)
 
 
 def count_reasons(state: SchedulerState) -> dict[str, int]:
@@ -132,9 +134,11 @@ def _why_preempted(sequence: SequenceState) -> str:
 
 def describe(state: SchedulerState, now: float) -> list[SequenceView]:
     """Every live sequence, oldest first."""
-    reasons = {sequence.order: reason.text for sequence, reason in wait_reasons(state)}
+    reasons, places = dict[int, str](), dict[int, int]()
+    for sequence, reason in wait_reasons(state):
+        reasons[sequence.order], places[sequence.order] = f"{reason.reason}: {reason.text}", reason.position
     for leader in state.live.values():
-        text = reasons.get(leader.order, "the prompt is computed once, for all samples of the request")
+        text = reasons.get(leader.order, "prompt: it is computed once, for all samples of the request")
         reasons.update((follower.order, text) for follower in leader.followers)
     return [
         SequenceView(
@@ -151,6 +155,7 @@ def describe(state: SchedulerState, now: float) -> list[SequenceView]:
             tenant=sequence.request.tenant,
             preemption_reason=_why_preempted(sequence),
             lost_tokens=sequence.tokens_lost,
+            queue_position=places.get(sequence.order, 0),
         )
         for sequence in sorted(state.live.values(), key=lambda sequence: sequence.order)
     ]

@@ -64,7 +64,8 @@ class Held:
 
     def describe(self, now: float) -> SequenceView:
         """What an operator may see of it."""
-        request = self.request
+        request, constraint = self.request, self.constraint
+        text = f"grammar: its {constraint.kind} of {len(constraint.source)} characters is being compiled"
         return SequenceView(
             request_id=request.request_id,
             phase="waiting",
@@ -73,7 +74,7 @@ class Held:
             num_blocks=0,
             age_s=now - self.since,
             preemption_count=0,
-            wait_reason=f"its {self.constraint.kind} of {len(self.constraint.source)} characters is being compiled",
+            wait_reason=text,
             user=request.user,
             priority=request.priority,
             tenant=request.tenant,

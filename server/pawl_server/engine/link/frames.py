@@ -223,4 +223,5 @@ def to_sequence_state(view: SequenceView) -> engine_pb2.SequenceState:
         tenant=view.tenant,
         preemption_reason=view.preemption_reason,
         lost_tokens=view.lost_tokens,
+        queue_position=view.queue_position,
     )
