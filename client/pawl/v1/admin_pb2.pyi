@@ -355,6 +355,7 @@ class RequestState(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     PREEMPTION_REASON_FIELD_NUMBER: _builtins.int
     LOST_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     phase: _builtins.str
@@ -368,7 +369,9 @@ class RequestState(_message.Message):
     preemption_count: _builtins.int
     """How often it lost its KV blocks to another."""
     wait_reason: _builtins.str
-    """Why it waits, with the numbers; empty while it runs."""
+    """Why it waits: "blocks", "slots", "priority", "fairness", "grammar", "reservation" or "prompt", and after a colon the
+    numbers; empty while it runs.
+    """
     replica: _builtins.int
     """Number of the replica it is on."""
     user: _builtins.str
@@ -379,6 +382,10 @@ class RequestState(_message.Message):
     """Why it was preempted last, with the numbers; empty if it never was."""
     lost_tokens: _builtins.int
     """Tokens that it has to compute again, or had to, because of preemptions."""
+    queue_position: _builtins.int
+    """Its place among those that wait on its replica, 1 = next; 0 while it runs, and while another sample of its request
+    computes their prompt.
+    """
     @_builtins.property
     def age(self) -> _duration_pb2.Duration:
         """Time since it arrived at the engine."""
@@ -399,10 +406,11 @@ class RequestState(_message.Message):
         priority: _builtins.int = ...,
         preemption_reason: _builtins.str = ...,
         lost_tokens: _builtins.int = ...,
+        queue_position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_count", b"block_count", "lost_tokens", b"lost_tokens", "output_tokens", b"output_tokens", "phase", b"phase", "preemption_count", b"preemption_count", "preemption_reason", b"preemption_reason", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "replica", b"replica", "request_id", b"request_id", "user", b"user", "wait_reason", b"wait_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "block_count", b"block_count", "lost_tokens", b"lost_tokens", "output_tokens", b"output_tokens", "phase", b"phase", "preemption_count", b"preemption_count", "preemption_reason", b"preemption_reason", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "queue_position", b"queue_position", "replica", b"replica", "request_id", b"request_id", "user", b"user", "wait_reason", b"wait_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

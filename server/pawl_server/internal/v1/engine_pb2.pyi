@@ -1014,6 +1014,7 @@ class SequenceState(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     PREEMPTION_REASON_FIELD_NUMBER: _builtins.int
     LOST_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Public request id."""
     phase: _builtins.str
@@ -1040,6 +1041,8 @@ class SequenceState(_message.Message):
     """Why it was preempted last, with the numbers; empty if it never was."""
     lost_tokens: _builtins.int
     """Tokens that it has to compute again, or had to, because of preemptions."""
+    queue_position: _builtins.int
+    """Its place among those that wait, 1 = next; 0 = it runs or is not in the queue."""
     def __init__(
         self,
         *,
@@ -1056,10 +1059,11 @@ class SequenceState(_message.Message):
         tenant: _builtins.str = ...,
         preemption_reason: _builtins.str = ...,
         lost_tokens: _builtins.int = ...,
+        queue_position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "lost_tokens", b"lost_tokens", "num_blocks", b"num_blocks", "output_tokens", b"output_tokens", "phase", b"phase", "preemption_count", b"preemption_count", "preemption_reason", b"preemption_reason", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "tenant", b"tenant", "user", b"user", "wait_reason", b"wait_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "lost_tokens", b"lost_tokens", "num_blocks", b"num_blocks", "output_tokens", b"output_tokens", "phase", b"phase", "preemption_count", b"preemption_count", "preemption_reason", b"preemption_reason", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "queue_position", b"queue_position", "request_id", b"request_id", "tenant", b"tenant", "user", b"user", "wait_reason", b"wait_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
