@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from array import array
+from collections import Counter, deque
 from dataclasses import replace
 from typing import cast
 
@@ -14,14 +15,31 @@ from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import Committed, commit, launch, void
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_server.scheduler.planner import Plan, plan_step
-from pawl_server.scheduler.sequence import Ended, SequenceRequest, Sibling
+from pawl_server.scheduler.sequence import Ended, SequenceRequest, SequenceState, Sibling
+from pawl_server.scheduler.speculation import Speculation
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import PromptLogprobs, SamplingSpec, StepResult
 from tests.fakes.shadow_worker import ShadowWorker, isolated_output
 
-__all__ = ["Bench", "limits", "make_limits", "random_request"]
+__all__ = ["Bench", "Prophet", "limits", "make_limits", "random_request"]
 
 _NOBODY = -1
+
+
+class Prophet:
+    """Drafts of one sequence: what it will be, often with a wrong token, sometimes nothing."""
+
+    def __init__(self, sequence: SequenceState) -> None:
+        self._namespace = sequence.request.sampling.seed
+        self._draw = random.Random(sequence.order)
+
+    def propose(self, tokens: array[int], most: int) -> list[int]:
+        """At most `most` tokens."""
+        drafts = isolated_output(tokens, self._namespace, self._draw.randint(0, most))
+        if drafts and self._draw.random() < 0.5:
+            place = self._draw.randrange(len(drafts))
+            drafts[place] = (drafts[place] + 1) % 32
+        return drafts
 
 
 class Bench:
@@ -33,7 +51,10 @@ class Bench:
         self.in_flight: deque[tuple[Plan, StepResult]] = deque()
         self.owners: deque[dict[int, int]] = deque()  # handle by row, of each step in flight
         self.state = SchedulerState(limits, CacheRoot("model", "float32", limits.block_size))
+        if limits.max_drafts:
+            self.state.speculation = Speculation(limits.max_drafts, Prophet)
         self.worker = ShadowWorker(limits.block_size)
+        self.num_drafts = self.num_accepted = self.num_mixed = 0
         self.requests: dict[int, SequenceRequest] = {}
         self.output: dict[int, list[int]] = {}
         self.scored: dict[int, int] = {}
@@ -95,6 +116,8 @@ class Bench:
         if plan is None:
             return False
         assert 1 <= plan.num_tokens <= self.limits.max_batch_tokens
+        self.num_drafts += plan.num_drafts
+        self.num_mixed += plan.num_drafts > 0 and plan.kind == "mixed"
         if plan.victims:
             self.check_victims(plan)
         self.check_groups(plan)
@@ -135,8 +158,14 @@ class Bench:
         ended = set(self.ended)
         committed = commit(self.state, plan, result, self.now)
         dropped = cast("set[int]", set(committed.requeued))
-        live = [owners[row] for row in result.rows if owners[row] not in ended | dropped | {_NOBODY}]
-        assert sorted(cast("list[int]", committed.handles)) == sorted(live)
+        live = Counter(owners[row] for row in result.rows if owners[row] not in ended | dropped | {_NOBODY})
+        given = Counter(cast("list[int]", committed.handles))
+        stopped = {cast("int", one.handle) for one in committed.ended}  # at one of several tokens: the rest is cut
+        assert live.keys() == given.keys()
+        assert all(
+            given[handle] == count or (handle in stopped and given[handle] < count) for handle, count in live.items()
+        )
+        self.num_accepted += committed.num_accepted
         for later in self.owners:  # what they rely on failed, so that nothing more comes of these steps for them
             for row in [row for row, handle in later.items() if handle in dropped]:
                 later[row] = _NOBODY
@@ -200,6 +229,7 @@ def make_limits(draw: random.Random) -> SchedulerLimits:
         output_quantile=draw.choice([0.0, 0.5, 0.9]),
         ageing_s=draw.choice([0.0, 3.0]),
         preempt_below=draw.choice([0, 1]),
+        max_drafts=draw.choice([0, 0, 1, 3, 6]),
     )
 
 

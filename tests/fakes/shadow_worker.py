@@ -81,6 +81,8 @@ class ShadowWorker:
             self.rows[known].blocks += blocks
         assert len(set(plan.rows)) == len(plan.rows)
         self._move(plan)
+        drafts = dict(plan.drafts)
+        assert len(drafts) == len(plan.drafts)
         # A row that failed is computed no more until it is freed, and is reported again.
         failures = [RowFailure(row, "failed before") for row in plan.rows if self.rows[row].failed]
         grants = [(row, n) for row, n in zip(plan.rows, plan.num_tokens, strict=True) if not self.rows[row].failed]
@@ -89,24 +91,34 @@ class ShadowWorker:
         sampled: list[tuple[int, int]] = []
         allowed = _allowed(masks)
         for number, count in grants:
-            self._write(self.rows[number], count, spoiled=number in failing)
-        for number, count in grants:
             row = self.rows[number]
-            digest = self._read(row, count)
+            drafted = drafts.get(number, [])
+            assert number not in drafts or (drafted and row.computed + count == len(row.tokens) + len(drafted))
+            self._write(row, count, drafted, spoiled=number in failing)
+        for number, count in grants:
+            row, drafted = self.rows[number], drafts.get(number, [])
+            digests = self._read(row, count, drafted)
+            if number in failing and drafted:
+                continue  # the drafts may have done it: the step counts for nothing
             if number in failing:
                 row.failed = True
                 failures.append(RowFailure(number, "planted"))
                 continue
-            prompt_logprobs += self._prompt_logprobs(number, row, count)
+            row.computed += count - len(drafted)
+            prompt_logprobs += self._prompt_logprobs(number, row, count - len(drafted))
             if row.computed == len(row.tokens) and row.new.samples:
                 choices = allowed.get(number, range(self.vocab_size))
+                assert not drafted or number not in allowed
                 if not len(choices):
                     row.failed = True
                     failures.append(RowFailure(number, "no token is left"))
                     continue
-                token_id = choices[_draw(digest, row.new.sampling.seed, len(choices))]
-                row.tokens.append(token_id)
-                sampled.append((number, token_id))
+                token_ids = [choices[_draw(digest, row.new.sampling.seed, len(choices))] for digest in digests]
+                right = [token_id == draft for token_id, draft in zip(token_ids, drafted, strict=False)]
+                num_accepted = [*right, False].index(False)
+                row.tokens += token_ids[: num_accepted + 1]
+                row.computed += num_accepted
+                sampled += [(number, token_id) for token_id in token_ids[: num_accepted + 1]]
         for source, destination in plan.copies:
             self._fill(destination, [self.slots.get((source, offset)) for offset in range(self.block_size)])
         rows, token_ids = [number for number, _ in sampled], [token_id for _, token_id in sampled]
@@ -138,28 +150,31 @@ class ShadowWorker:
         assert len(written) == len(set(written)), "two sequences write one slot"
         assert all(block > 0 for block, _ in written), "the null block is written"
 
-    def _write(self, row: _Row, count: int, *, spoiled: bool) -> None:
+    def _write(self, row: _Row, count: int, drafts: Sequence[int], *, spoiled: bool) -> None:
         """All rows write before any reads, as a layer does. What a failing row writes is worth nothing."""
         assert count >= 1
-        assert row.computed + count <= len(row.tokens)
+        assert row.computed + count <= len(row.tokens) + len(drafts)
         digest = _root(row.new.sampling.seed)
-        for position in range(row.computed + count):
-            digest = _extend(digest, row.tokens[position])
+        for position, token_id in enumerate([*row.tokens, *drafts][: row.computed + count]):
+            digest = _extend(digest, token_id)
             if position >= row.computed:
                 self.slots[self._slot(row, position)] = _SPOILED if spoiled else digest
 
-    def _read(self, row: _Row, count: int) -> bytes:
-        """Check every slot; the digest of the whole prefix. Over spoiled slots all is spoiled: the token is wrong."""
-        digest, spoiled = _root(row.new.sampling.seed), False
-        for position in range(row.computed + count):
-            digest = _extend(digest, row.tokens[position])
+    def _read(self, row: _Row, count: int, drafts: Sequence[int]) -> list[bytes]:
+        """Check every slot; the digests up to the last token known and up to each draft.
+
+        Over spoiled slots all is spoiled: the token is wrong.
+        """
+        digest, spoiled, digests = _root(row.new.sampling.seed), False, []
+        for position, token_id in enumerate([*row.tokens, *drafts][: row.computed + count]):
+            digest = _extend(digest, token_id)
             found = self.slots.get(self._slot(row, position))
             spoiled |= found == _SPOILED
             assert spoiled or found == digest, f"slot of position {position} is wrong"
             if spoiled and position >= row.computed:
                 self.slots[self._slot(row, position)] = _SPOILED
-        row.computed += count
-        return bytes(byte ^ 0xFF for byte in digest) if spoiled else digest
+            digests.append(bytes(byte ^ 0xFF for byte in digest) if spoiled else digest)
+        return digests[len(row.tokens) - 1 :]
 
     @staticmethod
     def _prompt_logprobs(number: int, row: _Row, count: int) -> list[PromptLogprobs]:

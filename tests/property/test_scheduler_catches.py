@@ -9,7 +9,7 @@ import pytest
 
 from pawl_server.kv.block_pool import PoolError
 from pawl_server.kv.draft import BlockDraft
-from pawl_server.scheduler import committer, planner, priority
+from pawl_server.scheduler import committer, draft_grants, planner, priority
 from pawl_server.scheduler.committer import StaleResultError
 from pawl_server.scheduler.fit import Room
 from pawl_server.scheduler.invariants import InvariantError, check_invariants
@@ -18,12 +18,13 @@ from pawl_server.scheduler.queues import Cursor
 from pawl_server.scheduler.sequence import SequenceState
 from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
 from pawl_server.scheduler.state import SchedulerState
+from pawl_workers.plan import StepResult
 from tests.fakes.scheduler_bench import Bench, make_limits, random_request
 
 NUM_TRACES = 60
 
 
-def run_trace(seed: int) -> None:
+def run_trace(seed: int) -> Bench:
     """Arrivals, aborts and lost workers at any depth; what is left runs to its end and is compared."""
     draw = random.Random(seed)
     bench = Bench(make_limits(draw), depth=draw.randint(1, 3))
@@ -42,6 +43,7 @@ def run_trace(seed: int) -> None:
     assert set(bench.ended) == set(bench.requests)
     for handle in bench.requests:
         bench.check_output(handle)
+    return bench
 
 
 def run_traces() -> None:
@@ -113,9 +115,30 @@ def _keep_nothing(sequence: SequenceState, now: float) -> None:
     sequence.leave_row()
 
 
+def _keep_rejected(entry: LedgerEntry, result: StepResult) -> IntArray:
+    """Rejected drafts count as computed."""
+    del result
+    return np.zeros_like(entry.num_tokens)
+
+
+def _publish_drafts(state: SchedulerState, entry: LedgerEntry, going: BoolArray, result: StepResult) -> IntArray:
+    """What was drafted counts as computed, and is published, before it is known to be right."""
+    del state, going, result
+    return entry.num_tokens
+
+
+def _hold_nothing_more(num_tokens: int, block_size: int) -> int:
+    """Drafts get no blocks."""
+    del num_tokens, block_size
+    return 0
+
+
 @pytest.mark.parametrize(
     ("where", "name", "bug"),
     [
+        (LedgerEntry, "rejected", _keep_rejected),
+        (committer, "_subtract_rejected", _publish_drafts),
+        (draft_grants, "blocks_for", _hold_nothing_more),
         (committer, "_deliver_late", _drop_late),
         (LedgerEntry, "alive", _everybody_alive),
         (planner, "victims_in_order", _oldest_first),
@@ -133,3 +156,16 @@ def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, where: object, 
     monkeypatch.setattr(where, name, bug)
     with pytest.raises((AssertionError, InvariantError, PoolError, StaleResultError, LookupError, ValueError)):
         run_traces()
+
+
+def test_the_traces_draft_at_every_depth() -> None:
+    """And drafts are accepted and rejected, beside prompts, and of sequences that are preempted."""
+    drafted, accepted, mixed = [0] * 4, 0, 0
+    for seed in range(NUM_TRACES):
+        bench = run_trace(seed)
+        drafted[bench.depth] += bench.num_drafts
+        accepted += bench.num_accepted
+        mixed += bench.num_mixed
+    assert min(drafted[1:]) > 10
+    assert sum(drafted) > 1.2 * accepted > 100
+    assert mixed > 10

@@ -84,4 +84,5 @@ def probation_limits(state: SchedulerState, limits: SchedulerLimits) -> Schedule
         max_batch_tokens=max(1, min(budget, limits.max_batch_tokens)),
         max_running=1,  # the rows bound it, not this; it must not exceed the budget
         max_partial_prefills=1,
+        max_drafts=0,
     )

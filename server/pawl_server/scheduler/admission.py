@@ -33,6 +33,7 @@ class SchedulerLimits:
     max_preemptions: int = 4  # how often a sequence may be preempted
     preempt_below: int = 5  # a sequence takes the blocks of those whose class is lower by so much; 0 = of nobody
     output_quantile: float = 0.1  # of the output lengths seen, that admission keeps blocks for
+    max_drafts: int = 0  # of one sequence in one step; 0 = nothing is drafted
     ageing_s: float = 0.0  # a sequence that waited so long rises by one class; 0 = never
 
     def __post_init__(self) -> None:

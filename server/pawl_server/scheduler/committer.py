@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
@@ -9,7 +10,7 @@ from itertools import compress
 import numpy as np
 
 from pawl_server.scheduler.groups import Fork
-from pawl_server.scheduler.ledger import LedgerEntry
+from pawl_server.scheduler.ledger import LedgerEntry, StaleResultError
 from pawl_server.scheduler.planner import Admission, Plan, Victim
 from pawl_server.scheduler.sequence import Ended, EndReason, Preemption, SequenceState, Status
 from pawl_server.scheduler.slots import BoolArray, IntArray
@@ -17,10 +18,6 @@ from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import PromptLogprobs, StepResult, TokenLogprobs
 
 __all__ = ["Committed", "StaleResultError", "commit", "launch", "void"]
-
-
-class StaleResultError(RuntimeError):
-    """A result of another step or epoch than the oldest in flight. A defect of the executor, never of a request."""
 
 
 @dataclass(slots=True)
@@ -39,6 +36,7 @@ class Committed:
     num_prompt_computed: int = 0
     num_prompt_cached: int = 0
     num_recomputed: int = 0
+    num_accepted: int = 0  # drafts that were what was sampled
     num_preempted: int = 0
     num_gave_way: int = 0  # of those preempted, the ones that a higher class took the blocks of
     num_lost: int = 0  # tokens of those preempted that were computed and are not cached
@@ -69,11 +67,14 @@ def launch(state: SchedulerState, plan: Plan) -> None:
         num_tokens = np.concatenate([num_tokens, np.array([a.num_tokens for a in plan.admissions], dtype=np.int64)])
     planned = slots.planned[rows] + num_tokens
     expected = slots.expected[rows]
-    num_samples = ((planned == expected) & slots.samples[rows]).astype(np.int64)
+    num_samples = ((planned >= expected) & slots.samples[rows]).astype(np.int64)
     slots.planned[rows] = planned
     slots.expected[rows] = expected + num_samples
-    generations = slots.generation[rows]
-    state.ledger.append(LedgerEntry(plan.step, plan.epoch, rows, generations, num_tokens, num_samples, forks))
+    entry = LedgerEntry(plan.step, plan.epoch, rows, slots.generation[rows], num_tokens, num_samples, forks)
+    if plan.proposals is not None and state.speculation is not None:
+        entry.drafts = {row: len(ids) for row, ids in plan.proposals.drafts.items()}
+        state.speculation.launched(slots, plan.proposals)
+    state.ledger.append(entry)
 
 
 def _preempt(state: SchedulerState, plan: Plan, victim: Victim) -> None:
@@ -158,13 +159,17 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
     state.pool.settle(plan.step)
     _fail(state, committed, entry, owned, result, now)
     going = owned[entry.rows]
-    _advance(state, committed, entry.rows[going], entry.num_tokens[going])
+    num_tokens = _subtract_rejected(state, entry, going, result) if entry.drafts else entry.num_tokens
+    _advance(state, committed, entry.rows[going], num_tokens[going])
     for scored in result.prompt_logprobs:
         sequence = state.slots.owner(scored.row) if owned[scored.row] else entry.stale.get(scored.row)
         if sequence is not None and sequence.status is not Status.ENDED:
             committed.prompt_logprobs.append((sequence.request.handle, scored))
             sequence.prompt_logprobs_next = scored.first_position + len(scored.positions)
-    _click(state, committed, owned, result, now)
+    if entry.drafts:
+        _click_several(state, committed, entry, owned, result, now)
+    else:
+        _click(state, committed, owned, result, now)
     if entry.stale:
         _deliver_late(state, committed, entry, result, now)
     _end_scored(state, committed, entry.rows[owned[entry.rows]], now)
@@ -232,8 +237,7 @@ def _fail(
 
 
 def _click(state: SchedulerState, committed: Committed, owned: BoolArray, result: StepResult, now: float) -> None:
-    """Append the sampled tokens and stop where they say so."""
-    slots = state.slots
+    """Append the sampled tokens, one of each row."""
     rows = np.array(result.rows, dtype=np.int64)
     token_ids = np.array(result.token_ids, dtype=np.int64)
     counts = owned[rows]
@@ -241,9 +245,57 @@ def _click(state: SchedulerState, committed: Committed, owned: BoolArray, result
     if not counts.all():
         committed.logprobs = list(compress(result.logprobs, counts.tolist()))
         rows, token_ids = rows[counts], token_ids[counts]
-    committed.handles = [slots.handles[row] for row in rows.tolist()]
-    committed.indices = (slots.length[rows] - slots.num_prompt[rows]).tolist()
-    committed.token_ids = token_ids.tolist()
+    _append(state, committed, rows, token_ids, now)
+
+
+def _subtract_rejected(state: SchedulerState, entry: LedgerEntry, going: BoolArray, result: StepResult) -> IntArray:
+    """Take rejected drafts out of what is planned; the tokens that count, [S], of accepted drafts none yet."""
+    slots, rejected = state.slots, entry.rejected(result)
+    slots.planned[entry.rows[going]] -= rejected[going]
+    drafts = np.array([entry.drafts.get(row, 0) for row in entry.rows.tolist()], dtype=np.int64)
+    void = rejected > drafts  # the step came to nothing for them
+    slots.expected[entry.rows[going & void]] -= entry.num_samples[going & void]
+    return entry.num_tokens - np.where(void, rejected, drafts)
+
+
+def _click_several(
+    state: SchedulerState, committed: Committed, entry: LedgerEntry, owned: BoolArray, result: StepResult, now: float
+) -> None:
+    """Append tokens, of some rows several, in rounds: an accepted draft is a step that need not be made.
+
+    Who stops at a token leaves the rest of his tokens behind.
+    """
+    slots = state.slots
+    given = Counter(result.rows)
+    drafted = [(slots.owner(row), count, given[row] - 1) for row, count in entry.drafts.items() if owned[row]]
+    rows, token_ids = np.array(result.rows, dtype=np.int64), np.array(result.token_ids, dtype=np.int64)
+    places = np.arange(len(rows))
+    first = np.concatenate([[True], rows[1:] != rows[:-1]])[: len(rows)]
+    offsets = places - np.maximum.accumulate(np.where(first, places, 0))
+    logprobs: list[TokenLogprobs | None] = []
+    for offset in range(int(offsets.max(initial=-1)) + 1):
+        at = np.flatnonzero((offsets == offset) & owned[rows])
+        if offset:
+            slots.expected[rows[at]] += 1
+        _append(state, committed, rows[at], token_ids[at], now)
+        if result.logprobs:
+            logprobs += [result.logprobs[place] for place in at.tolist()]
+        owned[entry.rows] &= entry.alive(slots)
+        later = np.flatnonzero((offsets == offset + 1) & owned[rows])
+        _advance(state, committed, rows[later], np.ones(len(later), dtype=np.int64))
+    committed.logprobs = logprobs
+    for sequence, num_drafts, num_accepted in drafted:
+        committed.num_accepted += max(0, num_accepted)
+        if state.speculation is not None:
+            state.speculation.settled(sequence, num_drafts, num_accepted)
+
+
+def _append(state: SchedulerState, committed: Committed, rows: IntArray, token_ids: IntArray, now: float) -> None:
+    """Append a token to each of these rows, and stop where it says so."""
+    slots = state.slots
+    committed.handles += [slots.handles[row] for row in rows.tolist()]
+    committed.indices += (slots.length[rows] - slots.num_prompt[rows]).tolist()
+    committed.token_ids += token_ids.tolist()
     slots.append(rows, token_ids)
     slots.last_token_at[rows] = now
     state.accounts.charge_output(slots.tenant[rows])

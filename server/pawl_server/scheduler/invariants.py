@@ -94,12 +94,26 @@ def _check_running(state: SchedulerState, sequence: SequenceState) -> None:
     _hold(slots.owner(sequence.row) is sequence, "a row belongs to another sequence")
     reach = sequence.num_computed + sequence.num_in_flight
     forked = sequence.group is not None and reach == sequence.num_prompt - 1  # it holds the block of its next token
-    lengths = (blocks_for(reach, size), blocks_for(reach + forked, size))
-    _hold(len(sequence.blocks) in lengths, "a table is longer or shorter than its tokens")
+    least, most = blocks_for(reach, size), blocks_for(reach + max(forked, state.limits.max_drafts), size)
+    _hold(least <= len(sequence.blocks) <= most, "a table is longer or shorter than its tokens and drafts")
     _hold(slots.capacity[sequence.row] == len(sequence.blocks) * size, "the capacity of a row is off")
     _hold(len(sequence.tokens) == sequence.num_tokens <= sequence.limit, "there are more tokens than allowed")
-    _hold(reach <= slots.expected[sequence.row] <= sequence.limit, "computed and known tokens are out of order")
+    known = int(slots.expected[sequence.row]) + _drafts_in_flight(state, sequence)
+    _hold(
+        reach <= known and slots.expected[sequence.row] <= sequence.limit, "computed and known tokens are out of order"
+    )
+    _hold(reach <= sequence.limit, "drafts reach beyond the sequence's limit")
     _hold(slots.published[sequence.row] * size <= sequence.num_computed, "a block is published before it is computed")
+
+
+def _drafts_in_flight(state: SchedulerState, sequence: SequenceState) -> int:
+    """Tokens of a sequence in flight that are drafts; nothing stands after them."""
+    steps = [entry for entry in state.ledger if entry.holds(sequence.row, state.slots)]
+    open_ended = [sequence.row in entry.drafts for entry in steps]
+    _hold(not any(open_ended[:-1]), "a step computes on from tokens that are not known")
+    drafts = sum(entry.drafts.get(sequence.row, 0) for entry in steps)
+    _hold(drafts <= state.limits.max_drafts, "a sequence has more drafts than it may")
+    return drafts
 
 
 def _check_ledger(state: SchedulerState) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pawl_server.scheduler.sequence import SequenceState, Status
 from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
+from pawl_workers.plan import StepResult
 
-__all__ = ["LedgerEntry"]
+__all__ = ["LedgerEntry", "StaleResultError"]
+
+
+class StaleResultError(RuntimeError):
+    """A result that is not that of the oldest step in flight. A defect of the executor, never of a request."""
 
 
 @dataclass(slots=True)
@@ -22,8 +28,9 @@ class LedgerEntry:
         rows: of the slot table.
         generations: of the rows at launch; another one now means that their owner has left.
         num_tokens: tokens computed.
-        num_samples: tokens that come out, 0 in mid-prompt.
+        num_samples: tokens that come out at least, 0 in mid-prompt.
         forks: row and sequence of those that begin with what a row computes in this step.
+        drafts: by row, how many of its tokens are drafts.
         stale: by row, those who lost their KV since; what was sampled for them still counts.
     """
 
@@ -34,7 +41,25 @@ class LedgerEntry:
     num_tokens: IntArray
     num_samples: IntArray
     forks: list[tuple[int, SequenceState]] = field(default_factory=list)
+    drafts: dict[int, int] = field(default_factory=dict)
     stale: dict[int, SequenceState] = field(default_factory=dict)
+
+    def rejected(self, result: StepResult) -> IntArray:
+        """How many of the tokens computed count as not computed, [S]: drafts that are not what was sampled.
+
+        Where drafts broke the step for their row it gave no token, and nothing of it counts.
+
+        Raises:
+            StaleResultError: a row gave more tokens than its drafts allow.
+        """
+        rejected = np.zeros_like(self.num_tokens)
+        given = Counter(result.rows)
+        for place in np.flatnonzero(np.isin(self.rows, list(self.drafts))).tolist():
+            row = int(self.rows[place])
+            rejected[place] = 1 + self.drafts[row] - given[row]
+        if (rejected < 0).any():
+            raise StaleResultError(f"step {self.step} gave more tokens than it had drafts")
+        return rejected
 
     def alive(self, slots: SlotTable) -> BoolArray:
         """Which of its sequences still run where they ran, [S]."""

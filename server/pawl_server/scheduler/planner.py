@@ -17,6 +17,7 @@ from pawl_server.kv.draft import BlockDraft
 from pawl_server.scheduler.admission import SchedulerLimits, blocks_for
 from pawl_server.scheduler.backfill import Backfill, Candidate, Unfit
 from pawl_server.scheduler.budget import StepBudget, StepLoad
+from pawl_server.scheduler.draft_grants import grant_drafts
 from pawl_server.scheduler.fit import Room
 from pawl_server.scheduler.groups import Fork, fork_group
 from pawl_server.scheduler.preemption import victims_in_order
@@ -24,6 +25,7 @@ from pawl_server.scheduler.priority import make_way
 from pawl_server.scheduler.queues import Cursor
 from pawl_server.scheduler.sequence import SequenceRequest, SequenceState
 from pawl_server.scheduler.slots import BoolArray, IntArray, SlotTable
+from pawl_server.scheduler.speculation import Proposals
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import NewSequence, StepPlan
 
@@ -70,7 +72,10 @@ class Plan:
         victims: sequences that lose their KV.
         bypassed: waiting sequences that did not fit, each with `num_overtaking` when it was considered.
         num_overtaking: admissions that count as overtaking those: all that are not backfilled.
-        num_decodes: of `rows`, those that compute one token and sample.
+        proposals: drafts that rows compute beside their token, and who was asked for some in vain; None = nobody was.
+        num_decodes: of `rows`, the first so many want one token and sample.
+        num_drafts: tokens of all drafts.
+        num_draft_blocks: blocks that hold nothing but drafts.
         num_pairs: (query, key) pairs of the step's attention.
         num_read: tokens whose KV it reads.
         budget: tokens that the step may still take.
@@ -83,7 +88,10 @@ class Plan:
     budget: int
     rows: IntArray = field(default_factory=lambda: _NO_ROWS)
     grants: IntArray = field(default_factory=lambda: _NO_ROWS)
+    proposals: Proposals | None = None
     num_decodes: int = 0
+    num_drafts: int = 0
+    num_draft_blocks: int = 0
     num_pairs: int = 0
     num_read: int = 0
     append_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
@@ -135,6 +143,7 @@ class Plan:
             copies=self.draft.copies,
             swap_out=self.draft.swap_out,
             swap_in=self.draft.swap_in,
+            drafts=list(self.proposals.drafts.items()) if self.num_drafts and self.proposals is not None else [],
         )
 
 
@@ -235,6 +244,8 @@ def _attempt(
     decodes = want == 1
     _grant_decodes(plan, slots, want, decodes)
     behind = np.flatnonzero(want > 1)
+    if limits.max_drafts and state.speculation is not None and plan.num_decodes:
+        grant_drafts(plan, state, limits, len(behind))
     if len(behind) > 1:
         behind = behind[np.lexsort((slots.order[behind], -slots.level[behind]))]
     num_partial = _grant_prefills(plan, slots, limits, behind, budget)
@@ -294,7 +305,7 @@ def _most_tokens(plan: Plan, limits: SchedulerLimits, budget: StepBudget | None,
     if budget is None:
         return min(limits.max_prefill_chunk, plan.budget)
     load = StepLoad(limits.max_batch_tokens - plan.budget, plan.num_pairs, plan.num_read)
-    return min(limits.max_prefill_chunk, budget.chunk(load, plan.num_decodes, context, plan.budget))
+    return min(limits.max_prefill_chunk, budget.chunk(load, plan.num_decodes + plan.num_drafts, context, plan.budget))
 
 
 def _take(plan: Plan, context: int, num_tokens: int) -> None:
@@ -372,7 +383,7 @@ def _admit(
     """
     size = limits.block_size
     may_overtake = limits.max_running  # starts of this step, until somebody has been overtaken as often as he may be
-    num_granted = sum(len(blocks) for _, blocks in plan.append_blocks)
+    num_granted = sum(len(blocks) for _, blocks in plan.append_blocks) - plan.num_draft_blocks
     left = _left(plan, state.slots) if plan.victims else None
     victims = {victim.sequence.order for victim in plan.victims}
     leaders = [leader for leader in state.leaders.values() if leader.order not in victims]

@@ -9,11 +9,15 @@ from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from pawl_server.kv.block_hash import HashChain
 from pawl_server.scheduler.groups import SampleGroup
 from pawl_server.scheduler.slots import SlotTable
 from pawl_workers.plan import SamplingSpec
+
+if TYPE_CHECKING:
+    from pawl_server.scheduler.speculation import Drafting
 
 __all__ = ["EndReason", "Ended", "Preemption", "SequenceRequest", "SequenceState", "Sibling", "Status"]
 
@@ -120,7 +124,7 @@ class SequenceState:
 
     __slots__ = (
         "_slots", "_tokens", "arrived_at", "blocks", "bypassed", "cached_prompt_tokens", "chain", "charged",
-        "first_granted_at", "first_token_at", "group", "last_preemption", "last_token_at", "level", "limit",
+        "drafting", "first_granted_at", "first_token_at", "group", "last_preemption", "last_token_at", "level", "limit",
         "num_prompt", "num_stale", "order", "preempted_at", "preemptions", "prompt_logprobs_next", "recompute_until",
         "request", "row", "settled", "stalled_before_first_token", "stalled_s", "status", "tenant", "ticket",
         "tokens_lost",
@@ -157,6 +161,7 @@ class SequenceState:
         self.cached_prompt_tokens = -1  # hits of the first admission; -1 before
         self.recompute_until = 0  # tokens that had been computed before a preemption
         self.prompt_logprobs_next = request.prompt_logprobs_from
+        self.drafting: Drafting | None = None  # once it was asked for drafts
         self.preemptions = 0
         self.last_preemption: Preemption | None = None
         self.tokens_lost = 0  # computed tokens that preemptions took, cached ones not counted
@@ -197,10 +202,10 @@ class SequenceState:
 
     @property
     def want(self) -> int:
-        """Tokens to compute that no launched step computes; those being sampled count."""
+        """Tokens to compute that no launched step computes; those being sampled count, unless drafts are among them."""
         if self.row < 0:
             return len(self._tokens)
-        return int(self._slots.expected[self.row] - self._slots.planned[self.row])
+        return max(0, int(self._slots.expected[self.row] - self._slots.planned[self.row]))
 
     @property
     def constrained(self) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from pawl_server.scheduler.sequence import SequenceState
 
-__all__ = ["BoolArray", "IntArray", "SlotTable"]
+__all__ = ["NEVER", "BoolArray", "IntArray", "SlotTable"]
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -31,7 +31,8 @@ class SlotTable:
         length: tokens known (prompt and output).
         expected: tokens known or being sampled by launched steps.
         computed: tokens whose KV is there, by committed steps.
-        planned: tokens whose KV is there or is computed by launched steps; `expected - planned` is wanted.
+        planned: tokens whose KV is there or is computed by launched steps; `expected - planned` is wanted. More than
+            expected while drafts are in flight: how many of them count is not known, and nothing more is wanted.
         capacity: tokens that the blocks hold.
         stop_at: length at which generation ends.
         num_prompt: tokens of the prompt.
@@ -41,6 +42,7 @@ class SlotTable:
         order: number of arrival; the older, the smaller.
         level: priority class.
         tenant: number of the tenant.
+        draft_at: length from which on it may be given drafts.
         samples: whether it generates.
         settled: whether it was preempted as often as may be.
         shares: whether its blocks are offered to others.
@@ -55,7 +57,7 @@ class SlotTable:
         shape = (max_running,)
         self.length, self.expected, self.computed, self.planned, self.capacity = _zeros(shape, 5)
         self.stop_at, self.num_prompt, self.recompute_until, self.published = _zeros(shape, 4)
-        self.generation, self.order, self.level, self.tenant = _zeros(shape, 4)
+        self.generation, self.order, self.level, self.tenant, self.draft_at = _zeros(shape, 5)
         self.samples: BoolArray = np.zeros(shape, dtype=np.bool_)
         self.settled: BoolArray = np.zeros(shape, dtype=np.bool_)
         self.shares: BoolArray = np.zeros(shape, dtype=np.bool_)
@@ -95,7 +97,7 @@ class SlotTable:
         self._owners[row] = self.handles[row] = None
         for array in (
             self.length, self.expected, self.computed, self.planned, self.capacity, self.stop_at, self.num_prompt,
-            self.recompute_until, self.published, self.order, self.level, self.tenant,
+            self.recompute_until, self.published, self.order, self.level, self.tenant, self.draft_at,
         ):  # fmt: skip
             array[row] = 0
         self.samples[row] = self.settled[row] = self.shares[row] = self.watched[row] = False

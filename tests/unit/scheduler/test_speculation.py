@@ -1,0 +1,143 @@
+"""How many drafts are asked for: by what they cost, by how often they are right, and when they are tried again."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+
+import pytest
+
+from pawl_server.scheduler.budget import StepLoad
+from pawl_server.scheduler.committer import commit, launch
+from pawl_server.scheduler.planner import Plan, plan_step
+from pawl_server.scheduler.sequence import SequenceState
+from pawl_server.scheduler.speculation import Speculation
+from pawl_workers.plan import StepResult
+from tests.fakes.scheduler_bench import Bench, limits
+
+MOST = 4
+
+
+class Says:
+    """Proposes one thing for ever."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+        self.num_asked = 0
+
+    def propose(self, tokens: array[int], most: int) -> list[int]:
+        """The first `most`."""
+        assert len(tokens)
+        self.num_asked += 1
+        return self.ids[:most]
+
+
+class Driven:
+    """One sequence that decodes; the worker's answers are told."""
+
+    def __init__(self, ids: list[int], *, token_cost: float, fixed_cost: float = 1.0, others: int = 0) -> None:
+        self.limits = limits(
+            num_blocks=4000, max_drafts=MOST, max_context=10_000, max_batch_tokens=256, max_running=128
+        )
+        self.bench = Bench(self.limits)
+        self.says = Says(ids)
+        self.speculation = Speculation(MOST, lambda sequence: self.says if sequence.order == 0 else Says([]))
+        self.bench.state.speculation = self.speculation
+        for num_tokens in range(1, 60):
+            load = StepLoad(num_tokens, 100, 100)
+            self.speculation.observe(load, fixed_cost + token_cost * num_tokens)
+        for _ in range(1 + others):
+            self.bench.submit(self.bench.request([1, 2, 3], 9_000))
+        self.accept = 0
+        while any(not sequence.num_output for sequence in self.bench.state.live.values()):
+            self.step()
+
+    @property
+    def sequence(self) -> SequenceState:
+        return self.bench.state.live[0]
+
+    def step(self) -> int:
+        """One step in which the first `accept` drafts are right; drafts that there were."""
+        plan = plan_step(self.bench.state, self.limits, 0.0)
+        assert plan is not None
+        drafts = self._drafts(plan)
+        launch(self.bench.state, plan)
+        wire = plan.wire()
+        rows: list[int] = []
+        token_ids: list[int] = []
+        for row, count in zip(wire.rows, wire.num_tokens, strict=True):
+            owner = self.bench.state.slots.owner(row)
+            if owner.num_computed + count < owner.num_tokens:
+                continue
+            accepted = drafts[: self.accept] if owner.order == 0 else []
+            rows += [row] * (1 + len(accepted))
+            token_ids += [*accepted, 9]
+        commit(self.bench.state, plan, StepResult(wire.step, wire.epoch, rows, token_ids, [], [], [], 0, 0, 0), 0.0)
+        return len(drafts)
+
+    def _drafts(self, plan: Plan) -> list[int]:
+        assert plan.proposals is not None or not plan.num_decodes
+        return plan.proposals.drafts.get(self.sequence.row, []) if plan.proposals is not None else []
+
+    def steps(self, count: int, accept: int) -> list[int]:
+        self.accept = accept
+        return [self.step() for _ in range(count)]
+
+
+def test_cheap_drafts_that_are_right_are_made_at_every_step_and_at_length() -> None:
+    driven = Driven([5, 6, 7, 8], token_cost=0.01)
+    assert driven.steps(30, accept=MOST)[10:] == [MOST] * 20
+
+
+def test_the_number_follows_the_cost() -> None:
+    """With half of the drafts right one by one, and a token of a fifth of a step: two of them pay, a third does not."""
+    speculation = Driven([5], token_cost=0.2, fixed_cost=0.8).speculation
+    assert [speculation._number(0.5, cost) for cost in (0.6, 0.4, 0.2, 0.1, 0.0)] == [0, 1, 2, 3, MOST]
+
+
+def test_what_is_never_right_is_tried_ever_more_seldom() -> None:
+    driven = Driven([5, 6, 7, 8], token_cost=0.3)
+    drafts = driven.steps(1500, accept=0)
+    tried = [place for place, count in enumerate(drafts) if count]
+    gaps = [after - before for before, after in itertools.pairwise(tried)]
+    assert sum(drafts[:20]) > 0
+    assert sum(drafts[100:]) <= 10
+    assert max(gaps) <= 257
+    driven.steps(256, accept=MOST)  # it is right after all
+    assert driven.steps(20, accept=MOST)[-10:] == [MOST] * 10
+
+
+def test_in_a_full_batch_where_tokens_cost_time_little_is_drafted() -> None:
+    """Drafts of which one in two is right pay alone, and not where a step gives as many tokens for the same time."""
+    totals = []
+    for others in (0, 60):
+        driven = Driven([5], token_cost=0.05, others=others)
+        drafts = [driven.steps(1, accept=number % 2)[0] for number in range(200)]
+        totals.append(sum(drafts[100:]))
+    assert totals[0] > 90
+    assert totals[1] < 20
+
+
+def test_where_nothing_is_found_it_is_asked_less_often() -> None:
+    driven = Driven([], token_cost=0.0)
+    driven.says.num_asked = 0
+    driven.steps(100, accept=0)
+    assert 20 <= driven.says.num_asked <= 40
+
+
+def test_drafts_that_broke_the_step_are_not_made_again() -> None:
+    driven = Driven([5, 6], token_cost=0.0)
+    before = driven.sequence.num_output
+    plan = plan_step(driven.bench.state, driven.limits, 0.0)
+    assert plan is not None
+    assert plan.num_drafts == 2
+    launch(driven.bench.state, plan)
+    commit(driven.bench.state, plan, StepResult(plan.step, plan.epoch, [], [], [], [], [], 0, 0, 0), 0.0)
+    assert driven.sequence.num_output == before
+    assert driven.steps(300, accept=0) == [0] * 300
+    assert driven.sequence.num_output == before + 300
+
+
+def test_most_drafts_is_checked() -> None:
+    with pytest.raises(ValueError, match="most_drafts = 0"):
+        Speculation(0)
