@@ -175,6 +175,13 @@ def _steps() -> tuple[Panel, ...]:
             ),
             "Per step.",
         ),
+        Panel(
+            "Drafts",
+            "short",
+            ((_rate("pawl_draft_tokens_total", "outcome"), "{{outcome}}"),),
+            "Tokens per second. Accepted ones are output that took no step of its own; none unless speculation is on.",
+            stacked=True,
+        ),
     )
 
 

@@ -84,6 +84,10 @@ class EngineSettings:
         0,
         "steps in flight at once: 2 plans the next one while one is computed; 0 = 2 on a GPU that can, else 1",
     )
+    speculation: str = _setting(
+        "off", "drafts that steps verify beside the next token: ngram (from the text so far) or off; same output"
+    )
+    speculation_tokens: int = _setting(8, "most drafts of one sequence in a step, 1 to 32")
     max_preemptions: int = _setting(4, "how often a sequence may lose its blocks to others, at least 1")
     preempt_below: int = _setting(5, "a request takes the blocks of those whose class is lower by so much; 0 = never")
     output_quantile: float = _setting(0.1, "quantile of the outputs seen that admission keeps blocks for, [0, 0.95]")
@@ -274,6 +278,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_retain_prefix_s": (0.001, 31_536_000.0),
     "max_preemptions": (1, 1 << 20),
     "pipeline_depth": (0, 2),
+    "speculation_tokens": (1, 32),
     "output_quantile": (0.0, 0.95),
     "preempt_below": (0, 20),
     "port": (0, 65535),
@@ -297,6 +302,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "kernels": ("auto", "reference", "cpu", "onednn", "triton"),
     "kv_dtype": ("auto", "float32", "float16", "int8"),
     "weight_dtype": ("auto", "int8", "int8_g32", "int8_g64", "int8_g128"),
+    "speculation": ("off", "ngram"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("text", "json"),
 }

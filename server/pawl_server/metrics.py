@@ -173,6 +173,10 @@ class EngineMetrics:
         self.output_tokens = Counter(
             "pawl_output_tokens", "Generated tokens; tokens per second is its rate", names, registry=r
         ).labels(*values)
+        drafts = Counter(
+            "pawl_draft_tokens", "Tokens drafted for output, by what became of them", [*names, "outcome"], registry=r
+        )
+        self.draft_tokens = {outcome: drafts.labels(*values, outcome) for outcome in ("accepted", "rejected")}
         blocks = Gauge("pawl_kv_blocks", "KV blocks by state; they sum to the capacity", [*names, "state"], registry=r)
         self.kv_blocks = {state: blocks.labels(*values, state) for state in ("free", "used", "cached")}
         self.kv_block_capacity = Gauge("pawl_kv_block_capacity", "Usable KV blocks", names, registry=r).labels(*values)

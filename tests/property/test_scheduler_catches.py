@@ -21,7 +21,7 @@ from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import StepResult
 from tests.fakes.scheduler_bench import Bench, make_limits, random_request
 
-NUM_TRACES = 60
+NUM_TRACES = 120
 
 
 def run_trace(seed: int) -> Bench:

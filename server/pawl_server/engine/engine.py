@@ -302,6 +302,7 @@ def _limits(spec: EngineSpec, facts: WorkerFacts) -> SchedulerLimits:
             max_preemptions=engine.max_preemptions,
             preempt_below=engine.preempt_below,
             output_quantile=engine.output_quantile,
+            max_drafts=engine.speculation_tokens if engine.speculation == "ngram" else 0,
             ageing_s=engine.ageing_s,
         )
     except ValueError as error:

@@ -289,6 +289,8 @@ class EngineLoop:
         schedule_s = min(step.launched_at - step.planned_at, max(0.0, elapsed_s - worker_s))
         if self.budget is not None:
             self.budget.observe(plan.load, worker_s)
+        if self.state.speculation is not None and plan.kind == "decode":
+            self.state.speculation.observe(plan.load, elapsed_s, drafted=plan.num_drafts > 0)
         self.meter.step(
             StepRecord(
                 kind=plan.kind,
@@ -309,6 +311,8 @@ class EngineLoop:
                 num_swapped_out=len(plan.draft.swap_out),
                 num_swapped_in=len(plan.draft.swap_in),
                 num_lost=committed.num_lost,
+                num_drafts=plan.num_drafts,
+                num_accepted=committed.num_accepted,
             )
         )
         self._settled_at = now

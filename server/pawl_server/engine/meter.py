@@ -43,6 +43,8 @@ class StepRecord:
     num_swapped_out: int = 0
     num_swapped_in: int = 0
     num_lost: int  # computed tokens of those preempted that are not cached
+    num_drafts: int = 0
+    num_accepted: int = 0  # of them
 
     @property
     def duration_s(self) -> float:
@@ -120,6 +122,8 @@ class Meter:
             metrics.prompt_tokens[source].inc(count)
         metrics.swapped_blocks["out"].inc(record.num_swapped_out)
         metrics.swapped_blocks["in"].inc(record.num_swapped_in)
+        metrics.draft_tokens["accepted"].inc(record.num_accepted)
+        metrics.draft_tokens["rejected"].inc(record.num_drafts - record.num_accepted)
         if record.num_preempted:
             metrics.preemptions["blocks"].inc(record.num_preempted - record.num_gave_way)
             metrics.preemptions["priority"].inc(record.num_gave_way)

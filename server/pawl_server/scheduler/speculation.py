@@ -25,6 +25,7 @@ _WEIGHT = 0.15  # of one draft's outcome in what is believed of its sequence
 _COMMON_WEIGHT = 0.02  # and in what is believed of a new one
 _LEAST_BELIEF, _MOST_BELIEF = 0.02, 0.98
 _MOST_WAIT_FOUND_NOTHING = 4  # tokens until the next look, after as many that found nothing
+_FIRST_STEPS, _MEASURED_STEPS = 32, 8  # with drafts and without: learning takes time, too
 _LEAST_WAIT, _MOST_WAIT = 16, 256  # tokens until drafts that do not pay are tried again
 
 
@@ -86,6 +87,7 @@ class Speculation:
         self.most_drafts = most_drafts
         self.model = StepTimeModel()
         self._make_proposer = make_proposer
+        self._num_steps = [0, 0]  # without drafts and with some
         self._common = 0.5  # belief in the drafts of a sequence of which nothing is known
 
     def propose(self, slots: SlotTable, rows: IntArray, load: StepLoad, most: int) -> Proposals:
@@ -165,9 +167,11 @@ class Speculation:
             drafting.wait = 0
         drafting.try_at = sequence.num_tokens + drafting.wait
 
-    def observe(self, load: StepLoad, seconds: float) -> None:
-        """Learn from a measured step in which nobody was in mid-prompt."""
-        self.model.observe(load, seconds)
+    def observe(self, load: StepLoad, seconds: float, *, drafted: bool) -> None:
+        """Learn from a measured step in which nobody was in mid-prompt: the first ones, and then every eighth."""
+        self._num_steps[drafted] += 1
+        if self._num_steps[drafted] <= _FIRST_STEPS or self._num_steps[drafted] % _MEASURED_STEPS == 0:
+            self.model.observe(load, seconds)
 
 
 def _learn(belief: float, hits: int, misses: int, weight: float) -> float:

@@ -33,6 +33,7 @@ def test_every_setting_can_be_given_by_file_and_variable(name: str, tmp_path: Pa
         "kernels": '"reference"',
         "kv_dtype": '"float16"',
         "weight_dtype": '"int8"',
+        "speculation": '"ngram"',
         "log_level": '"debug"',
         "log_format": '"json"',
     }

@@ -24,6 +24,8 @@ RECORD = StepRecord(
     num_swapped_out=7,
     num_swapped_in=5,
     num_lost=70,
+    num_drafts=9,
+    num_accepted=6,
 )
 
 
@@ -40,6 +42,8 @@ def test_steps_are_filled_in_at_a_scrape_and_only_once() -> None:
         assert totals["pawl_preempted_tokens_total"] == 140
         assert totals["pawl_batch_tokens_sum"] == 6
         assert totals["pawl_kv_swapped_blocks_total"] == 24
+        assert totals["pawl_draft_tokens_total"] == 18
+        assert 'outcome="accepted",replica="0"} 12.0' in meter.exposition().decode()
     assert meter.output_tokens == 6
 
 

@@ -43,9 +43,9 @@ class Driven:
         self.says = Says(ids)
         self.speculation = Speculation(MOST, lambda sequence: self.says if sequence.order == 0 else Says([]))
         self.bench.state.speculation = self.speculation
-        for num_tokens in range(1, 60):
+        for num_tokens in range(1, 33):
             load = StepLoad(num_tokens, 100, 100)
-            self.speculation.observe(load, fixed_cost + token_cost * num_tokens)
+            self.speculation.observe(load, fixed_cost + token_cost * num_tokens, drafted=num_tokens > 1)
         for _ in range(1 + others):
             self.bench.submit(self.bench.request([1, 2, 3], 9_000))
         self.accept = 0
