@@ -23,6 +23,7 @@ __all__ = ["FAMILIES", "MAX_POSITIONS", "Draft", "write_checkpoint"]
 
 MAX_POSITIONS = 192
 _LEAST_WIDTH = 16  # of the stream: a norm over fewer values magnifies rounding beyond what is measured here
+_INNER = st.integers(5, 70) | st.sampled_from([16, 32, 48, 64])  # any, and those whose gates the cpu kernels fuse
 Values = dict[str, object]
 
 
@@ -105,7 +106,7 @@ def _common(draw: DrawFn, *, free_head_dim: bool = True, grouped: bool = True) -
         "vocab_size": draw(st.integers(60, 300)),
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads if grouped else num_heads,
-        "intermediate_size": draw(st.integers(5, 70)),
+        "intermediate_size": draw(_INNER),
         "num_hidden_layers": draw(st.integers(1, 3)),
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": draw(st.booleans()),
@@ -213,7 +214,7 @@ def _qwen3_moe(draw: DrawFn) -> Values:
     return values | {
         "num_experts": num_experts,
         "num_experts_per_tok": draw(st.integers(1, min(4, num_experts))),
-        "moe_intermediate_size": draw(st.integers(3, 40)),
+        "moe_intermediate_size": draw(st.integers(3, 40) | st.sampled_from([16, 32])),
         "norm_topk_prob": draw(st.booleans()),
         "decoder_sparse_step": draw(st.integers(1, 2)),
         "mlp_only_layers": draw(st.lists(st.integers(0, 2), max_size=1)),
@@ -280,7 +281,7 @@ def _gpt2(draw: DrawFn) -> Values:
         "n_embd": num_heads * draw(st.integers(-(-_LEAST_WIDTH // num_heads), 19)),  # odd head dimensions, too
         "n_head": num_heads,
         "n_layer": draw(st.integers(1, 3)),
-        "n_inner": draw(st.none() | st.integers(5, 70)),
+        "n_inner": draw(st.none() | _INNER),
         "n_positions": MAX_POSITIONS,
         "activation_function": draw(st.sampled_from(["gelu_new", "gelu", "relu", "gelu_pytorch_tanh"])),
         "layer_norm_epsilon": draw(_EPSILONS),

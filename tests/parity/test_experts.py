@@ -20,7 +20,7 @@ from tests.fakes.families import MAX_POSITIONS, Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner
 
 NUM_EXPERTS = 6
-WIDTH, INNER = 24, 20
+WIDTH, INNER = 24, 32  # a width of whole registers: the cpu kernels compile the layers into a program
 
 
 def drawn(seed: int, *shape: int) -> Tensor:

@@ -41,7 +41,11 @@ def activation_bytes(spec: ModelSpec, max_batch_tokens: int, max_running: int, e
     """Estimate the most that the tensors of one step take, from the widest moments of the forward pass."""
     up = spec.intermediate_size * (3 if spec.gated_mlp else 2)
     attention = 3 * spec.qkv_size
-    per_token = 3 * spec.hidden_size + max(up, attention)
+    routed = 0
+    if spec.experts is not None:  # a row for each token at each of its experts
+        inner = spec.experts.intermediate_size * (3 if spec.gated_mlp else 2)
+        routed = spec.experts.num_experts + spec.experts.num_active * (2 * spec.hidden_size + inner)
+    per_token = 3 * spec.hidden_size + max(up, attention, routed)
     logits = max(max_running, LEAST_SAMPLES) * spec.vocab_size * 4 * 3
     return max_batch_tokens * per_token * element_bytes + logits + _ATTENTION_WORKSPACE_BYTES
 

@@ -17,7 +17,7 @@ from pawl_workers.kernels.cpu_program import CpuProgram
 from pawl_workers.options import WorkerOptions
 from pawl_workers.worker import Worker
 from tests.fakes.checkpoints import make_llama
-from tests.fakes.families import FAMILIES, write_checkpoint
+from tests.fakes.families import FAMILIES, MAX_POSITIONS, Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner
 
 CACHES = [None, torch.float16, torch.int8]
@@ -64,7 +64,39 @@ def test_the_program_gives_the_bits_of_the_stages(
         assert torch.equal(ours, theirs)
 
 
-def test_models_without_experts_have_a_program(tmp_path: Path) -> None:
+@given(
+    num_experts=st.integers(1, 9), num_active=st.integers(1, 4), inner=st.sampled_from([16, 48]),
+    hidden=st.integers(16, 50), normalised=st.booleans(), dense=st.lists(st.integers(0, 3), max_size=2),
+    chunk=st.sampled_from([1, 7, 70]), num_threads=st.sampled_from([1, 2]), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=15)
+def test_routed_layers_are_part_of_the_program(
+    tmp_path_factory: pytest.TempPathFactory, num_experts: int, num_active: int, inner: int, hidden: int,
+    normalised: bool, dense: list[int], chunk: int, num_threads: int, seed: int,
+) -> None:  # fmt: skip
+    """Experts beside dense layers, few tokens and many, at experts that many share or none: the bits of the stages."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    values: dict[str, object] = {
+        "vocab_size": 97, "hidden_size": hidden, "intermediate_size": 32, "moe_intermediate_size": inner,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "num_hidden_layers": 3,
+        "num_experts": num_experts, "num_experts_per_tok": min(num_active, num_experts), "norm_topk_prob": normalised,
+        "decoder_sparse_step": 1, "mlp_only_layers": dense, "max_position_embeddings": MAX_POSITIONS,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    write_checkpoint(folder, Draft("Qwen3MoeForCausalLM", "Qwen3MoeConfig", values, torch.float32, seed))
+    at_once = LogitRunner(folder, "cpu", max_running=3)
+    staged = LogitRunner(folder, "cpu", max_running=3, one_by_one=True)
+    assert at_once.cache.program is not None
+    torch.set_num_threads(num_threads)
+    try:
+        found = logits_of(at_once, [70, 3, 41], chunk)
+    finally:
+        torch.set_num_threads(1)
+    for ours, theirs in zip(found, logits_of(staged, [70, 3, 41], chunk), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_program_says_where_its_time_went(tmp_path: Path) -> None:
     runner = LogitRunner(make_llama(tmp_path), "cpu")
     runner.add(0, [1, 2, 3])
     runner.step({0: 3})

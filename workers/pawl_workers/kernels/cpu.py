@@ -16,9 +16,10 @@ from torch import Tensor
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.byte_weights import ByteScales
 from pawl_workers.kernels.cpu_calls import activation_number, attention_call, norm_call, padded_dim, place_call
+from pawl_workers.kernels.cpu_compile import compile_program
 from pawl_workers.kernels.cpu_layout import CpuLayout, lay_out
 from pawl_workers.kernels.cpu_linear import NARROW, CpuLinear, Workspace, packed_bytes
-from pawl_workers.kernels.cpu_program import CpuProgram, compile_program
+from pawl_workers.kernels.cpu_program import CpuProgram
 from pawl_workers.kernels.cpu_sampler import CpuSampler
 from pawl_workers.kernels.native.library import Library, load_library
 from pawl_workers.model.spec import Activation
@@ -132,7 +133,7 @@ class CpuKernels:
     def compile_layers(
         self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]
     ) -> CpuProgram | None:
-        """Compile what all layers do into one program; None where some layer is more than linear operations allow."""
+        """Compile what all layers do; None where the width of a gate is not one of whole registers."""
         return compile_program(layers, caches, self._format, self._library)
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:

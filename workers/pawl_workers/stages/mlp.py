@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pawl_workers.kernels.routing import choose_experts
 from pawl_workers.model.weights import ExpertWeights, MlpWeights
 
 __all__ = ["mlp"]
@@ -13,8 +14,7 @@ __all__ = ["mlp"]
 def mlp(x: Tensor, w: MlpWeights | ExpertWeights) -> Tensor:
     """Expand, activate (times the ungated half when gated), contract: [T, D] -> [T, D]; routed, by a few experts.
 
-    Source: Shazeer, "GLU variants improve transformer", 2020, for the gate; Shazeer et al., "Outrageously large neural
-    networks", 2017, and Jiang et al., "Mixtral of experts", 2024, for the routing.
+    Source: Shazeer, "GLU variants improve transformer", 2020, for the gate.
     """
     if isinstance(w, ExpertWeights):
         return _route(x, w)
@@ -23,10 +23,7 @@ def mlp(x: Tensor, w: MlpWeights | ExpertWeights) -> Tensor:
 
 def _route(x: Tensor, w: ExpertWeights) -> Tensor:
     """Each expert computes all its tokens at once; a token adds up its experts in the order of their numbers."""
-    probabilities = w.router(x).float().softmax(dim=-1)
-    shares, chosen = probabilities.topk(w.num_active, dim=-1)  # [T, num_active]
-    if w.normalised:
-        shares = shares / shares.sum(dim=-1, keepdim=True)
+    shares, chosen = choose_experts(w.router(x), w.num_active, normalised=w.normalised)
     gathered = torch.zeros_like(x)
     for expert in sorted(set(chosen.flatten().tolist())):
         tokens, place = (chosen == expert).nonzero(as_tuple=True)

@@ -21,8 +21,8 @@ from pathlib import Path
 __all__ = ["BuildError", "find_or_build", "instruction_flags"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("linear.c", "linear_tiles.c", "attention.c", "elementwise.c", "program.c", "sampling.c")
-_HEADERS = ("vector.h", "linear.h", "linear_tiles.h", "panels.h", "attention.h", "elementwise.h")
+_SOURCES = ("linear.c", "linear_tiles.c", "attention.c", "elementwise.c", "experts.c", "program.c", "sampling.c")
+_HEADERS = ("vector.h", "linear.h", "linear_tiles.h", "panels.h", "attention.h", "elementwise.h", "experts.h")
 _BUILT = _FOLDER / "built"
 # No -march=native: the machine that builds may not be the one that runs. Products and sums are fused where the source
 # says so and nowhere else, so that builds agree.

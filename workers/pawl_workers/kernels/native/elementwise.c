@@ -7,26 +7,11 @@
 #include "linear.h"
 #include "vector.h"
 
-#if defined(__FMA__)
-#define FMA(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define FMA(a, b, c) ((a) * (b) + (c))
-#endif
-
 /* Rows that a thread takes at a time. */
 INLINE int64_t take_rows(int64_t *next, int64_t rows, int32_t threads, int64_t *end) {
     int64_t chunk = rows / (threads * 4) + 1, first = __atomic_fetch_add(next, chunk, __ATOMIC_RELAXED);
     *end = first + chunk < rows ? first + chunk : rows;
     return first;
-}
-
-INLINE void put(float *to, float value, int added, float factor) {
-    *to = added ? factor == 1.0f ? *to + value : FMA(factor, value, *to) : value;
-}
-
-INLINE void put8(float *to, v8 value, int added, float factor) {
-    if (added) value = factor == 1.0f ? load8(to) + value : fma8(all8(factor), value, load8(to));
-    store8(to, value);
 }
 
 /* y = x / rms(x) * weight. Source: Zhang and Sennrich, 2019. */

@@ -12,6 +12,7 @@ import torch  # noqa: F401 - loaded before the library, so that both share one p
 from pawl_workers.kernels.native.build import BuildError, find_or_build
 from pawl_workers.kernels.native.structures import (
     AttentionCall,
+    ExpertsCall,
     Frame,
     LinearCall,
     NormCall,
@@ -54,6 +55,10 @@ class Library:
         """Memory that one thread needs to run a program whose widest linear layer has so many inputs."""
         return int(self._loaded.pawl_program_scratch_bytes(widest))
 
+    def routing_bytes(self, tokens: int, num_experts: int, num_active: int) -> int:
+        """Memory in which a step's tokens are sorted by expert."""
+        return int(self._loaded.pawl_routing_bytes(tokens, num_experts, num_active))
+
     def sampling_scratch_bytes(self, vocab_size: int) -> int:
         """Memory that one thread needs to sample from so many scores."""
         return int(self._loaded.pawl_sampling_scratch_bytes(vocab_size))
@@ -78,8 +83,9 @@ _COUNTS: dict[str, list[type[ctypes.c_int64]]] = {
     "linear_wide_bytes": [_N],
     "program_scratch_bytes": [_N],
     "sampling_scratch_bytes": [_N],
+    "routing_bytes": [_N, _N, _N],
 }
-_STRUCTURES = (NormCall, LinearCall, PlaceCall, AttentionCall, Operation, Frame)
+_STRUCTURES = (NormCall, LinearCall, PlaceCall, AttentionCall, Operation, Frame, ExpertsCall)
 
 
 @cache

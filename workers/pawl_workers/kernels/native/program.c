@@ -1,17 +1,20 @@
-/* A program: what all layers of a model do in one step, in one parallel region with a barrier after each operation.
+/* A program: what layers of a model do in one step, in one parallel region with a barrier after each operation.
 
-   The operations are those of linear.c, attention.c and elementwise.c, with the same bits. What stays from step to step
-   (weights, sizes, the cache) is in an operation; what changes (rows, buffers, tables) in the frame. */
+   The operations are those of linear.c, attention.c, elementwise.c and experts.c, with the same bits. What stays from
+   step to step (weights, sizes, the cache) is in an operation; what changes (rows, buffers, tables) in the frame. */
 #include <omp.h>
 #include <string.h>
 
 #include "attention.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "linear.h"
 
 #define MOST_ROTARIES 4
+#define NUM_BUFFERS 12
 
-enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4 };
+enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4, GROUP = 5, GATHER = 6, UP = 7, DOWN = 8, COMBINE = 9 };
+enum { GATHERED = 9, EXPERT_HIDDEN = 10, EXPERT_FOUND = 11 }; /* buffers of the rows of experts */
 
 typedef struct {
     int32_t kind;
@@ -22,20 +25,36 @@ typedef struct {
         Linear linear;
         Place place;
         Attention attention;
+        Experts experts;
     };
 } Operation;
 
 typedef struct {
-    float *buffers[8];
+    float *buffers[NUM_BUFFERS];
     const float *cosines[MOST_ROTARIES], *sines[MOST_ROTARIES]; /* [rows, turned] */
     const int64_t *slots, *tables, *tiles, *pairs;              /* as in elementwise.h and attention.h */
     float *partials;
     int64_t *counters;     /* one for each operation */
     char *scratch;         /* threads times scratch_bytes */
+    const int64_t *chosen; /* as in experts.h, of the one routed layer that is run */
+    const float *shares;
+    char *routing; /* memory of the routing */
     double *seconds;       /* added up by kind of operation, or NULL */
     int64_t turned[MOST_ROTARIES]; /* dimensions of a head that turn */
     int64_t rows, num_tiles, num_pairs, table_stride, scratch_bytes;
 } Frame;
+
+static void run_experts(const Operation *o, const Frame *f, int64_t *next, int32_t threads, float *wide) {
+    Routing routing = {f->chosen, f->shares, f->routing, f->buffers[o->from], f->buffers[GATHERED],
+                       f->buffers[EXPERT_HIDDEN], f->buffers[EXPERT_FOUND], f->buffers[o->to], f->rows};
+    switch (o->kind) {
+        case GROUP: group_rows(&o->experts, &routing, next); break;
+        case GATHER: gather_part(&o->experts, &routing, next); break;
+        case UP: up_part(&o->experts, &routing, threads, wide); break;
+        case DOWN: down_part(&o->experts, &routing, threads, wide); break;
+        default: combine_part(&o->experts, &routing, next);
+    }
+}
 
 static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threads, char *scratch) {
     float *from = f->buffers[o->from], *to = f->buffers[o->to];
@@ -61,7 +80,8 @@ static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threa
             place_part(&place, next, threads);
             break;
         }
-        default: {
+        case ATTEND:
+        case MERGE: {
             Attention attention = o->attention;
             attention.q = from, attention.out = to;
             attention.tables = f->tables, attention.tiles = f->tiles, attention.pairs = f->pairs;
@@ -69,7 +89,9 @@ static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threa
             attention.table_stride = f->table_stride;
             if (o->kind == ATTEND) attention_part(&attention, next, scratch);
             else merge_part(&attention, next, scratch);
+            break;
         }
+        default: run_experts(o, f, next, threads, (float *)scratch);
     }
 }
 
@@ -99,8 +121,12 @@ int64_t pawl_program_scratch_bytes(int64_t widest) {
     return ((wide > tile ? wide : tile) + 63) / 64 * 64;
 }
 
+int64_t pawl_routing_bytes(int64_t tokens, int64_t num_experts, int64_t num_active) {
+    return routing_bytes(tokens, num_experts, num_active);
+}
+
 /* Sizes that Python's copies of the structures are checked against. */
 void pawl_structure_sizes(int64_t *sizes) {
     sizes[0] = sizeof(Norm), sizes[1] = sizeof(Linear), sizes[2] = sizeof(Place), sizes[3] = sizeof(Attention);
-    sizes[4] = sizeof(Operation), sizes[5] = sizeof(Frame);
+    sizes[4] = sizeof(Operation), sizes[5] = sizeof(Frame), sizes[6] = sizeof(Experts);
 }

@@ -9,6 +9,7 @@ __all__ = [
     "MOST_ROTARIES",
     "NO_WINDOW",
     "AttentionCall",
+    "ExpertsCall",
     "Frame",
     "LinearCall",
     "NormCall",
@@ -20,7 +21,7 @@ _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _Fields = list[tuple[str, type]]
 
 MOST_ROTARIES = 4
-_NUM_BUFFERS = 8
+_NUM_BUFFERS = 12
 NO_WINDOW = 1 << 62
 
 
@@ -69,12 +70,24 @@ class AttentionCall(ctypes.Structure):
     )
 
 
+class ExpertsCall(ctypes.Structure):
+    """`Experts` of experts.h."""
+
+    _fields_: ClassVar[_Fields] = _fields(
+        up__down=_P,
+        num_experts__num_active__width__inner=_N,
+        added=_I,
+        factor=_F,
+    )
+
+
 class _Call(ctypes.Union):
     _fields_: ClassVar[list[tuple[str, type[ctypes.Structure]]]] = [
         ("norm", NormCall),
         ("linear", LinearCall),
         ("place", PlaceCall),
         ("attention", AttentionCall),
+        ("experts", ExpertsCall),
     ]
 
 
@@ -91,7 +104,7 @@ class Frame(ctypes.Structure):
         ("buffers", _P * _NUM_BUFFERS),
         ("cosines", _P * MOST_ROTARIES),
         ("sines", _P * MOST_ROTARIES),
-        *_fields(slots__tables__tiles__pairs__partials__counters__scratch__seconds=_P),
+        *_fields(slots__tables__tiles__pairs__partials__counters__scratch__chosen__shares__routing__seconds=_P),
         ("turned", _N * MOST_ROTARIES),
         *_fields(
             rows__num_tiles__num_pairs__table_stride__scratch_bytes=_N,

@@ -36,6 +36,17 @@ INLINE v8 fma8(v8 a, v8 b, v8 c) {
 #endif
 }
 
+/* y = value, or, added, y += factor * value. */
+INLINE void put8(float *to, v8 value, int added, float factor) {
+    if (added) value = factor == 1.0f ? load8(to) + value : fma8(all8(factor), value, load8(to));
+    store8(to, value);
+}
+
+INLINE void put(float *to, float value, int added, float factor) {
+    if (added) value = factor == 1.0f ? *to + value : fma8(all8(factor), all8(value), all8(*to))[0];
+    *to = value;
+}
+
 INLINE v8 max8(v8 a, v8 b) {
 #if defined(__AVX2__)
     return (v8)_mm256_max_ps((__m256)a, (__m256)b);

@@ -1,0 +1,175 @@
+"""Compiles the layers of a model into programs of C operations."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from pawl_workers.kernels.cpu_calls import activation_number, attention_call, norm_call, padded_dim, place_call
+from pawl_workers.kernels.cpu_linear import CpuLinear
+from pawl_workers.kernels.cpu_program import Buffer, CpuProgram, Kind, Router, Segment
+from pawl_workers.kernels.native.library import Library
+from pawl_workers.kernels.native.structures import MOST_ROTARIES, ExpertsCall, LinearCall, Operation
+from pawl_workers.model.weights import ExpertWeights, LayerWeights, MlpWeights, PackedLinear, PackedNorm
+
+__all__ = ["compile_program"]
+
+Cache = tuple[Tensor, Tensor]
+Steps = Iterator[Operation | Router]
+_EXPERT_OPERATIONS = (Kind.GROUP, Kind.GATHER, Kind.UP, Kind.DOWN, Kind.COMBINE)
+
+
+def compile_program(
+    layers: Sequence[LayerWeights], caches: Sequence[Cache], cache_format: int, library: Library
+) -> CpuProgram | None:
+    """Compile layers; None where a gate cannot be fused, or a model has more angles than a frame holds."""
+    if not all(_can_compile(w, library) for w in layers):
+        return None
+    segments: list[Segment] = []
+    operations: list[Operation] = []
+    kept: list[object] = []
+    for w, cache in zip(layers, caches, strict=True):
+        for step in _layer(w, cache, cache_format, kept):
+            if isinstance(step, Router):
+                segments.append(Segment(operations, step))
+                operations = []
+            else:
+                operations.append(step)
+    segments.append(Segment(operations, None))
+    attention = layers[0].attention
+    kv_shape = attention.num_kv_heads, padded_dim(attention.head_dim)
+    return CpuProgram(segments, _widths(layers), kv_shape, _widest(layers), library, kept)
+
+
+def _can_compile(w: LayerWeights, library: Library) -> bool:
+    mlps = [w.mlp] if isinstance(w.mlp, MlpWeights) else w.mlp.experts
+    fused = all(not mlp.gated or mlp.down.in_features % library.panel_width == 0 for mlp in mlps)
+    return fused and (w.attention.rotary is None or w.attention.rotary < MOST_ROTARIES)
+
+
+def _widths(layers: Sequence[LayerWeights]) -> dict[Buffer, int]:
+    attention = layers[0].attention
+    hidden, queries = attention.qkv.in_features, attention.num_heads * attention.head_dim
+    widths = dict.fromkeys((Buffer.NORMED, Buffer.NORMED_AGAIN, Buffer.FOUND), hidden)
+    widths |= {Buffer.HEADS: attention.qkv.out_features, Buffer.QUERIES: queries, Buffer.ATTENDED: queries}
+    for w in layers:
+        if isinstance(w.mlp, MlpWeights):
+            widths[Buffer.HIDDEN] = w.mlp.down.in_features
+            continue
+        rows = w.mlp.num_active  # of each token
+        widths |= {
+            Buffer.SCORES: len(w.mlp.experts),
+            Buffer.GATHERED: rows * hidden,
+            Buffer.EXPERT_HIDDEN: rows * w.mlp.experts[0].down.in_features,
+            Buffer.EXPERT_FOUND: rows * hidden,
+        }
+    return widths
+
+
+def _widest(layers: Sequence[LayerWeights]) -> int:
+    mlps = [w.mlp if isinstance(w.mlp, MlpWeights) else w.mlp.experts[0] for w in layers]
+    attentions = [w.attention for w in layers]
+    linears = [*(a.qkv for a in attentions), *(a.output for a in attentions), *(mlp.down for mlp in mlps)]
+    return max(linear.in_features for linear in linears)
+
+
+def _layer(w: LayerWeights, cache: Cache, cache_format: int, kept: list[object]) -> Steps:
+    attention, factor = w.attention, w.residual_scale
+    if w.parallel:
+        yield from _norm(w.mlp_norm, Buffer.STREAM, Buffer.NORMED_AGAIN)
+    yield from _norm(w.attention_norm, Buffer.STREAM, Buffer.NORMED)
+    read = Buffer.STREAM if w.attention_norm is None else Buffer.NORMED
+    yield _linear(attention.qkv, read, Buffer.HEADS)
+    num_heads, num_kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    place = Operation(kind=Kind.PLACE, source=Buffer.HEADS, target=Buffer.QUERIES)
+    place.rotary = -1 if attention.rotary is None else attention.rotary
+    place.call.place = place_call(attention.norms, num_heads, num_kv_heads, head_dim, cache, cache_format)
+    yield place
+    for kind in (Kind.ATTEND, Kind.MERGE):
+        attend = Operation(kind=kind, source=Buffer.QUERIES, target=Buffer.ATTENDED)
+        attend.call.attention = attention_call(attention.rule, num_heads, num_kv_heads, head_dim, cache, cache_format)
+        yield attend
+    yield from _add(attention.output, w.attention_output_norm, Buffer.ATTENDED, factor)
+    if w.parallel:
+        read = Buffer.STREAM if w.mlp_norm is None else Buffer.NORMED_AGAIN
+    else:
+        yield from _norm(w.mlp_norm, Buffer.STREAM, Buffer.NORMED)
+        read = Buffer.STREAM if w.mlp_norm is None else Buffer.NORMED
+    if isinstance(w.mlp, ExpertWeights):
+        yield from _experts(w.mlp, w.mlp_output_norm, read, factor, kept)
+    else:
+        up = _linear(w.mlp.up, read, Buffer.HIDDEN)
+        up.call.linear = _up(w.mlp)
+        yield up
+        yield from _add(w.mlp.down, w.mlp_output_norm, Buffer.HIDDEN, factor)
+
+
+def _experts(w: ExpertWeights, norm: PackedNorm | None, read: Buffer, factor: float, kept: list[object]) -> Steps:
+    """The router's scores; then, once experts are chosen, each of them over its tokens."""
+    num_experts = len(w.experts)
+    yield _linear(w.router, read, Buffer.SCORES)
+    yield Router(num_experts, w.num_active, w.normalised)
+    ups = (LinearCall * num_experts)(*(_up(mlp) for mlp in w.experts))
+    downs = (LinearCall * num_experts)(*(_call(mlp.down) for mlp in w.experts))
+    kept += ups, downs
+    call = ExpertsCall(
+        up=ctypes.addressof(ups),
+        down=ctypes.addressof(downs),
+        num_experts=num_experts,
+        num_active=w.num_active,
+        width=w.router.in_features,
+        inner=w.experts[0].down.in_features,
+        added=norm is None,
+        factor=factor,
+    )
+    target = Buffer.STREAM if norm is None else Buffer.FOUND
+    for kind in _EXPERT_OPERATIONS:
+        operation = Operation(kind=kind, source=read, target=target)
+        operation.call.experts = call
+        yield operation
+    yield from _add_normed(norm, factor)
+
+
+def _add(linear: PackedLinear, norm: PackedNorm | None, source: Buffer, factor: float) -> Iterator[Operation]:
+    """What a block found is added to the stream, after a norm of its own if it has one."""
+    if norm is None:
+        added = _linear(linear, source, Buffer.STREAM)
+        added.call.linear.added, added.call.linear.factor = 1, factor
+        yield added
+        return
+    yield _linear(linear, source, Buffer.FOUND)
+    yield from _add_normed(norm, factor)
+
+
+def _add_normed(norm: PackedNorm | None, factor: float) -> Iterator[Operation]:
+    for operation in _norm(norm, Buffer.FOUND, Buffer.STREAM):
+        operation.call.norm.added, operation.call.norm.factor = 1, factor
+        yield operation
+
+
+def _norm(norm: PackedNorm | None, source: Buffer, target: Buffer) -> Iterator[Operation]:
+    if norm is not None:
+        operation = Operation(kind=Kind.NORM, source=source, target=target)
+        operation.call.norm = norm_call(norm.weights)
+        yield operation
+
+
+def _linear(linear: PackedLinear, source: Buffer, target: Buffer) -> Operation:
+    operation = Operation(kind=Kind.LINEAR, source=source, target=target)
+    operation.call.linear = _call(linear)
+    return operation
+
+
+def _call(linear: PackedLinear) -> LinearCall:
+    assert isinstance(linear, CpuLinear)  # noqa: S101 - the cpu kernels pack nothing else
+    return linear.call()
+
+
+def _up(mlp: MlpWeights) -> LinearCall:
+    """Into the hidden layer, with the activation, and the gate if there is one."""
+    call = _call(mlp.up)
+    call.activation, call.gated = activation_number(mlp.activation), mlp.gated
+    call.y_stride = mlp.down.in_features
+    return call
