@@ -19,6 +19,7 @@ from pawl_workers.worker import Worker, WorkerOptions
 __all__ = ["Outcome", "Pawl", "Transformers"]
 
 _BATCH_TOKENS = 16_384
+_BF16_BITS = 7  # of the fraction
 _PAGE = 32  # of transformers' cache
 _SMALLEST_BLOCK = 64 if torch.cuda.is_available() else 16
 
@@ -139,12 +140,17 @@ class Transformers:
         return Outcome([found[name] for name in names], seconds)
 
     def margins(self, requests: Sequence[Request], token_ids: Sequence[Sequence[int]]) -> list[float]:
-        """How far below the best logit each given token's lies, by a plain forward pass over the whole sequence."""
+        """How far below the best logit each given token's lies, by a plain forward pass over the whole sequence.
+
+        In steps of bf16 at the best logit's size, which is as finely as this model tells logits apart.
+        """
         found: list[float] = []
         with torch.inference_mode():
             for one, generated in zip(requests, token_ids, strict=True):
                 ids = torch.tensor([[*one.prompt_ids, *generated]], device=self._device)
                 logits = self._model(ids).logits[0, len(one.prompt_ids) - 1 : -1].float()
                 chosen = logits.gather(1, ids[0, len(one.prompt_ids) :].unsqueeze(1)).squeeze(1)
-                found += (logits.max(dim=-1).values - chosen).tolist()
+                best = logits.max(dim=-1).values
+                step = torch.exp2(torch.floor(torch.log2(best.abs().clamp(min=1e-3))) - _BF16_BITS)
+                found += ((best - chosen) / step).tolist()
         return found

@@ -73,9 +73,9 @@ def test_both_engines_generate_what_is_asked_for(tmp_path: Path) -> None:
         assert outcome.tokens_per_s == 15 / outcome.seconds
     margins = peer.margins(requests, found.token_ids)
     assert len(margins) == 15
-    assert max(margins) < 0.05
+    assert max(margins) < 6
     others = [[(token_id + 1) % 512 for token_id in ids] for ids in found.token_ids]
-    assert max(peer.margins(requests, others)) > 0.05
+    assert max(peer.margins(requests, others)) > 20
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
