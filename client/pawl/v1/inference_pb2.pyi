@@ -121,10 +121,10 @@ class GenerateResponse(_message.Message):
     model: _builtins.str
     """Name of the model that answered."""
     seed: _builtins.int
-    """The seed that was used: give it back with the same request for the same tokens."""
+    """The seed that was used: give it back with the same request for the same tokens in every sample."""
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Sample]:
-        """The outputs; one."""
+        """The outputs, by index: as many as `sampling.sample_count`."""
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprob]:

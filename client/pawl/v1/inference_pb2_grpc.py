@@ -81,7 +81,8 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Continues a prompt and sends the output as it is made: one start, deltas, one sample end, one end.
+        """Continues a prompt and sends the output as it is made: one start, deltas, one end per sample, one end. Deltas of
+        several samples come in any order; within a sample they follow each other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,9 @@ class InferenceServiceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a prompt and answers when the output is complete."""
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_inference_pb2.StreamGenerateRequest, _inference_pb2.StreamGenerateResponse]
-    """Continues a prompt and sends the output as it is made: one start, deltas, one sample end, one end."""
+    """Continues a prompt and sends the output as it is made: one start, deltas, one end per sample, one end. Deltas of
+    several samples come in any order; within a sample they follow each other.
+    """
     Chat: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
     """Renders a conversation with the model's chat template and continues it."""
     StreamChat: _grpc.UnaryStreamMultiCallable[_inference_pb2.StreamChatRequest, _inference_pb2.StreamChatResponse]
@@ -58,7 +60,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Generate: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt and answers when the output is complete."""
     StreamGenerate: _aio.UnaryStreamMultiCallable[_inference_pb2.StreamGenerateRequest, _inference_pb2.StreamGenerateResponse]  # type: ignore[assignment]
-    """Continues a prompt and sends the output as it is made: one start, deltas, one sample end, one end."""
+    """Continues a prompt and sends the output as it is made: one start, deltas, one end per sample, one end. Deltas of
+    several samples come in any order; within a sample they follow each other.
+    """
     Chat: _aio.UnaryUnaryMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
     """Renders a conversation with the model's chat template and continues it."""
     StreamChat: _aio.UnaryStreamMultiCallable[_inference_pb2.StreamChatRequest, _inference_pb2.StreamChatResponse]  # type: ignore[assignment]
@@ -87,7 +91,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.StreamGenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.StreamGenerateResponse], _abc.AsyncIterator[_inference_pb2.StreamGenerateResponse]]:
-        """Continues a prompt and sends the output as it is made: one start, deltas, one sample end, one end."""
+        """Continues a prompt and sends the output as it is made: one start, deltas, one end per sample, one end. Deltas of
+        several samples come in any order; within a sample they follow each other.
+        """
 
     @_abc_1.abstractmethod
     def Chat(

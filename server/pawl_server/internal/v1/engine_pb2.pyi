@@ -241,7 +241,7 @@ Global___Choices: _TypeAlias = Choices  # noqa: Y015
 
 @_typing.final
 class Submit(_message.Message):
-    """One request for one sequence."""
+    """One request: a sequence, or several samples of one prompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -263,6 +263,8 @@ class Submit(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     RETAIN_PREFIX_S_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    SAMPLE_HANDLES_FIELD_NUMBER: _builtins.int
+    SAMPLE_SEEDS_FIELD_NUMBER: _builtins.int
     JSON_SCHEMA_FIELD_NUMBER: _builtins.int
     REGEX_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
@@ -320,6 +322,16 @@ class Submit(_message.Message):
         """Ids that end the text by the request's account."""
 
     @_builtins.property
+    def sample_handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Further samples of the prompt: a number for each, as `handle`. All samples start together, or none does."""
+
+    @_builtins.property
+    def sample_seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their seeds, in the same order; all else is as for the first, but that prompt log-probabilities and `resume_ids`
+        are the first one's alone.
+        """
+
+    @_builtins.property
     def choices(self) -> Global___Choices:
         """Given texts."""
 
@@ -344,6 +356,8 @@ class Submit(_message.Message):
         tenant: _builtins.str = ...,
         retain_prefix_s: _builtins.float = ...,
         weight: _builtins.float = ...,
+        sample_handles: _abc.Iterable[_builtins.int] | None = ...,
+        sample_seeds: _abc.Iterable[_builtins.int] | None = ...,
         json_schema: _builtins.str = ...,
         regex: _builtins.str = ...,
         grammar: _builtins.str = ...,
@@ -351,7 +365,7 @@ class Submit(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "choices", b"choices", "constraint", b"constraint", "grammar", b"grammar", "json_schema", b"json_schema", "prompt_logprobs", b"prompt_logprobs", "regex", b"regex", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_key", b"cache_key", "choices", b"choices", "constraint", b"constraint", "eos_token_ids", b"eos_token_ids", "grammar", b"grammar", "handle", b"handle", "json_schema", b"json_schema", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_from", b"prompt_logprobs_from", "regex", b"regex", "request_id", b"request_id", "resume_ids", b"resume_ids", "retain_prefix_s", b"retain_prefix_s", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "user", b"user", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_key", b"cache_key", "choices", b"choices", "constraint", b"constraint", "eos_token_ids", b"eos_token_ids", "grammar", b"grammar", "handle", b"handle", "json_schema", b"json_schema", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_from", b"prompt_logprobs_from", "regex", b"regex", "request_id", b"request_id", "resume_ids", b"resume_ids", "retain_prefix_s", b"retain_prefix_s", "sample_handles", b"sample_handles", "sample_seeds", b"sample_seeds", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "user", b"user", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
@@ -366,25 +380,31 @@ Global___Submit: _TypeAlias = Submit  # noqa: Y015
 
 @_typing.final
 class Abort(_message.Message):
-    """Ends a sequence. Answered by an `End` unless the sequence had ended already."""
+    """Ends sequences, all between the same two steps. Each is answered by an `End` unless it had ended already."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    MORE_HANDLES_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Which one."""
     reason: Global___AbortReason.ValueType
     """Why."""
+    @_builtins.property
+    def more_handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Further ones."""
+
     def __init__(
         self,
         *,
         handle: _builtins.int = ...,
         reason: Global___AbortReason.ValueType = ...,
+        more_handles: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "more_handles", b"more_handles", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
