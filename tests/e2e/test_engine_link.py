@@ -22,6 +22,7 @@ from tests.fakes.engine_harness import (
     expected_output,
     open_stream,
     running_engine,
+    sample_seed,
     submit_frame,
     until,
 )
@@ -102,6 +103,36 @@ async def test_an_abort_ends_the_stream_and_frees_its_blocks() -> None:
         _, after = open_stream(link, [4], 3)
         await ended(after)
         assert len(recorder.ends) == 1
+
+
+async def test_samples_share_a_prompt_and_end_together() -> None:
+    """One frame asks for three samples, each told of its own tokens; one frame ends what is left of them."""
+    async with running_engine() as running, running.link() as link:
+        submit = submit_frame(list(range(1, 11)), 400)
+        submit.sample_seeds.extend(sample_seed(0, index) for index in (1, 2))
+        recorders = [Recorder() for _ in range(3)]
+        streams = link.open_samples(submit, recorders)
+        assert [submit.handle, *submit.sample_handles] == [stream.handle for stream in streams]
+        for recorder in recorders:
+            async with asyncio.timeout(20):
+                await recorder.first_token.wait()
+        assert running.engine.loop.state.counts().running == 3
+        link.abort_samples([stream.handle for stream in streams], engine_pb2.ABORT_REASON_CANCELLED)
+        for index, recorder in enumerate(recorders):
+            assert (await ended(recorder)).reason == engine_pb2.END_REASON_ABORTED
+            number = len(recorder.token_ids)
+            assert recorder.token_ids == expected_output(submit.prompt_ids, number, seed=sample_seed(0, index))
+        await running.until_empty()
+
+
+async def test_a_sample_without_a_seed_is_refused_with_its_siblings() -> None:
+    async with running_engine() as running, running.link() as link:
+        recorders = [Recorder(), Recorder()]
+        link.open_samples(submit_frame([1, 2], 4), recorders)
+        for recorder in recorders:
+            end = await ended(recorder)
+            assert (end.reason, end.error.reason) == (engine_pb2.END_REASON_REFUSED, "BAD_SAMPLES")
+        assert not running.engine.loop.state.live
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,14 @@ async def ended(recorder: Recorder) -> engine_pb2.End:
 
 
 def submit_frame(
-    prompt: Sequence[int], num_output: int = 8, *, resume: Sequence[int] = (), seed: int = 0
+    prompt: Sequence[int],
+    num_output: int = 8,
+    *,
+    resume: Sequence[int] = (),
+    seed: int = 0,
+    sample_handles: Sequence[int] = (),
 ) -> engine_pb2.Submit:
-    """A Submit with defaults filled in, as a front end sends it."""
+    """A Submit with defaults filled in, as a front end sends it; `sample_seed` says with which seeds."""
     return engine_pb2.Submit(
         request_id=f"request-{seed}",
         prompt_ids=prompt,
@@ -138,7 +143,14 @@ def submit_frame(
         sampling=engine_pb2.Sampling(temperature=1.0, top_p=1.0, repetition_penalty=1.0, seed=seed),
         max_output_tokens=num_output,
         cache_key=seed.to_bytes(8, "little"),
+        sample_handles=sample_handles,
+        sample_seeds=[sample_seed(seed, place) for place in range(1, len(sample_handles) + 1)],
     )
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """Seed of a sample, such that the fake worker knows all samples of a prompt for one namespace."""
+    return seed + 256 * index
 
 
 def open_stream(

@@ -6,7 +6,7 @@ Owns their order between two ticks, and that nothing a request trips over here h
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pawl.errors import InvalidRequest
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Abort:
-    key: SequenceKey
+    keys: Sequence[SequenceKey]
     reason: str
 
 
@@ -81,9 +81,9 @@ class Intake:
         """Take a request at the next tick."""
         self._put(request)
 
-    def abort(self, key: SequenceKey, reason: str) -> None:
-        """End a sequence at the next tick."""
-        self._put(_Abort(key, reason))
+    def abort(self, keys: Sequence[SequenceKey], reason: str) -> None:
+        """End sequences at the next tick, all at once."""
+        self._put(_Abort(keys, reason))
 
     def _put(self, event: SequenceRequest | _Abort | Released) -> None:
         self._inbox.append(event)
@@ -101,18 +101,20 @@ class Intake:
                 self._take(event, now)
 
     def _end(self, event: _Abort, now: float) -> None:
-        ended = self._state.abort(event.key, event.reason, now)
-        if ended is None and self._gate is not None:
-            ended = self._gate.abort(event.key, event.reason)
-        if ended is not None:
-            self._suspects.gone([event.key])
-            self._delivery.ended(ended)
+        for key in reversed(event.keys):  # of a group, those that are parked go before the one they wait for
+            ended = self._state.abort(key, event.reason, now)
+            if ended is None and self._gate is not None:
+                ended = self._gate.abort(key, event.reason)
+            if ended is not None:
+                self._suspects.gone([key])
+                self._delivery.ended(ended)
 
     def _take(self, request: SequenceRequest, now: float) -> None:
         constraint = request.constraint
         refusal = self._hold(request, constraint, now) if isinstance(constraint, Constraint) else self._to(request, now)
         if refusal is not None:
-            self._delivery.refused(request.handle, refusal)
+            for handle in request.handles:
+                self._delivery.refused(handle, refusal)
 
     def _hold(self, request: SequenceRequest, constraint: Constraint, now: float) -> Refusal | None:
         """Let a request wait for its grammar, unless it can never run or its grammar is there."""

@@ -187,16 +187,15 @@ class EngineLoop:
 
     def detach(self, outbox: Outbox) -> None:
         """A connection is gone: its sequences end at the next tick."""
-        for key in self._delivery.detach(outbox):
-            self.abort(key, "disconnected")
+        self.abort(list(self._delivery.detach(outbox)), "disconnected")
 
     def submit(self, request: SequenceRequest) -> None:
         """Take a sequence at the next tick. Its handle is a SequenceKey."""
         self._intake.submit(request)
 
-    def abort(self, key: SequenceKey, reason: str) -> None:
-        """End a sequence at the next tick; without effect when it ended already."""
-        self._intake.abort(key, reason)
+    def abort(self, keys: Sequence[SequenceKey], reason: str) -> None:
+        """End sequences at the next tick, all at once; without effect on those that ended already."""
+        self._intake.abort(keys, reason)
 
     def describe(self) -> Sequence[SequenceView]:
         """The live sequences, oldest first."""
@@ -252,10 +251,12 @@ class EngineLoop:
             raise ServerError(f"the worker cannot be reset after {cause}: {again}", reason="WORKER_FAILED") from again
         self.state.reset_worker(self.state.epoch + 1, now)
         convicted = self._suspects.crashed(request.handle for request in members)
-        for request in members:
-            if request.handle in convicted and (ended := self.state.abort(request.handle, "worker_failed", now)):
-                log.error("request %s crashed the worker in two steps and fails", request.request_id)
-                self._delivery.failed(ended, f"the worker crashes on this request: {cause}")
+        for handle in convicted:
+            for sample in reversed(self.state.siblings(handle)):  # of one prompt: the next would crash it again
+                if ended := self.state.abort(sample, "worker_failed", now):
+                    log.error("request %s crashed the worker in two steps and fails", ended.request_id)
+                    self._delivery.failed(ended, f"the worker crashes on this request: {cause}")
+                    self._suspects.gone([sample])
         self._suspects.gone(convicted)
         settled_at = self.clock()
         self.meter.idle(settled_at - self._settled_at)  # nothing came of it

@@ -136,9 +136,11 @@ class SchedulerState:
         return ended
 
     def siblings(self, handle: Hashable) -> list[Hashable]:
-        """The live samples of the request that a live sequence belongs to, this one included."""
-        group = self.live[handle].group
-        return [handle] if group is None else [other for other in group.handles if other in self.live]
+        """The live samples of the request that a sequence belongs to, this one included; none when it has ended."""
+        sequence = self.live.get(handle)
+        if sequence is None or sequence.group is None:
+            return [] if sequence is None else [handle]
+        return [other for other in sequence.group.handles if other in self.live]
 
     def remove(self, sequence: SequenceState, now: float) -> None:
         """Take a sequence out of every table and give its blocks back. Whoever is parked behind it gets another leader.

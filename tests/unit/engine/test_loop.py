@@ -21,7 +21,7 @@ from pawl_server.metrics import EngineMetrics
 from pawl_server.scheduler.admission import Refusal, SchedulerLimits
 from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
-from tests.fakes.engine_harness import expected_output, submit_frame
+from tests.fakes.engine_harness import expected_output, sample_seed, submit_frame
 from tests.fakes.engine_worker import DELAYED_POISON, POISON, VOCAB_SIZE, FakeEngineWorker
 
 LIMITS = SchedulerLimits(num_blocks=64, block_size=4, max_running=4, max_batch_tokens=16, max_context=64)
@@ -49,8 +49,11 @@ async def _loop(depth: int = 1, worker: FakeEngineWorker | None = None) -> Async
         await executor.close()
 
 
-def _request(handle: int, prompt: list[int], num_output: int, *, seed: int = 0) -> SequenceRequest:
-    return to_request(submit_frame(prompt, num_output, seed=seed), (1, handle), VOCAB_SIZE)
+def _request(
+    handle: int, prompt: list[int], num_output: int, *, seed: int = 0, samples: tuple[int, ...] = ()
+) -> SequenceRequest:
+    submit = submit_frame(prompt, num_output, seed=seed, sample_handles=samples)
+    return to_request(submit, (1, handle), VOCAB_SIZE)
 
 
 async def _take(outbox: Outbox) -> tuple[list[tuple[int, int]], list[engine_pb2.End]]:
@@ -82,8 +85,8 @@ async def test_an_abort_takes_effect_at_the_next_tick_and_frees_the_blocks() -> 
         loop.submit(_request(2, [7], 20))
         await loop.tick()
         await outbox.take()
-        loop.abort((1, 1), "cancelled")
-        loop.abort((1, 1), "cancelled")
+        loop.abort([(1, 1)], "cancelled")
+        loop.abort([(1, 1)], "cancelled")
         await loop.tick()
         tokens, (end,) = await _take(outbox)
         assert [handle for handle, _ in tokens] == [2]
@@ -179,7 +182,7 @@ async def test_aborts_and_a_crash_change_nothing_for_the_others(depth: int) -> N
             loop.submit(_request(handle, prompt, 8))
         for _ in range(3):
             await loop.tick()
-        loop.abort((1, 5), "cancelled")
+        loop.abort([(1, 5)], "cancelled")
         await _run_to_the_end(loop)
         tokens, ends = await _take(outbox)
         reasons = {end.handle: end.reason for end in ends}
@@ -190,6 +193,53 @@ async def test_aborts_and_a_crash_change_nothing_for_the_others(depth: int) -> N
             assert [token for own, token in tokens if own == handle] == expected_output(prompts[handle], 8)
         assert reasons[2] == reasons[4] == engine_pb2.END_REASON_FAILED
         assert loop.state.counts().used_blocks == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_the_samples_of_a_request_end_one_by_one_or_all_at_once(depth: int) -> None:
+    """One is aborted by itself, then a whole group between two steps; a group that never fits is refused whole."""
+    async with _loop(depth) as loop:
+        outbox = Outbox(1)
+        loop.attach(outbox)
+        loop.submit(_request(1, [5, 6, 7, 8, 9], 6, samples=(2, 3)))
+        loop.submit(_request(10, [5], 6, samples=(11, 12, 13, 14)))
+        for _ in range(3):
+            await loop.tick()
+        loop.abort([(1, 2)], "stop_string")
+        await _run_to_the_end(loop)
+        tokens, ends = await _take(outbox)
+        reasons = {end.handle: end.reason for end in ends}
+        assert reasons == {
+            1: engine_pb2.END_REASON_MAX_TOKENS, 2: engine_pb2.END_REASON_ABORTED, 3: engine_pb2.END_REASON_MAX_TOKENS,
+            **dict.fromkeys(range(10, 15), engine_pb2.END_REASON_REFUSED),
+        }  # fmt: skip
+        for handle, index in ((1, 0), (3, 2)):
+            wanted = expected_output([5, 6, 7, 8, 9], 6, seed=sample_seed(0, index))
+            assert [token for own, token in tokens if own == handle] == wanted
+        loop.submit(_request(21, [4] * 30, 30, samples=(22, 23, 24)))
+        for _ in range(4):
+            await loop.tick()
+        loop.abort([(1, handle) for handle in range(21, 25)], "cancelled")
+        loop.submit(_request(30, [3], 1))
+        await _run_to_the_end(loop)
+        assert loop.state.counts().used_blocks == 0
+        assert {end.handle for end in (await _take(outbox))[1]} == {21, 22, 23, 24, 30}
+
+
+async def test_one_prompt_that_crashes_the_worker_fails_all_its_samples() -> None:
+    """And nobody else, after two crashes and not after two for each sample."""
+    async with _loop() as loop:
+        outbox = Outbox(1)
+        loop.attach(outbox)
+        loop.submit(_request(1, [5, 6], 8))
+        loop.submit(_request(2, [POISON, 1], 8, samples=(3, 4)))
+        await _run_to_the_end(loop)
+        tokens, ends = await _take(outbox)
+        assert {end.handle: end.reason for end in ends} == {
+            1: engine_pb2.END_REASON_MAX_TOKENS, **dict.fromkeys((2, 3, 4), engine_pb2.END_REASON_FAILED)
+        }  # fmt: skip
+        assert [token for _, token in tokens] == expected_output([5, 6], 8)
+        assert loop.state.epoch <= 4
 
 
 async def test_stop_settles_what_is_in_flight() -> None:

@@ -44,7 +44,7 @@ class Held:
     @property
     def handles(self) -> tuple[Hashable, ...]:
         """Of its samples, those that ended included."""
-        return (self.request.handle,)
+        return self.request.handles
 
     def ended(self, handle: Hashable) -> Ended:
         """The end of a sample that was aborted before it could begin."""

@@ -116,18 +116,39 @@ class EngineLink:
         Raises:
             Unavailable: the link is lost.
         """
+        return self.open_samples(submit, [events])[0]
+
+    def open_samples(self, submit: engine_pb2.Submit, events: Sequence[StreamEvents]) -> list[EngineStream]:
+        """Send all samples of a request. Never blocks; sets `submit.handle` and `submit.sample_handles`.
+
+        Args:
+            submit: with a seed in `sample_seeds` for each sample but the first.
+            events: whom to tell of each sample.
+
+        Raises:
+            Unavailable: the link is lost.
+        """
         if self.closed.done():
             raise Unavailable(f"engine {self.address} is lost", reason="ENGINE_LOST")
-        submit.handle = next(self._handles)
-        stream = EngineStream(submit.handle, events, len(submit.resume_ids), self.abort)
-        self._streams[submit.handle] = stream
+        handles = [next(self._handles) for _ in events]
+        submit.handle, submit.sample_handles[:] = handles[0], handles[1:]
+        streams = [
+            EngineStream(handle, told, 0 if place else len(submit.resume_ids), self.abort)
+            for place, (handle, told) in enumerate(zip(handles, events, strict=True))
+        ]
+        self._streams.update(zip(handles, streams, strict=True))
         self._outgoing.put_nowait(engine_pb2.ConnectRequest(submit=submit))
-        return stream
+        return streams
 
     def abort(self, handle: int, reason: engine_pb2.AbortReason.ValueType) -> None:
         """Ask the engine to end a sequence. Never blocks; without effect when it has ended or the link is lost."""
-        if handle in self._streams:
-            self._send_abort(handle, reason)
+        self.abort_samples([handle], reason)
+
+    def abort_samples(self, handles: Sequence[int], reason: engine_pb2.AbortReason.ValueType) -> None:
+        """Ask the engine to end sequences, all at once; as `abort`."""
+        live = [handle for handle in handles if handle in self._streams]
+        if live:
+            self._send_abort(live, reason)
 
     @property
     def num_streams(self) -> int:
@@ -267,17 +288,17 @@ class EngineLink:
         except Exception:
             log.exception("sequence %d of engine %s: a callback failed", stream.handle, self.address)
             if self._streams.pop(stream.handle, None):
-                self._send_abort(stream.handle, engine_pb2.ABORT_REASON_INTERNAL)
+                self._send_abort([stream.handle], engine_pb2.ABORT_REASON_INTERNAL)
 
     def _drop(self, stream: EngineStream, detail: str) -> None:
         """Give up a sequence whose tokens do not fit together."""
         log.error("sequence %d: %s", stream.handle, detail)
         del self._streams[stream.handle]
-        self._send_abort(stream.handle, engine_pb2.ABORT_REASON_INTERNAL)
+        self._send_abort([stream.handle], engine_pb2.ABORT_REASON_INTERNAL)
         self._tell(stream, stream.events.on_lost, detail)
 
-    def _send_abort(self, handle: int, reason: engine_pb2.AbortReason.ValueType) -> None:
-        abort = engine_pb2.Abort(handle=handle, reason=reason)
+    def _send_abort(self, handles: Sequence[int], reason: engine_pb2.AbortReason.ValueType) -> None:
+        abort = engine_pb2.Abort(handle=handles[0], more_handles=handles[1:], reason=reason)
         self._outgoing.put_nowait(engine_pb2.ConnectRequest(abort=abort))
 
     def _lose(self, detail: str) -> None:

@@ -10,7 +10,7 @@ from pawl_server.engine.grammar.constraint import Constraint
 from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.events import CacheEvent, PrefixesUnknown, PrefixRemoved, PrefixStored
 from pawl_server.scheduler.admission import Refusal
-from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest
+from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest, Sibling
 from pawl_server.scheduler.state import SequenceView
 from pawl_workers.plan import PromptLogprobs, SamplingSpec, TokenLogprobs
 
@@ -45,8 +45,12 @@ def to_request(submit: engine_pb2.Submit, key: SequenceKey, vocab_size: int) -> 
     """The scheduler's request of a Submit.
 
     Raises:
-        InvalidRequest: a token id lies outside the vocabulary; on a device it would take the whole step with it.
+        InvalidRequest: a token id lies outside the vocabulary; on a device it would take the whole step with it. Or a
+            sample has no seed.
     """
+    if len(submit.sample_handles) != len(submit.sample_seeds):
+        message = f"{len(submit.sample_handles)} further samples and {len(submit.sample_seeds)} seeds"
+        raise InvalidRequest(message, reason="BAD_SAMPLES")
     prompt_ids, resume_ids = list(submit.prompt_ids), list(submit.resume_ids)
     _check_ids("prompt", prompt_ids, vocab_size)
     _check_ids("resume_ids", resume_ids, vocab_size)
@@ -74,6 +78,10 @@ def to_request(submit: engine_pb2.Submit, key: SequenceKey, vocab_size: int) -> 
         user=submit.user,
         tenant=submit.tenant,
         weight=submit.weight if submit.weight > 0 else 1.0,
+        siblings=[
+            Sibling((key[0], handle), seed)
+            for handle, seed in zip(submit.sample_handles, submit.sample_seeds, strict=True)
+        ],
         constraint=constraint,
     )
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
@@ -46,8 +46,8 @@ class Sequences(Protocol):
     def submit(self, request: SequenceRequest) -> None:
         """Take a sequence at the next step, or refuse it there. The handle is a SequenceKey."""
 
-    def abort(self, key: SequenceKey, reason: str) -> None:
-        """End a sequence at the next step; without effect when it ended already."""
+    def abort(self, keys: Sequence[SequenceKey], reason: str) -> None:
+        """End sequences at the next step; without effect on those that ended already."""
 
     def describe(self) -> Iterable[SequenceView]:
         """The live sequences, oldest first."""
@@ -143,21 +143,24 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             self._num_received[outbox.connection] += 1
             match frame.WhichOneof("frame"):
                 case "submit":
-                    if frame.submit.handle in outbox.handles:
-                        return f"it gave the handle {frame.submit.handle} to two sequences"
+                    given = [frame.submit.handle, *frame.submit.sample_handles]
+                    if len(set(given)) < len(given) or not outbox.handles.isdisjoint(given):
+                        return f"it gave one of the handles {given} to two sequences"
                     self._submit(frame.submit, outbox)
                 case "abort":
-                    key = (outbox.connection, frame.abort.handle)
-                    self._sequences.abort(key, abort_text(frame.abort.reason))
+                    handles = (frame.abort.handle, *frame.abort.more_handles)
+                    keys = [(outbox.connection, handle) for handle in handles]
+                    self._sequences.abort(keys, abort_text(frame.abort.reason))
 
     def _submit(self, submit: engine_pb2.Submit, outbox: Outbox) -> None:
         try:
             vocab_size = self._welcome.model.vocab_size
             request = to_request(submit, (outbox.connection, submit.handle), vocab_size)
         except PawlError as error:
-            outbox.add_end(refused_end(submit.handle, error))
+            for handle in (submit.handle, *submit.sample_handles):
+                outbox.add_end(refused_end(handle, error))
             return
-        outbox.handles.add(submit.handle)
+        outbox.handles.update((submit.handle, *submit.sample_handles))
         self._sequences.submit(request)
 
     async def _write(self, context: Connection, outbox: Outbox) -> str:
