@@ -19,14 +19,21 @@
 
 #if WIDTH == 16
 #define ROWS 12 /* 12 x 32 floats of sums fill 24 of 32 registers */
+#define MOST_SUMS 24
 #else
 #define ROWS 3 /* 3 x 32 floats of sums fill 12 of 16 registers */
+#define MOST_SUMS 12
 #endif
 
+/* From row to row: no power of 2, since the first-level cache keeps few lines that lie so far apart. */
+#define DIM_STRIDE (MOST_DIM + 16)
+#define SCORE_STRIDE (SPLIT + 16)
+
 typedef struct {
-    float queries[MOST_ROWS][MOST_DIM], scores[MOST_ROWS][SPLIT];
-    float split_sums[MOST_ROWS][MOST_DIM], split_maximum[MOST_ROWS], split_total[MOST_ROWS];
-    float sums[MOST_ROWS][MOST_DIM], maximum[MOST_ROWS], total[MOST_ROWS];
+    float queries[MOST_ROWS][DIM_STRIDE], scores[MOST_ROWS][SCORE_STRIDE];
+    float split_sums[MOST_ROWS][DIM_STRIDE], split_maximum[MOST_ROWS], split_total[MOST_ROWS];
+    float sums[MOST_ROWS][DIM_STRIDE], maximum[MOST_ROWS], total[MOST_ROWS];
+    float widened[MOST_DIM * BLOCK]; /* a block of keys or values */
 } Scratch;
 
 /* What the rows of a tile share. */
@@ -59,15 +66,17 @@ INLINE void product(int format, int rows, int columns, const float *a, int64_t a
     }
 }
 
-INLINE void score_block(int format, int rows, Scratch *s, int row, const char *keys, int64_t dims, int64_t key) {
+/* scales: of each key, or NULL. */
+INLINE void score_block(int format, int rows, Scratch *s, int row, const char *keys, const float *scales, int64_t dims,
+                        int64_t key) {
     vw sums[ROWS * COLUMNS];
     for (int i = 0; i < rows * COLUMNS; i++) sums[i] = allw(0.0f);
-    product(format, rows, COLUMNS, s->queries[row], MOST_DIM, keys, BLOCK, dims, sums);
+    product(format, rows, COLUMNS, s->queries[row], DIM_STRIDE, keys, BLOCK, dims, sums);
     for (int c = 0; c < COLUMNS; c++) {
-        vw scale = format == BYTE ? loadw((const float *)(keys + dims * BLOCK) + c * WIDTH) : allw(1.0f);
+        vw scale = scales ? loadw(scales + c * WIDTH) : allw(1.0f);
         for (int r = 0; r < rows; r++) {
             vw sum = sums[r * COLUMNS + c];
-            storew(&s->scores[row + r][key + c * WIDTH], format == BYTE ? sum * scale : sum);
+            storew(&s->scores[row + r][key + c * WIDTH], scales ? sum * scale : sum);
         }
     }
 }
@@ -77,31 +86,63 @@ INLINE void add_values(int format, int rows, int columns, const Tile *t, Scratch
                        const int64_t *table, int64_t start, int64_t num_keys) {
     const Attention *step = t->step;
     int64_t bytes = cache_bytes(format, step->padded), size = format == FLOAT ? 4 : format == HALF ? 2 : 1;
-    vw sums[ROWS * COLUMNS];
+    vw sums[MOST_SUMS];
     for (int i = 0; i < rows * columns; i++) sums[i] = allw(0.0f);
     for (int64_t key = start; key < num_keys; key += BLOCK) {
         const char *values = step->values + (table[key / BLOCK] * step->kv_heads + t->head) * bytes + dim * size;
         int64_t n = num_keys - key < BLOCK ? num_keys - key : BLOCK;
-        product(format, rows, columns, &s->scores[row][key], SPLIT, values, step->padded, n, sums);
+        product(format, rows, columns, &s->scores[row][key], SCORE_STRIDE, values, step->padded, n, sums);
     }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) storew(&s->split_sums[row + r][dim + c * WIDTH], sums[r * columns + c]);
 }
 
-/* A function for each format and number of rows. */
-typedef void Scores(Scratch *s, int row, const char *keys, int64_t dims, int64_t key);
-typedef void Values(const Tile *t, Scratch *s, int row, const int64_t *table, int64_t start, int64_t num_keys);
+/* The same over one block, widened, after those before it. */
+INLINE void add_widened(int rows, int columns, Scratch *s, int row, int64_t dim, int64_t dims, int64_t key, int64_t n,
+                        int begin) {
+    vw sums[ROWS * COLUMNS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++)
+            sums[r * columns + c] = begin ? allw(0.0f) : loadw(&s->split_sums[row + r][dim + c * WIDTH]);
+    product(FLOAT, rows, columns, &s->scores[row][key], SCORE_STRIDE, (const char *)(s->widened + dim), dims, n, sums);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) storew(&s->split_sums[row + r][dim + c * WIDTH], sums[r * columns + c]);
+}
 
-#define BOTH(format, rows)                                                                                        \
-    static void scores_##format##_##rows(Scratch *s, int row, const char *keys, int64_t dims, int64_t key) {      \
-        score_block(format, rows, s, row, keys, dims, key);                                                       \
-    }                                                                                                             \
-    static void values_##format##_##rows(const Tile *t, Scratch *s, int row, const int64_t *table, int64_t start, \
-                                         int64_t num_keys) {                                                      \
-        int64_t dim = 0, dims = t->step->padded;                                                                  \
-        for (; dim + 32 <= dims; dim += 32)                                                                       \
-            add_values(format, rows, COLUMNS, t, s, row, dim, table, start, num_keys);                            \
-        for (; dim < dims; dim += WIDTH) add_values(format, rows, 1, t, s, row, dim, table, start, num_keys);     \
+static void widen(int format, const char *block, int64_t count, float *to) {
+    if (format == HALF)
+        for (int64_t i = 0; i < count; i += WIDTH) storew(to + i, element_at(HALF, block, i));
+    else
+        for (int64_t i = 0; i < count; i += WIDTH) storew(to + i, element_at(BYTE, block, i));
+}
+
+/* A function for each format and number of rows. */
+typedef void Scores(Scratch *s, int row, const char *keys, const float *scales, int64_t dims, int64_t key);
+typedef void Values(const Tile *t, Scratch *s, int row, const int64_t *table, int64_t start, int64_t num_keys);
+typedef void Widened(Scratch *s, int row, int64_t dims, int64_t key, int64_t n, int begin);
+
+/* Of few rows more dimensions at a time: enough sums that do not wait for each other. */
+#define DIMS_AT_ONCE(rows) ((rows) * 64 / WIDTH <= MOST_SUMS / 2 ? 64 : 32)
+#define BOTH(format, rows)                                                                                           \
+    static void scores_##format##_##rows(Scratch *s, int row, const char *keys, const float *scales, int64_t dims,   \
+                                         int64_t key) {                                                              \
+        score_block(format, rows, s, row, keys, scales, dims, key);                                                  \
+    }                                                                                                                \
+    static void values_##format##_##rows(const Tile *t, Scratch *s, int row, const int64_t *table, int64_t start,    \
+                                         int64_t num_keys) {                                                         \
+        int64_t dim = 0, dims = t->step->padded;                                                                     \
+        if (DIMS_AT_ONCE(rows) == 64)                                                                                \
+            for (; dim + 64 <= dims; dim += 64)                                                                      \
+                add_values(format, rows, 64 / WIDTH, t, s, row, dim, table, start, num_keys);                        \
+        for (; dim + 32 <= dims; dim += 32)                                                                          \
+            add_values(format, rows, COLUMNS, t, s, row, dim, table, start, num_keys);                               \
+        for (; dim < dims; dim += WIDTH) add_values(format, rows, 1, t, s, row, dim, table, start, num_keys);        \
+    }
+#define WIDENED(format, rows)                                                                                        \
+    static void widened_##rows(Scratch *s, int row, int64_t dims, int64_t key, int64_t n, int begin) {               \
+        int64_t dim = 0;                                                                                             \
+        for (; dim + 32 <= dims; dim += 32) add_widened(rows, COLUMNS, s, row, dim, dims, key, n, begin);            \
+        for (; dim < dims; dim += WIDTH) add_widened(rows, 1, s, row, dim, dims, key, n, begin);                     \
     }
 #define THREE(format, DO) DO(format, 1) DO(format, 2) DO(format, 3)
 #if WIDTH == 16
@@ -113,13 +154,16 @@ typedef void Values(const Tile *t, Scratch *s, int row, const int64_t *table, in
 #endif
 #define SCORES_NAME(format, rows) scores_##format##_##rows,
 #define VALUES_NAME(format, rows) values_##format##_##rows,
+#define WIDENED_NAME(format, rows) widened_##rows,
 ALL(FLOAT, BOTH)
 ALL(HALF, BOTH)
 ALL(BYTE, BOTH)
+ALL(FLOAT, WIDENED)
 static Scores *const SCORES[4][ROWS + 1] = {
     [FLOAT] = {0, ALL(FLOAT, SCORES_NAME)}, [HALF] = {0, ALL(HALF, SCORES_NAME)}, [BYTE] = {0, ALL(BYTE, SCORES_NAME)}};
 static Values *const VALUES[4][ROWS + 1] = {
     [FLOAT] = {0, ALL(FLOAT, VALUES_NAME)}, [HALF] = {0, ALL(HALF, VALUES_NAME)}, [BYTE] = {0, ALL(BYTE, VALUES_NAME)}};
+static Widened *const ADD_WIDENED[ROWS + 1] = {0, ALL(FLOAT, WIDENED_NAME)};
 
 /* Scores of one row become weights; keys outside of [past, seen) weigh 0. */
 static void weigh(const Attention *step, Scratch *s, int row, int64_t start, int64_t num_keys, int64_t past,
@@ -142,7 +186,16 @@ static void weigh(const Attention *step, Scratch *s, int row, int64_t start, int
     for (int64_t i = start + LANES; i < padded; i += LANES) most = max8(most, load8(scores + i));
     float maximum = largest8(most);
     v8 total = all8(0.0f);
-    for (int64_t i = start; i < padded; i += LANES) {
+    int64_t i = start;
+#if WIDTH == 16
+    for (; i + WIDTH <= padded; i += WIDTH) {
+        vw weight = exp16(loadw(scores + i) - allw(maximum));
+        storew(scores + i, weight);
+        total += load8(scores + i);
+        total += load8(scores + i + LANES);
+    }
+#endif
+    for (; i < padded; i += LANES) {
         v8 weight = exp8(load8(scores + i) - all8(maximum));
         total += weight;
         store8(scores + i, weight);
@@ -177,22 +230,36 @@ static void attend_split(const Tile *t, Scratch *s, int64_t first_key) {
     start = start > 0 ? start / BLOCK * BLOCK : 0;
     int64_t dims = step->padded, bytes = cache_bytes(step->format, dims);
     int rows = t->rows, at_once = rows_at_once(rows);
+    int format = step->format, wide = format != FLOAT && rows > at_once; /* a block is widened once for all rows */
     for (int64_t key = start; key < num_keys; key += BLOCK) {
         const char *keys = step->keys + (table[key / BLOCK] * step->kv_heads + t->head) * bytes;
-        if (key + BLOCK < num_keys) {
-            const char *next = step->keys + (table[key / BLOCK + 1] * step->kv_heads + t->head) * bytes;
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+        const char *values = step->values + (table[key / BLOCK] * step->kv_heads + t->head) * bytes, *next = values;
+        if (key + BLOCK < num_keys) next = step->keys + (table[key / BLOCK + 1] * step->kv_heads + t->head) * bytes;
+        for (int64_t i = 0; i < bytes; i += 64) {
+            __builtin_prefetch(next + i, 0, 2);
+            __builtin_prefetch(values + i, 0, 2);
         }
-        for (int row = 0; row < rows; row += at_once)
-            SCORES[step->format][rows - row < at_once ? rows - row : at_once](s, row, keys, dims, key);
+        const float *scales = format == BYTE ? (const float *)(keys + dims * BLOCK) : NULL;
+        if (wide) widen(format, keys, dims * BLOCK, s->widened);
+        for (int row = 0; row < rows; row += at_once) {
+            Scores *score = SCORES[wide ? FLOAT : format][rows - row < at_once ? rows - row : at_once];
+            score(s, row, wide ? (const char *)s->widened : keys, scales, dims, key);
+        }
     }
     for (int row = 0; row < rows; row++) {
         int64_t seen = t->visible[row] - first_key;
         weigh(step, s, row, start, num_keys, seen - step->window, seen);
-        if (step->format == BYTE) weigh_bytes(t, s, row, table, start, num_keys);
+        if (format == BYTE) weigh_bytes(t, s, row, table, start, num_keys);
     }
-    for (int row = 0; row < rows; row += at_once)
-        VALUES[step->format][rows - row < at_once ? rows - row : at_once](t, s, row, table, start, num_keys);
+    for (int row = 0; row < rows && !wide; row += at_once)
+        VALUES[format][rows - row < at_once ? rows - row : at_once](t, s, row, table, start, num_keys);
+    for (int64_t key = start; key < num_keys && wide; key += BLOCK) {
+        const char *values = step->values + (table[key / BLOCK] * step->kv_heads + t->head) * bytes;
+        int64_t n = num_keys - key < BLOCK ? num_keys - key : BLOCK;
+        widen(format, values, n * dims, s->widened);
+        for (int row = 0; row < rows; row += at_once)
+            ADD_WIDENED[rows - row < at_once ? rows - row : at_once](s, row, dims, key, n, key == start);
+    }
 }
 
 /* total, maximum and sums become those of both parts. */

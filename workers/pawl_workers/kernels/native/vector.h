@@ -181,6 +181,24 @@ INLINE vw even_brainw(const uint32_t *p) { return (vw)_mm512_slli_epi32(_mm512_l
 INLINE vw odd_brainw(const uint32_t *p) {
     return (vw)_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int32_t)0xffff0000));
 }
+/* exp8 of 16 floats, with the same bits. */
+INLINE vw exp16(vw x) {
+    __m512 least = _mm512_set1_ps(-87.3f), magic = _mm512_set1_ps(12582912.0f), a = (__m512)x;
+    __mmask16 tiny = _mm512_cmp_ps_mask(a, least, _CMP_LT_OQ);
+    a = _mm512_max_ps(a, least);
+    vw n = fmaw((vw)a, allw(1.44269504088896341f), (vw)magic) - (vw)magic;
+    x = fmaw(n, allw(-0.693359375f), (vw)a);
+    x = fmaw(n, allw(2.12194440e-4f), x);
+    vw y = allw(1.9875691500e-4f);
+    y = fmaw(y, x, allw(1.3981999507e-3f));
+    y = fmaw(y, x, allw(8.3334519073e-3f));
+    y = fmaw(y, x, allw(4.1665795894e-2f));
+    y = fmaw(y, x, allw(1.6666665459e-1f));
+    y = fmaw(y, x, allw(5.0000001201e-1f));
+    y = fmaw(y, x * x, x + allw(1.0f));
+    __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvttps_epi32((__m512)n), _mm512_set1_epi32(127)), 23);
+    return (vw)_mm512_maskz_mul_ps((__mmask16)~tiny, (__m512)y, _mm512_castsi512_ps(power));
+}
 INLINE vw eachw(vw x, v8 (*function)(int, v8), int argument) {
     v8 low = function(argument, (v8)_mm512_castps512_ps256((__m512)x));
     v8 high = function(argument, (v8)_mm512_extractf32x8_ps((__m512)x, 1));
