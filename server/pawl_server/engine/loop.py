@@ -51,7 +51,7 @@ class _InFlight:
     """A launched step, oldest first in the loop's queue. Times of the loop's clock."""
 
     plan: Plan
-    task: asyncio.Task[StepResult]
+    answer: asyncio.Future[StepResult]
     planned_at: float
     launched_at: float
 
@@ -153,8 +153,8 @@ class EngineLoop:
             return False
         launch(self.state, plan)
         masks = None if self.grammars is None else self.grammars.masks.launched(self.state)
-        task = asyncio.create_task(self.executor.run(plan.wire(), masks), name=f"step {plan.step}")
-        self._in_flight.append(_InFlight(plan, task, planned_at, self.clock()))
+        answer = self.executor.run(plan.wire(), masks)
+        self._in_flight.append(_InFlight(plan, answer, planned_at, self.clock()))
         return True
 
     async def _click(self) -> None:
@@ -162,7 +162,7 @@ class EngineLoop:
         step = self._in_flight[0]
         try:
             with self.watchdog.watch(step.plan.step):
-                result = await step.task
+                result = await step.answer
         except Exception as error:
             await self._recover(error)
             return
@@ -265,7 +265,7 @@ class EngineLoop:
     async def _void(self) -> None:
         """Take every step in flight back, the newest first; what still runs cannot count."""
         with self.watchdog.watch(self._in_flight[-1].plan.step):
-            await asyncio.gather(*(step.task for step in self._in_flight), return_exceptions=True)
+            await asyncio.gather(*(step.answer for step in self._in_flight), return_exceptions=True)
         while self._in_flight:
             void(self.state, self._in_flight.pop().plan)
 

@@ -52,7 +52,7 @@ async def test_the_worker_lives_on_one_thread_and_the_loop_goes_on() -> None:
     worker = await executor.load(FakeEngineWorker)
     assert isinstance(worker, FakeEngineWorker)
     worker.gate = threading.Event()
-    step = asyncio.create_task(executor.run(_plan(5)))
+    step = executor.run(_plan(5))
     await asyncio.sleep(0)
     assert not step.done()
     worker.gate.set()
@@ -83,6 +83,10 @@ class DeviceStep:
 
     def wait(self) -> None:
         assert self.arrived.wait(30)
+
+    def set_wrong(self, step: int) -> None:
+        """Answer as another step."""
+        self._result = msgspec.structs.replace(self._result, step=step)
 
     def result(self) -> StepResult:
         self.wait()
@@ -120,7 +124,7 @@ async def test_a_plan_is_launched_while_the_step_before_it_runs() -> None:
     executor = InProcessExecutor()
     worker = await executor.load(DeviceWorker)
     assert isinstance(worker, DeviceWorker)
-    first, second = (asyncio.create_task(executor.run(_empty(step))) for step in (1, 2))
+    first, second = (executor.run(_empty(step)) for step in (1, 2))
     assert [await asyncio.to_thread(worker.launched.get, timeout=30) for _ in range(2)] == [1, 2]
     assert not first.done()
     worker.steps[0].arrived.set()
@@ -137,9 +141,9 @@ async def test_a_launch_that_needs_the_step_before_it_hands_that_over() -> None:
     executor = InProcessExecutor()
     worker = await executor.load(DeviceWorker)
     assert isinstance(worker, DeviceWorker)
-    first = asyncio.create_task(executor.run(_empty(1)))
+    first = executor.run(_empty(1))
     await asyncio.to_thread(worker.launched.get, timeout=30)
-    second = asyncio.create_task(executor.run(_empty(2, copies=[(1, 2)])))
+    second = executor.run(_empty(2, copies=[(1, 2)]))
     worker.steps[0].arrived.set()
     assert (await first).step == 1
     await asyncio.to_thread(worker.launched.get, timeout=30)
@@ -153,7 +157,7 @@ async def test_what_a_device_loses_comes_out_and_the_thread_lives_on() -> None:
     executor = InProcessExecutor()
     worker = await executor.load(DeviceWorker)
     assert isinstance(worker, DeviceWorker)
-    lost = asyncio.create_task(executor.run(_empty(1, epoch=9)))
+    lost = executor.run(_empty(1, epoch=9))
     await asyncio.to_thread(worker.launched.get, timeout=30)
     worker.steps[0].arrived.set()
     with pytest.raises(RuntimeError, match="planted loss"):
@@ -161,3 +165,68 @@ async def test_what_a_device_loses_comes_out_and_the_thread_lives_on() -> None:
     await executor.reset(2)
     assert worker.reset_epochs == [2]
     await executor.close()
+
+
+class TellingWorker(FakeEngineWorker):
+    """Tells when it begins a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = threading.Event()
+
+    def execute(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
+        self.begun.set()
+        return super().execute(plan, masks)
+
+
+async def test_a_step_begins_before_the_loop_does_anything_else() -> None:
+    executor, worker = InProcessExecutor(), TellingWorker()
+    await executor.load(lambda: worker)
+    step = executor.run(_plan(5))
+    assert worker.begun.wait(30)  # the loop is held up here
+    assert not step.done()
+    assert (await step).rows == [0]
+    await executor.close()
+
+
+async def test_a_step_that_nobody_waits_for_any_more_hurts_nobody() -> None:
+    executor, worker = InProcessExecutor(), FakeEngineWorker()
+    await executor.load(lambda: worker)
+    worker.gate = threading.Event()
+    step = executor.run(_plan(5))
+    step.cancel()
+    worker.gate.set()
+    await executor.reset(1)
+    assert (await executor.run(_plan(5))).rows == [0]
+    await executor.close()
+
+
+async def test_an_answer_that_does_not_fit_is_raised_where_the_step_is_awaited() -> None:
+    executor, worker = InProcessExecutor(), DeviceWorker()
+    await executor.load(lambda: worker)
+    step = executor.run(_empty(1))
+    await asyncio.to_thread(worker.launched.get, timeout=30)
+    worker.steps[0].set_wrong(2)
+    worker.steps[0].arrived.set()
+    with pytest.raises(BadResultError, match="result of step 2"):
+        await step
+    await executor.close()
+
+
+def test_a_worker_that_outlives_its_loop_ends_with_its_executor() -> None:
+    before = threading.active_count()
+    worker = FakeEngineWorker(gate=threading.Event())
+    executor = InProcessExecutor()
+
+    async def leave() -> None:
+        await executor.load(lambda: worker)
+        executor.run(_plan(5)).cancel()
+        await executor.close()
+
+    asyncio.run(leave())
+    assert worker.gate is not None
+    worker.gate.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("pawl-"):
+            thread.join(30)
+    assert threading.active_count() <= before
