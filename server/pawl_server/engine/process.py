@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from typing import BinaryIO
 import msgspec
 
 from pawl.errors import PawlError
+from pawl_server.collector import collector_at_rest
 from pawl_server.config import LogSettings
 from pawl_server.engine.engine import Engine
 from pawl_server.engine.load import LoadWorker, load_torch_worker
@@ -92,10 +92,8 @@ async def _serve(spec: EngineSpec, events: _Events, load_worker: LoadWorker) -> 
     engine = Engine(spec, events.write, load_worker)
 
     async def work() -> None:
-        addresses = await engine.start()
-        # What was made so far lives as long as the process: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
+        with collector_at_rest():
+            addresses = await engine.start()
         events.write(EngineReady(addresses=addresses, seconds=time.monotonic() - started))
         await engine.run()
 

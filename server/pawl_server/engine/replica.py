@@ -14,6 +14,7 @@ from concurrent.futures import Future
 
 import ray
 
+from pawl_server.collector import collector_at_rest
 from pawl_server.config import LogSettings
 from pawl_server.engine.engine import Engine
 from pawl_server.engine.load import LoadWorker, load_torch_worker
@@ -92,7 +93,8 @@ class EngineReplica:
     async def _serve(self, spec: EngineSpec) -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         engine = Engine(spec, self._on_progress, self._load_worker)
-        addresses = await engine.start()
+        with collector_at_rest():
+            addresses = await engine.start()
         self._stop = lambda: loop.call_soon_threadsafe(stop.set)
         self._started.set_result(addresses)
         running, stopping = asyncio.create_task(engine.run()), asyncio.create_task(stop.wait())

@@ -15,6 +15,7 @@ import sys
 import threading
 
 from pawl.errors import PawlError
+from pawl_server.collector import leave_alone
 from pawl_server.frontend.main import FrontendAddresses, run_frontend
 from pawl_server.logs import set_up_logs
 from pawl_server.serve.events import ServerAddresses
@@ -37,6 +38,7 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, name="pawl-parent", daemon=True).start()
 
     def on_ready(addresses: FrontendAddresses) -> None:
+        leave_alone()
         _say(
             FrontendReady(
                 addresses=ServerAddresses(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from pawl.errors import InvalidRequest
+from pawl_server.collector import leave_alone
 from pawl_server.config import Config
 from pawl_server.frontend.main import FrontendAddresses, run_frontend
 from pawl_server.serve.checks import check_port, exposure_warning
@@ -38,6 +39,7 @@ async def run_frontend_alone(config: Config, output: Output) -> int:
     output.begin("frontend", f"fleet at {address}")
 
     def on_ready(addresses: FrontendAddresses) -> None:
+        leave_alone()
         served = ServerAddresses(
             grpc=addresses.grpc,
             admin=addresses.admin,
