@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pawl_server.config import EngineSettings, ModelSettings
 from pawl_server.engine.executor import EngineWorker
 from pawl_server.engine.spec import EngineSpec
+from pawl_workers.parallel import thread_environment
 
 if TYPE_CHECKING:
     from pawl_workers.options import WorkerOptions
@@ -26,10 +27,8 @@ def load_torch_worker(spec: EngineSpec, on_progress: LoadProgress) -> EngineWork
         pawl_workers.errors.WorkerError: the checkpoint is broken or does not fit.
     """
     num_threads = spec.num_threads or len(os.sched_getaffinity(0))
-    # Read once, when torch is imported; spinning threads of one replica would starve those of the next.
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # but not so soon asleep as to miss the next layer
+    # The fleets set these, too, but not whoever runs an engine in a process of their own.
+    os.environ |= thread_environment(num_threads)
     from pawl_workers.worker import Worker  # noqa: PLC0415 (imports torch)
 
     on_progress("imports", 1, 1)

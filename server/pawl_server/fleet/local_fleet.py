@@ -30,8 +30,9 @@ from pawl_server.engine.spec import (
 )
 from pawl_server.fleet.replicas import EventBatch, EventLog
 from pawl_server.fleet.service import FleetServer, FleetService
-from pawl_server.fleet.specs import engine_specs, num_cores, restart_policy, served_name, thread_environment
+from pawl_server.fleet.specs import engine_specs, num_cores, restart_policy, served_name
 from pawl_server.fleet.supervisor import LaunchError, OnProgress, Supervisor
+from pawl_workers.parallel import thread_environment
 
 __all__ = ["LocalFleet", "LocalLauncher"]
 

@@ -40,9 +40,10 @@ from pawl_server.engine.spec import (
 )
 from pawl_server.fleet.replicas import EventLog, encode_batch
 from pawl_server.fleet.service import FleetServer, FleetService
-from pawl_server.fleet.specs import engine_specs, restart_policy, served_name, thread_environment
+from pawl_server.fleet.specs import engine_specs, restart_policy, served_name
 from pawl_server.fleet.supervisor import LaunchError, OnProgress, Supervisor
 from pawl_server.logs import set_up_logs
+from pawl_workers.parallel import thread_environment
 
 __all__ = ["NAMESPACE", "FleetActor", "FleetPlan", "RayLauncher", "RayReplica", "encode_plan"]
 

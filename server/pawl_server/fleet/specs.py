@@ -14,7 +14,7 @@ from pawl_server.config import Config
 from pawl_server.engine.spec import EngineSpec
 from pawl_server.fleet.supervisor import RestartPolicy
 
-__all__ = ["engine_specs", "num_cores", "restart_policy", "served_name", "thread_environment"]
+__all__ = ["engine_specs", "num_cores", "restart_policy", "served_name"]
 
 
 def num_cores() -> int:
@@ -60,20 +60,3 @@ def restart_policy(config: Config) -> RestartPolicy:
         backoff_initial_s=fleet.backoff_initial_s,
         backoff_max_s=max(fleet.backoff_initial_s, fleet.backoff_max_s),
     )
-
-
-def thread_environment(num_threads: int) -> dict[str, str]:
-    """Variables that keep the thread pools of a replica to its own cores.
-
-    They are read when torch is imported, so they are set from outside. Passive: a pool that spins while it
-    waits takes the cores of the next replica. Bounded spin: a decode step has some 200 parallel regions, and a thread
-    that sleeps after each costs a third of a single stream's speed (`make bench` with either setting).
-    """
-    return {
-        "OMP_NUM_THREADS": str(num_threads),
-        "MKL_NUM_THREADS": str(num_threads),
-        "OPENBLAS_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "passive",
-        "GOMP_SPINCOUNT": "10000",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
