@@ -23,6 +23,7 @@ from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
 from tests.fakes.engine_harness import expected_output, sample_seed, submit_frame
 from tests.fakes.engine_worker import DELAYED_POISON, POISON, VOCAB_SIZE, FakeEngineWorker
+from tests.fakes.late_worker import LateWorker
 
 LIMITS = SchedulerLimits(num_blocks=64, block_size=4, max_running=4, max_batch_tokens=16, max_context=64)
 
@@ -171,10 +172,12 @@ async def _run_to_the_end(loop: EngineLoop) -> None:
         await loop.tick()
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-async def test_aborts_and_a_crash_change_nothing_for_the_others(depth: int) -> None:
+@pytest.mark.parametrize(
+    ("depth", "kind"), [(1, FakeEngineWorker), (2, FakeEngineWorker), (1, LateWorker), (2, LateWorker)]
+)
+async def test_aborts_and_a_crash_change_nothing_for_the_others(depth: int, kind: type[FakeEngineWorker]) -> None:
     """One crashes the worker whenever it starts, one in mid-output; one is aborted, perhaps while in flight."""
-    async with _loop(depth) as loop:
+    async with _loop(depth, kind()) as loop:
         outbox = Outbox(1)
         loop.attach(outbox)
         prompts = {1: [5, 6], 2: [POISON, 1], 3: [7] * 9, 4: [DELAYED_POISON, 6], 5: [9]}
