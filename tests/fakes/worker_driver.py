@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pawl_workers.plan import NewSequence, PromptLogprobs, SamplingSpec, StepPlan, StepResult, TokenLogprobs
+from pawl_workers.row_masks import MaskSource
 from pawl_workers.worker import Worker
 
 __all__ = ["Generation", "WorkerDriver"]
@@ -105,7 +106,10 @@ class WorkerDriver:
         generation.num_computed = keep * self.worker.facts.block_size
 
     def step(
-        self, grants: Sequence[tuple[Generation, int]], drafts: Mapping[int, Sequence[int]] | None = None
+        self,
+        grants: Sequence[tuple[Generation, int]],
+        drafts: Mapping[int, Sequence[int]] | None = None,
+        masks: MaskSource | None = None,
     ) -> StepResult:
         """Run one step in which each sequence computes so many tokens, the last of them drafts if its row has some."""
         new, appended = [], []
@@ -124,7 +128,7 @@ class WorkerDriver:
         drafted = [(row, list(ids)) for row, ids in (drafts or {}).items()]
         plan = StepPlan(self._step, self._epoch, self._freed, new, appended, rows, counts, drafts=drafted)
         self._freed = []
-        result = self.worker.execute(plan)
+        result = self.worker.execute(plan, masks)
         by_row = {one.row: one for one, _ in grants}
         drafted_rows = {row for row, _ in drafted}
         for generation, grant in grants:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pawl_server.kv.block_hash import CacheRoot
@@ -25,6 +29,7 @@ from pawl_workers.errors import PlanError
 from pawl_workers.kernels import cpu
 from pawl_workers.pending import Arrival, PendingStep, Pipeline
 from pawl_workers.plan import SamplingSpec, StepPlan, TokenLogprobs
+from pawl_workers.row_masks import RowMasks
 from pawl_workers.rows import RowTable
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, make_llama
@@ -88,8 +93,23 @@ def _sampling(draw: random.Random, seed: int) -> SamplingSpec:
     )
 
 
+def _words(handle: Hashable, output: list[int]) -> NDArray[np.uint32]:
+    """What a request with a grammar may choose after some output, which depends on all of it."""
+    allowed = np.array([(token_id + sum(output)) % 3 > 0 for token_id in range(-(-VOCAB_SIZE // 32) * 32)])
+    return np.packbits(allowed, bitorder="little").view(np.uint32) if _is_masked(handle) else FREE
+
+
+def _is_masked(handle: Hashable) -> bool:
+    return cast("int", handle) % 3 == 1
+
+
+FREE = np.full(-(-VOCAB_SIZE // 32), 0xFFFFFFFF, dtype=np.uint32)
+
+
 def _requests(draw: random.Random) -> list[SequenceRequest]:
     shared = [draw.randrange(70) for _ in range(40)]
+    if draw.random() < 0.2:
+        shared[draw.randrange(40)] = POISON  # whoever shares what it spoils is not given it
     requests = []
     for handle in range(draw.randint(4, 12)):
         prompt = [draw.randrange(70) for _ in range(draw.choice([1, 4, 31, 33, 70]))]
@@ -148,11 +168,24 @@ class Served:
         if plan is not None:
             wire = plan.wire()
             launch(self._state, plan)
-            self.num_overlapped += bool(self._in_flight) and not self._in_flight[-1][1].future.done()
-            self._in_flight.append((plan, self._worker.launch(wire)))
+            handles = [request.handle for request in plan.members(self._state.slots)]
+            masks = partial(self._masks, wire.rows, handles, now) if any(_is_masked(one) for one in handles) else None
+            self.num_overlapped += bool(self._in_flight)
+            step = self._worker.launch(wire, masks)
+            self._in_flight.append((plan, step))
         if self._in_flight and (plan is None or len(self._in_flight) == self._depth or self._draw.random() < 0.2):
-            plan, step = self._in_flight.popleft()
-            self._hear(commit(self._state, plan, step.result(), now))
+            self._commit_oldest(now)
+
+    def _masks(self, rows: list[int], handles: list[Hashable], now: float) -> RowMasks:
+        """Asked for when the steps before are settled: they are committed first."""
+        while self._in_flight:
+            assert self._in_flight[0][1].future.done()
+            self._commit_oldest(now)
+        return RowMasks(rows, np.stack([_words(handle, self.told[handle].tokens) for handle in handles]))
+
+    def _commit_oldest(self, now: float) -> None:
+        plan, step = self._in_flight.popleft()
+        self._hear(commit(self._state, plan, step.result(), now))
 
     def _hear(self, committed: Committed) -> None:
         self.num_preempted += committed.num_preempted
@@ -171,7 +204,8 @@ def _alone(driver: WorkerDriver, request: SequenceRequest) -> Told:
     one = driver.start(request.prompt_ids, request.sampling, prompt_logprobs=request.prompt_logprobs)
     reason = None
     while reason is None:
-        driver.step([(one, len(one.token_ids) - one.num_computed)])
+        masks = RowMasks([one.row], _words(request.handle, one.output)[None, :])
+        driver.step([(one, len(one.token_ids) - one.num_computed)], masks=lambda masks=masks: masks)  # type: ignore[misc]
         count = len(one.output)
         if one.failure is not None:
             reason = EndReason.FAILED
@@ -244,7 +278,7 @@ _ONE_BUFFER = torch.empty(64, dtype=torch.int32)
 
 
 def _never(*_: object) -> bool:
-    """No launch waits: penalties do not see the last token, and blocks of a failed row go on as they are."""
+    """Penalties do not see the last token."""
     return False
 
 
@@ -259,7 +293,7 @@ def _apply_without_a_trace(table: RowTable, plan: StepPlan) -> None:
     [
         (QueueingCpuSampler, "insert", _insert_of_the_step_before),
         (Arrival, "send", _send_to_one_buffer),
-        (Pipeline, "must_wait", _never),
+        (Pipeline, "choice_must_wait", _never),
         (RowTable, "apply", _apply_without_a_trace),
     ],
 )

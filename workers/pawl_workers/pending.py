@@ -114,8 +114,6 @@ class QueuedStep:
         sampling_rows: rows that sample, [S]; the i-th chosen id is that of the i-th.
         positions: where those ids will stand, [S].
         generations: of the sequence in each row of the table at the launch, [rows].
-        written: blocks that the step writes, [N].
-        writers: index in `rows` of who writes each of them, [N].
         chosen: the ids on the device, [S] int32.
         described: samples whose log-probabilities are wanted, [N].
         alternatives: best tokens to list with each, [N].
@@ -131,8 +129,6 @@ class QueuedStep:
     sampling_rows: IntArray
     positions: IntArray
     generations: IntArray
-    written: IntArray
-    writers: IntArray
     chosen: Tensor
     described: IntArray
     alternatives: IntArray
@@ -159,18 +155,18 @@ class QueuedStep:
 class Pipeline:
     """The steps in flight of one worker, oldest first.
 
+    A block may be given away before it is known that what a row wrote to it is not finite: the kernels that go with a
+    `QueueingSampler` read nothing behind the last token of a sequence.
+
     Args:
         table: the worker's rows.
         cache: what its steps write.
         sampler: that can leave ids on the device.
         device: of the worker.
-        block_size: of the cache.
     """
 
-    def __init__(
-        self, table: RowTable, cache: KvCache, sampler: QueueingSampler, device: torch.device, block_size: int
-    ) -> None:
-        self._table, self._cache, self._sampler, self._block_size = table, cache, sampler, block_size
+    def __init__(self, table: RowTable, cache: KvCache, sampler: QueueingSampler, device: torch.device) -> None:
+        self._table, self._cache, self._sampler = table, cache, sampler
         self._in_flight: deque[QueuedStep] = deque()
         self._arrivals = [Arrival(device) for _ in range(MAX_IN_FLIGHT)]
         self._turn = 0
@@ -200,20 +196,11 @@ class Pipeline:
         # What is copied must be finite, which is known when the step has come back.
         return not plan.copies and not plan.drafts and not scored.any()
 
-    def must_wait(self, plan: StepPlan) -> bool:
-        """Whether a step needs the host's half of the step in flight first; its plan has been applied."""
-        if not self._in_flight:
-            return False
-        if plan.swap_out or plan.swap_in:
-            return True
+    def choice_must_wait(self, plan: StepPlan) -> bool:
+        """Whether a step's choice, not its forward pass, needs tokens of the step in flight: penalties count them."""
         table = self._table
-        for row in table.sampling.seen.keys() & set(plan.rows):  # penalties count tokens on the host
-            if table.token_ids[row, table.num_tokens[row] - 1] < 0:
-                return True
-        # If a row fails in the step in flight, what it wrote must be cleaned before somebody else reads its blocks.
-        granted = [block for _, blocks in plan.append_blocks for block in blocks]
-        granted += [block for sequence in plan.new for block in sequence.block_ids]
-        return bool(granted) and bool(np.isin(granted, self._in_flight[-1].written).any())
+        penalised = [row for row in table.sampling.seen.keys() & set(plan.rows) if table.known[row]]
+        return any(table.token_ids[row, table.num_tokens[row] - 1] < 0 for row in penalised)
 
     def insert(self, batch: Batch) -> None:
         """Replace references in a batch's token ids by the tokens; queued after the batch's integers."""
@@ -257,10 +244,6 @@ class Pipeline:
         self._turn = (self._turn + 1) % MAX_IN_FLIGHT
         arrival = self._arrivals[self._turn]
         arrival.send(found)
-        first = table.num_computed[rows] // self._block_size
-        count = (table.num_computed[rows] + num_tokens - 1) // self._block_size + 1 - first
-        writers = np.repeat(np.arange(len(rows)), count)
-        within = np.arange(len(writers)) - np.repeat(np.cumsum(count) - count, count)
         table.num_computed[rows] += num_tokens
         step = QueuedStep(
             plan=plan,
@@ -269,8 +252,6 @@ class Pipeline:
             sampling_rows=sampling.rows,
             positions=table.reserve(sampling.rows),
             generations=table.generation.copy(),
-            written=table.block_tables[rows[writers], first[writers] + within],
-            writers=writers,
             chosen=chosen,
             described=described,
             alternatives=alternatives[described],
@@ -316,8 +297,10 @@ class Pipeline:
                 np.repeat(step.rows, step.num_tokens)[spoiled].tolist(), "the hidden state is not finite"
             )
         logprobs = _entries(step, token_ids, found) if found else []
-        if failed:
-            self._clean(step, np.array(list(failed)), same)
+        spoiled_blocks = [block for row in failed if same[row] for block in table.blocks_of(row).tolist()]
+        if spoiled_blocks:
+            with torch.inference_mode():
+                self._cache.make_finite(spoiled_blocks)
         for row in step.rows[same[step.rows] & table.failed[step.rows]].tolist():
             failed.setdefault(row, FAILED_EARLIER)
         for row in failed:
@@ -340,14 +323,6 @@ class Pipeline:
             forward_s=max(0.0, step.arrived_at - begin - prepare_s),
             sample_s=time.perf_counter() - started,
         )
-
-    def _clean(self, step: QueuedStep, rows: IntArray, same: NDArray[np.bool_]) -> None:
-        """Keep what failed rows wrote from whoever gets their blocks next, these may belong to others by now."""
-        blocks = step.written[np.isin(step.rows, rows)[step.writers]].tolist()
-        for row in rows[same[rows]].tolist():
-            blocks += self._table.blocks_of(row).tolist()
-        with torch.inference_mode():
-            self._cache.make_finite(blocks)
 
 
 def _entries(step: QueuedStep, token_ids: IntArray, found: list[NDArray[np.generic]]) -> list[TokenLogprobs | None]:

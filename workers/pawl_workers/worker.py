@@ -131,7 +131,7 @@ class Worker:
             return None
         sampler = settings.kernels.sampler
         assert isinstance(sampler, QueueingSampler)  # noqa: S101 - narrows the type
-        return Pipeline(self._table, self._cache, sampler, settings.device, settings.kernels.block_size)
+        return Pipeline(self._table, self._cache, sampler, settings.device)
 
     @classmethod
     def load(cls, options: WorkerOptions, on_progress: Progress | None = None) -> Worker:
@@ -187,8 +187,8 @@ class Worker:
     def launch(self, plan: StepPlan, masks: MaskSource | None = None) -> PendingStep:
         """Begin one step: on a device it is queued, and the next may be launched before its tokens have come back.
 
-        Settles the steps before it where it needs what they gave; else all but one of them. A step with masks is
-        computed at once: they depend on the tokens of the step before.
+        Settles the steps before it where it needs what they gave, which is before or, for masks and penalties, after
+        its forward pass is queued; else all but one of them.
 
         Args:
             plan: what to compute.
@@ -212,8 +212,8 @@ class Worker:
         rows, num_tokens = np.array(plan.rows, dtype=np.int64), np.array(plan.num_tokens, dtype=np.int64)
         pipeline = self._pipeline
         if pipeline is not None:
-            queues = masks is None and pipeline.can_queue(plan, rows)
-            if not queues or pipeline.must_wait(plan):
+            queues = pipeline.can_queue(plan, rows)
+            if not queues:
                 pipeline.settle_all()
             pipeline = pipeline if queues else None
         self._move(plan)
@@ -232,10 +232,12 @@ class Worker:
                 pipeline.insert(batch)
             prepared = time.perf_counter()
             stream, scores = self._compute(batch, len(rows), padded)
-            if pipeline is not None:
-                return pipeline.add(plan, rows, num_tokens, failures, stream, scores, batch.sampling, started, prepared)
+            if pipeline is not None and (masks is not None or pipeline.choice_must_wait(plan)):
+                pipeline.settle_all()
             if masks is not None:
                 batch = with_masks(batch, masks())
+            if pipeline is not None:
+                return pipeline.add(plan, rows, num_tokens, failures, stream, scores, batch.sampling, started, prepared)
             output = finish(stream, scores, batch, self._weights)
             forward_s = time.perf_counter() - prepared - output.sampled.sample_s
             failed = self._find_failures(output, rows, num_tokens, batch.sampling)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from pawl_workers.pending import PendingStep
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import make_llama
 
+POISON = 77
 SPECS = (
     SamplingSpec(temperature=0.0), SamplingSpec(seed=4, logprobs=3),
     SamplingSpec(temperature=0.8, top_k=40, top_p=0.9, seed=7, presence_penalty=0.5, logit_bias={3: 2.0}),
@@ -40,3 +43,27 @@ def test_two_steps_in_flight_give_what_one_gives(tmp_path: Path) -> None:
         found.append([(result.rows, result.token_ids, result.logprobs) for result in results])
     assert found[0] == found[1]
     assert [len(rows) for rows, *_ in found[0]] == [1, 3, 3, 3, 3, 3, 3]
+
+
+def test_a_block_of_a_row_that_fails_in_flight_hurts_nobody(tmp_path: Path) -> None:
+    """Freed while its last step is in flight, and given away at once: extended over and decoded in."""
+    folder = make_llama(tmp_path, num_hidden_layers=1)
+    worker = Worker.load(WorkerOptions(model=str(folder), kernels="triton", max_running=2, num_blocks=2))
+    with torch.inference_mode():
+        worker._weights.embedding.tokens[POISON] = torch.nan
+    found = []
+    for epoch, block in ((1, 2), (2, 1)):  # a block that is clean, and the one of the row that fails
+        worker.reset(epoch)
+        bad = NewSequence(0, [5, 6, 7, 8, 9, POISON], 6, 0, [1], SPECS[0])
+        good = NewSequence(1, [5, 6, 7], 3, 0, [block], SPECS[0])
+        steps = [
+            worker.launch(StepPlan(1, epoch, [], [bad], [], [0], [6])),
+            worker.launch(StepPlan(2, epoch, [0], [good], [], [1], [3])),
+        ]
+        assert not worker._cache[0].values[1, :, 5].isfinite().any()
+        steps.append(worker.launch(StepPlan(3, epoch, [], [], [], [1], [1])))
+        results = [step.result() for step in steps]
+        assert [failure.row for failure in results[0].failures] == [0]
+        found.append([result.token_ids for result in results[1:]])
+    assert found[0] == found[1]
+    assert [len(token_ids) for token_ids in found[0]] == [1, 1]
