@@ -27,7 +27,8 @@ from pawl_server.scheduler.sequence import EndReason, SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.errors import PlanError
 from pawl_workers.kernels import cpu
-from pawl_workers.pending import Arrival, PendingStep, Pipeline
+from pawl_workers.pending import Arrival, PendingStep
+from pawl_workers.pipeline import Pipeline
 from pawl_workers.plan import SamplingSpec, StepPlan, TokenLogprobs
 from pawl_workers.row_masks import RowMasks
 from pawl_workers.rows import RowTable
