@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pawl_server.engine.executor import InProcessExecutor
+from pawl_server.engine.link.outbox import Outbox
+from pawl_server.engine.loop import EngineLoop
+from pawl_server.engine.meter import Meter
+from pawl_server.engine.watchdog import Watchdog
+from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.block_hash import CacheRoot
+from pawl_server.metrics import EngineMetrics
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import Committed, commit, launch
 from pawl_server.scheduler.invariants import check_invariants
@@ -101,7 +108,7 @@ def _words(handle: Hashable, output: list[int]) -> NDArray[np.uint32]:
 
 
 def _is_masked(handle: Hashable) -> bool:
-    return cast("int", handle) % 3 == 1
+    return isinstance(handle, int) and handle % 3 == 1
 
 
 FREE = np.full(-(-VOCAB_SIZE // 32), 0xFFFFFFFF, dtype=np.uint32)
@@ -129,19 +136,23 @@ def _requests(draw: random.Random) -> list[SequenceRequest]:
     return requests
 
 
+def _limits(worker: Worker, draw: random.Random) -> SchedulerLimits:
+    facts = worker.facts
+    return SchedulerLimits(
+        num_blocks=facts.num_blocks, block_size=facts.block_size, max_running=facts.max_running,
+        max_batch_tokens=facts.max_batch_tokens, max_context=facts.max_context, watermark=0.0,
+        max_prefill_chunk=draw.choice([7, 16, 48]), prefix_cache=draw.random() < 0.7,
+    )  # fmt: skip
+
+
 class Served:
     """Scheduler and worker, with so many steps in flight."""
 
     def __init__(self, worker: Worker, depth: int, draw: random.Random, epoch: int) -> None:
-        facts = worker.facts
-        self._limits = SchedulerLimits(
-            num_blocks=facts.num_blocks, block_size=facts.block_size, max_running=facts.max_running,
-            max_batch_tokens=facts.max_batch_tokens, max_context=facts.max_context, watermark=0.0,
-            max_prefill_chunk=draw.choice([7, 16, 48]), prefix_cache=draw.random() < 0.7,
-        )  # fmt: skip
+        self._limits = _limits(worker, draw)
         self._worker, self._depth, self._draw = worker, depth, draw
         worker.reset(epoch)
-        root = CacheRoot("m", "float32", facts.block_size)
+        root = CacheRoot("m", "float32", self._limits.block_size)
         self._state = SchedulerState(self._limits, root, epoch=epoch)
         self._in_flight: deque[tuple[Plan, PendingStep]] = deque()
         self.told: dict[object, Told] = {}
@@ -257,6 +268,40 @@ def test_the_schedules_reach_what_they_are_meant_to_reach(workers: Workers) -> N
     assert reasons >= {EndReason.FAILED, EndReason.EOS, EndReason.MAX_TOKENS, EndReason.ABORTED}
     assert sum(one.num_preempted for one in served) > 0
     assert sum(one.num_overlapped for one in served) > 100
+
+
+async def test_an_engine_gives_what_requests_give_alone(workers: Workers) -> None:
+    """The loop, the executor's two threads and the worker, two steps in flight; nobody waits for a step's commit."""
+    draw = random.Random(5)
+    requests = [one for _ in range(4) for one in _requests(draw)]
+    requests = [replace(one, handle=(1, index), prompt_logprobs=-1) for index, one in enumerate(requests)]
+    executor, watchdog, outbox = InProcessExecutor(), Watchdog(60.0), Outbox(1)
+    worker = await executor.load(lambda: workers.queueing)
+    limits = _limits(workers.queueing, draw)
+    worker.reset(1)
+    state = SchedulerState(limits, CacheRoot("m", "float32", limits.block_size))
+    loop = EngineLoop(state, limits, executor, watchdog, Meter(EngineMetrics("m", 0)), depth=worker.facts.max_in_flight)
+    loop.attach(outbox)
+    for request in requests:
+        loop.submit(request)
+    running = asyncio.create_task(loop.run())
+    tokens: dict[int, list[int]] = {index: [] for index in range(len(requests))}
+    failed: dict[int, bool] = {}
+    while len(failed) < len(requests):
+        for frame in await asyncio.wait_for(outbox.take(), 60):
+            for handle, token_id in zip(frame.tokens.handles, frame.tokens.token_ids, strict=True):
+                tokens[handle].append(token_id)
+            if frame.HasField("end"):
+                failed[frame.end.handle] = frame.end.reason == engine_pb2.END_REASON_FAILED
+    loop.stop()
+    await running
+    watchdog.close()
+    await executor.close()
+    driver = WorkerDriver(workers.plain)
+    driver.reset()
+    for index, request in enumerate(requests):
+        wanted = _alone(driver, request)
+        assert (tokens[index], failed[index]) == (wanted.tokens, wanted.reason is EndReason.FAILED)
 
 
 _insert, _send, _apply = QueueingCpuSampler.insert, Arrival.send, RowTable.apply
