@@ -18,6 +18,7 @@ __all__ = ["StepBudget", "StepLoad", "StepTimeModel"]
 
 _SCALES = np.array([1.0, 1e-2, 1e-5, 1e-5])  # brings the terms near each other, for a well-conditioned fit
 _LEAST_STEPS = 8  # measured before the fit is trusted
+_DAMPING = 1e-12  # relative: steps of microseconds, all of them decodes, leave the matrix singular otherwise
 _LEAST_INFORMATION = 1e-4  # in every direction, for what is believed: steps that are all alike unteach nothing else
 
 
@@ -79,7 +80,8 @@ class StepTimeModel:
         error = seconds / unit - float(self._coefficients @ x)
         lost = (1.0 - self._keep) * _LEAST_INFORMATION
         self._information = self._keep * self._information + np.outer(x, x) + np.diag([lost] * len(_SCALES))
-        self._coefficients = self._coefficients + np.linalg.solve(self._information, x * error)
+        damping = _DAMPING * float(np.trace(self._information)) * np.eye(len(_SCALES))
+        self._coefficients = self._coefficients + np.linalg.solve(self._information + damping, x * error)
         self.num_steps += 1
 
 

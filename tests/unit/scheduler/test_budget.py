@@ -61,6 +61,19 @@ def test_a_machine_that_becomes_slower_is_learnt_again_and_one_bad_step_is_not()
     assert model.predict(seen) == pytest.approx(3 * _cost(seen), rel=0.1)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1e-9, 1e-5])
+def test_steps_that_take_hardly_any_time_leave_a_fit_that_goes_on(seconds: float) -> None:
+    """Only decodes, whose pairs are the KV that they read, and no clock can tell them; then a real machine."""
+    model = StepTimeModel(memory_steps=50)
+    for number in range(2_000):
+        read = 4 * (100 + number % 50)
+        model.observe(StepLoad(4, read, read), seconds)
+    for load in _steps(3, 2_000):
+        model.observe(load, _cost(load))
+    other = StepLoad(256, 100_000, 40_000)
+    assert model.predict(other) == pytest.approx(_cost(other), rel=0.1)
+
+
 def test_a_long_stretch_of_equal_steps_does_not_ruin_the_fit() -> None:
     model = StepTimeModel(memory_steps=50)
     for load in _steps(1, 100):
