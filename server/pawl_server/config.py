@@ -100,6 +100,9 @@ class EngineSettings:
     num_threads: int = _setting(0, "compute threads of a replica; 0 = cores / replicas", common=True)
     step_timeout_s: float = _setting(60.0, "a step that takes longer means a hung worker: the replica is rebuilt")
     check_every: int = _setting(0, "check the scheduler's invariants every n steps; 0 = never")
+    journal: str = _setting(
+        "", "file (and .REPLICA) for `python -m pawl_server.sim replay`: decisions, no text or token"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

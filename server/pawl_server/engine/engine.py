@@ -20,6 +20,7 @@ from pawl.errors import InvalidRequest, Unavailable
 from pawl_server.engine.executor import EngineWorker, InProcessExecutor, WorkerFacts
 from pawl_server.engine.grammar.compiler import checkpoint_tokenizer
 from pawl_server.engine.grammar.grammars import Grammars
+from pawl_server.engine.journal_file import JournalFile
 from pawl_server.engine.link.protocol import MAX_CACHE_EVENTS, PROTOCOL_VERSION
 from pawl_server.engine.link.server import EngineService, LinkServer, host_port
 from pawl_server.engine.load import LoadWorker, load_torch_worker
@@ -34,6 +35,7 @@ from pawl_server.kv.host_tier import RestoreCost
 from pawl_server.metrics import EngineMetrics, MetricsServer, serve_metrics
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget
+from pawl_server.scheduler.journal import Journal
 from pawl_server.scheduler.state import SchedulerState
 
 __all__ = ["Engine", "Progress"]
@@ -155,8 +157,9 @@ class Engine:
         self._watchdog = Watchdog(spec.engine.step_timeout_s)
         meter = Meter(metrics)
         self._grammars = Grammars.open(spec.engine, facts, lambda: self._open_tokenizer(spec, facts))
+        state = SchedulerState(limits, root)
         self._loop = EngineLoop(
-            SchedulerState(limits, root),
+            state,
             limits,
             self._executor,
             self._watchdog,
@@ -165,6 +168,7 @@ class Engine:
             grammars=self._grammars,
             depth=spec.engine.pipeline_depth or facts.max_in_flight,
             check_every=spec.engine.check_every,
+            journal=_open_journal(spec, state),
         )
         service = EngineService(self._loop, _welcome(spec, facts, limits), spec.heartbeat_timeout_s)
         self._link = LinkServer(service, spec.internal_token)
@@ -271,6 +275,14 @@ class Engine:
         self._progress(
             EngineProgress(step=step, done=done, total=total, text=text, seconds=seconds, facts=counts or {})
         )
+
+
+def _open_journal(spec: EngineSpec, state: SchedulerState) -> JournalFile | None:
+    """The file that the scheduler's decisions are recorded in, `PATH.REPLICA`, or none."""
+    if not spec.engine.journal:
+        return None
+    state.journal = Journal(state.limits, spec.engine.target_gap_s, epoch=state.epoch)
+    return JournalFile(Path(f"{spec.engine.journal}.{spec.replica}"), state.journal)
 
 
 def _served_name(spec: EngineSpec) -> str:

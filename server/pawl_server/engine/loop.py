@@ -20,6 +20,7 @@ from pawl.errors import ServerError
 from pawl_server.engine.executor import Executor
 from pawl_server.engine.grammar.grammars import Grammars
 from pawl_server.engine.intake import Intake
+from pawl_server.engine.journal_file import JournalFile
 from pawl_server.engine.link.delivery import Delivery
 from pawl_server.engine.link.frames import SequenceKey, to_cache_events
 from pawl_server.engine.link.outbox import Outbox
@@ -70,6 +71,7 @@ class EngineLoop:
         clock: monotonic seconds.
         depth: steps that may be in flight at once.
         check_every: check the scheduler's invariants every n steps; 0 = never.
+        journal: takes what the state's journal keeps.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class EngineLoop:
         clock: Callable[[], float] = time.monotonic,
         depth: int = 1,
         check_every: int = 0,
+        journal: JournalFile | None = None,
     ) -> None:
         self.state = state
         self.limits = limits
@@ -96,6 +99,7 @@ class EngineLoop:
         self.clock = clock
         self.num_steps = 0  # committed, over all epochs
         self._check_every = check_every
+        self._journal = journal
         self._depth = depth
         self._in_flight: deque[_InFlight] = deque()
         self._delivery = Delivery()
@@ -126,6 +130,8 @@ class EngineLoop:
         finally:
             reporter.cancel()
             self.meter.flush()
+            if self._journal is not None:
+                self._journal.close()
             self.stopped.set()
 
     def stop(self) -> None:
@@ -288,6 +294,8 @@ class EngineLoop:
         # What the step added to the time that passed: its planning does not, where an older step ran meanwhile.
         elapsed_s = now - max(step.planned_at, self._settled_at)
         schedule_s = min(step.launched_at - step.planned_at, max(0.0, elapsed_s - worker_s))
+        if self.state.journal is not None:
+            self.state.journal.measured(worker_s, elapsed_s)
         if self.budget is not None:
             self.budget.observe(plan.load, worker_s)
         if self.state.speculation is not None and plan.kind == "decode":
@@ -329,6 +337,8 @@ class EngineLoop:
             now = self.clock()
             self.meter.idle(now - self._settled_at)
             self._settled_at = now
+        if self._journal is not None:
+            self._journal.write()
         counts = self.state.counts()
         held = self._intake.num_held
         self.meter.gauges(

@@ -46,6 +46,8 @@ class Committed:
 def launch(state: SchedulerState, plan: Plan) -> None:
     """Write a plan into the ledger: victims out, admissions in, blocks held, tokens in flight."""
     state.decisions.note(plan)
+    if state.journal is not None:
+        state.journal.launched(plan)
     plan.draft.apply(plan.step, plan.now)
     for victim in plan.victims:
         _preempt(state, plan, victim)
@@ -174,6 +176,8 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
         _deliver_late(state, committed, entry, result, now)
     _end_scored(state, committed, entry.rows[owned[entry.rows]], now)
     state.queue.promote(now)
+    if state.journal is not None:
+        state.journal.settled(result, committed, now)
     return committed
 
 
@@ -220,6 +224,8 @@ def _publish(state: SchedulerState, sequence: SequenceState, num_full: int) -> N
     if chain is None:
         return
     chain.extend(sequence.tokens, num_full)
+    if state.journal is not None:
+        state.journal.named(sequence)
     for index in range(int(state.slots.published[sequence.row]), num_full):
         state.pool.publish(sequence.blocks[index], chain, index)
     state.slots.published[sequence.row] = num_full
@@ -380,6 +386,8 @@ def void(state: SchedulerState, plan: Plan) -> None:
     """
     if not state.ledger or (state.ledger[-1].step, state.ledger[-1].epoch) != (plan.step, plan.epoch):
         raise StaleResultError(f"step {plan.step} is voided but is not the newest in flight")
+    if state.journal is not None:
+        state.journal.voided()
     entry = state.ledger.pop()
     alive = entry.alive(state.slots)
     rows = entry.rows[alive]

@@ -79,6 +79,7 @@ class Plan:
         num_pairs: (query, key) pairs of the step's attention.
         num_read: tokens whose KV it reads.
         budget: tokens that the step may still take.
+        limits: that it was planned under.
     """
 
     step: int
@@ -86,6 +87,7 @@ class Plan:
     now: float
     draft: BlockDraft
     budget: int
+    limits: SchedulerLimits
     rows: IntArray = field(default_factory=lambda: _NO_ROWS)
     grants: IntArray = field(default_factory=lambda: _NO_ROWS)
     proposals: Proposals | None = None
@@ -233,6 +235,7 @@ def _attempt(
         now=now,
         draft=BlockDraft(state.pool),
         budget=limits.max_batch_tokens,
+        limits=limits,
         free_rows=state.free_rows + freed,
         freed_rows=freed,
     )

@@ -62,11 +62,13 @@ class Proposals:
 
     Attributes:
         drafts: token ids by row.
+        found: (row, number) of what was proposed, before anything of it was cut.
         missed: rows for which nothing was found.
         declined: rows whose drafts would not pay.
     """
 
     drafts: dict[int, list[int]] = field(default_factory=dict)
+    found: list[tuple[int, int]] = field(default_factory=list)
     missed: list[int] = field(default_factory=list)
     declined: list[int] = field(default_factory=list)
 
@@ -116,6 +118,7 @@ class Speculation:
             ids = drafting.proposer.propose(sequence.tokens, number) if number > 0 else []
             if ids:
                 proposals.drafts[row] = ids
+                proposals.found.append((row, len(ids)))
                 most -= len(ids)
             else:
                 proposals.missed.append(row)

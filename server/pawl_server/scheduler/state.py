@@ -20,6 +20,7 @@ from pawl_server.scheduler.decisions import DecisionRing
 from pawl_server.scheduler.explain import SequenceView, count_reasons, describe
 from pawl_server.scheduler.fairness import Prices, TenantAccounts
 from pawl_server.scheduler.groups import SampleGroup
+from pawl_server.scheduler.journal import Journal
 from pawl_server.scheduler.ledger import LedgerEntry
 from pawl_server.scheduler.output_lengths import OutputLengths
 from pawl_server.scheduler.queues import WaitingQueue
@@ -61,6 +62,7 @@ class SchedulerState:
         self.slots = SlotTable(limits.max_running, limits.block_size)
         self.accounts = TenantAccounts(Prices())
         self.decisions = DecisionRing()
+        self.journal: Journal | None = None  # is told of everything that happens
         self.lengths = OutputLengths(limits.output_quantile)
         self.queue = WaitingQueue(self.accounts, limits.ageing_s)
         self.speculation = Speculation(limits.max_drafts) if limits.max_drafts else None
@@ -94,6 +96,8 @@ class SchedulerState:
         if request.siblings:
             self._park(sequence, now)
         self.queue.push(sequence, now)
+        if self.journal is not None:
+            self.journal.submitted(sequence, now)
         return None
 
     def _enter(self, request: SequenceRequest, chain: HashChain | None, now: float) -> SequenceState:
@@ -131,6 +135,8 @@ class SchedulerState:
         sequence = self.live.get(handle)
         if sequence is None:
             return None
+        if self.journal is not None:
+            self.journal.aborted(sequence, now)
         ended = sequence.ended(EndReason.ABORTED, now, detail=detail)
         self.remove(sequence, now)
         return ended
@@ -216,6 +222,8 @@ class SchedulerState:
         sequence.lose_kv(now)
         if sequence.chain is not None:
             sequence.chain.extend(sequence.tokens, sequence.num_tokens // self.limits.block_size)
+            if self.journal is not None:
+                self.journal.named(sequence)
         self.queue.push(sequence, now)
 
     def start_again(self, sequence: SequenceState, now: float) -> None:
@@ -230,6 +238,8 @@ class SchedulerState:
 
         Nothing may be in flight: void the steps first.
         """
+        if self.journal is not None:
+            self.journal.reset(epoch, now)
         self.epoch = epoch
         self.step = 0
         for sequence in list(self.running.values()):
@@ -242,6 +252,8 @@ class SchedulerState:
 
     def flush_prefix_cache(self) -> int:
         """Forget cached prefixes that nobody uses; returns how many blocks that were."""
+        if self.journal is not None:
+            self.journal.flushed()
         return self.pool.flush()
 
     def has_work(self) -> bool:

@@ -5,6 +5,7 @@ python -m pawl_server.sim run --workload flood --plots plots
 python -m pawl_server.sim run --azure AzureLLMInferenceTrace_conv.csv
 python -m pawl_server.sim fit steps.csv --output cost.json
 python -m pawl_server.sim draw --requests 100000 --output trace.csv
+python -m pawl_server.sim replay journal.0        # what a server with journal = "journal" decided, decided again
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pawl_server.sim.cost import CostModel, fit, load_cost, save_cost
 from pawl_server.sim.measured import read_steps
 from pawl_server.sim.plots import PlotsUnavailableError, check_plots, plot_first_tokens
 from pawl_server.sim.policies import POLICIES
+from pawl_server.sim.replay import ReplayError, replay
 from pawl_server.sim.report import as_json, as_markdown, as_table
 from pawl_server.sim.scenarios import SCENARIOS, bundled_cost, replica_limits
 from pawl_server.sim.simulator import Run, SimulationStuckError, simulate
@@ -42,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     fitting.add_argument("--output", type=Path, required=True, help="JSON of the cost model")
     fitting.add_argument("--machine", default="", help="what ran the steps, for the record")
     fitting.add_argument("--model", default="", help="what they computed, for the record")
+    replaying = commands.add_parser("replay", help="decide again what a server's journal says, and compare")
+    replaying.add_argument("journal", type=Path, help="as an engine writes it (setting `journal`)")
     drawing = commands.add_parser("draw", help="write a trace of drawn lengths in Azure's published format")
     drawing.add_argument("--requests", type=int, default=10_000)
     drawing.add_argument("--rate", type=float, default=10.0, help="arrivals per second")
@@ -131,8 +135,21 @@ def _fit(options: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(path: Path) -> int:
+    data = path.read_bytes()
+    replayed = replay(data)
+    if replayed.again != data:
+        sys.stderr.write("error: every plan is the same, but not what came of it\n")
+        return 1
+    print(
+        f"{replayed.num_sequences} sequences, {replayed.num_steps} steps, {replayed.num_events} events:"
+        " decided again, the same to the byte"
+    )
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run and return the exit code: 1 when a simulation starves a request, 2 for usage."""
+    """Run and return the exit code: 1 when a simulation starves a request or a replay differs, 2 for usage."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given = ["run", *given]
@@ -140,12 +157,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "fit":
             return _fit(options)
+        if options.command == "replay":
+            return _replay(options.journal)
         if options.command == "draw":
             arrivals = Arrivals(options.rate, seed=options.seed)
             write_rows(options.output, drawn_rows(arrivals, options.requests, options.seed))
             return 0
         return _run(options)
-    except SimulationStuckError as error:
+    except (SimulationStuckError, ReplayError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except (ValueError, OSError, PlotsUnavailableError) as error:
