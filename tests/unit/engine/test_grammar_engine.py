@@ -56,7 +56,9 @@ async def test_a_request_waits_for_its_grammar_and_says_so() -> None:
         _, second = _open(link, [8, 9, 10], regex="[ab]{3}")
         loop = running.engine.loop
         await until(lambda: len(loop.describe()) == 2)
-        assert [view.wait_reason for view in loop.describe()] == ["its regex of 7 characters is being compiled"] * 2
+        assert [view.wait_reason for view in loop.describe()] == [
+            "grammar: its regex of 7 characters is being compiled"
+        ] * 2
         assert {view.phase for view in loop.describe()} == {"waiting"}
         await until(lambda: "pawl_requests_waiting{" in loop.meter.exposition().decode())
         await until(lambda: _waiting(running.engine) == 2.0)
