@@ -1,23 +1,26 @@
 """`python -m pawl_loadtest.grammar_bench`: llguidance against xgrammar, for structured output.
 
 Compile time, mask time per token, memory, features of JSON Schema, regex and EBNF that do what they mean, grammars
-meant to hurt, and whether other threads run meanwhile. Each question is answered in a process of its own; a hostile
-grammar gets 20 s and 4 GiB. xgrammar is no dependency of pawl: `pip install --no-deps xgrammar apache-tvm-ffi` beside
-torch and transformers, or it is left out. Run it on an idle machine.
+meant to hurt, and whether other threads run meanwhile; each in a process of its own, a hostile grammar with 20 s and
+4 GiB. Then what constraints cost a step of pawl. xgrammar is no dependency: `pip install --no-deps xgrammar
+apache-tvm-ffi` beside torch and transformers, or it is left out. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 
+from pawl_loadtest.arguments import positive
 from pawl_loadtest.grammar_bench.cases import HOSTILE
 from pawl_loadtest.grammar_bench.libraries import LIBRARIES
+from pawl_loadtest.grammar_bench.steps import lines, measure_steps
 
-QUESTIONS = ("speed", "features", "lock", "hostile")
+QUESTIONS = ("speed", "features", "lock", "hostile", "step")
 _TIMEOUT_S = 120.0
 _HOSTILE_TIMEOUT_S = 20.0
 
@@ -52,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pawl_loadtest.grammar_bench", description=__doc__)
     parser.add_argument("questions", nargs="*", choices=[*QUESTIONS, []], help="default: all")
     parser.add_argument("--vocabulary", type=int, default=150_000, help="size of the synthetic vocabulary")
+    parser.add_argument("--streams", type=positive, default=16, help="streams of a step")
+    parser.add_argument("--tokens", type=positive, default=128, help="tokens of each")
+    parser.add_argument("--rounds", type=positive, default=5, help="how often each kind is measured")
+    parser.add_argument("--depth", type=positive, default=1, choices=(1, 2), help="steps in flight")
+    parser.add_argument("--threads", type=positive, default=2, help="compute threads")
     options = parser.parse_args(arguments)
     asked = options.questions or QUESTIONS
     large = str(options.vocabulary)
@@ -68,6 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in LIBRARIES:
                 found[name] = _ask(name, "hostile", large, str(index), timeout_s=_HOSTILE_TIMEOUT_S)
             _show(f"hostile: {grammar.name}", found)
+    if "step" in asked:
+        print(f"\n## step: {options.streams} streams, {options.depth} in flight\n")
+        measured = measure_steps(options.streams, options.tokens, options.rounds, options.depth, options.threads)
+        for line in lines(asyncio.run(measured)):
+            print(line)
 
 
 if __name__ == "__main__":
