@@ -94,7 +94,8 @@ def _check_running(state: SchedulerState, sequence: SequenceState) -> None:
     _hold(slots.owner(sequence.row) is sequence, "a row belongs to another sequence")
     reach = sequence.num_computed + sequence.num_in_flight
     forked = sequence.group is not None and reach == sequence.num_prompt - 1  # it holds the block of its next token
-    least, most = blocks_for(reach, size), blocks_for(reach + max(forked, state.limits.max_drafts), size)
+    drafts = state.limits.max_drafts and state.limits.max_drafts + 1  # and the token before them, if the row is unsure
+    least, most = blocks_for(reach, size), blocks_for(reach + max(forked, drafts), size)
     _hold(least <= len(sequence.blocks) <= most, "a table is longer or shorter than its tokens and drafts")
     _hold(slots.capacity[sequence.row] == len(sequence.blocks) * size, "the capacity of a row is off")
     _hold(len(sequence.tokens) == sequence.num_tokens <= sequence.limit, "there are more tokens than allowed")
