@@ -7,6 +7,7 @@ first delta came: before that a retryable failure is tried again, after it the f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import grpc
@@ -18,12 +19,34 @@ from pawl._core import Call
 from pawl._failures import from_grpc
 from pawl._logging import logger
 from pawl._retry import Attempts, Clock
-from pawl._types import Completion, Delta, End, Event, SampleEnd, Start, TokenLogprob, Usage
+from pawl._types import Completion, Delta, End, Event, Sample, SampleEnd, Start, TokenLogprob, Usage
 from pawl.errors import Cancelled, PawlError, StreamBroken, Unavailable
 
 __all__ = ["Assembly"]
 
 ResponseT = TypeVar("ResponseT", bound=protobuf.Message)
+
+
+@dataclass(slots=True)
+class _Output:
+    """What has come of one sample."""
+
+    num_tokens: int = 0
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    end: SampleEnd | None = None
+
+    def sample(self, index: int) -> Sample:
+        """As callers see it."""
+        return Sample(
+            index=index,
+            text="".join(self.text),
+            finish_reason=self.end.finish_reason if self.end else None,
+            stop_match=self.end.stop_match if self.end else None,
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+        )
 
 
 class Assembly:
@@ -55,13 +78,9 @@ class Assembly:
 
     def _reset(self) -> None:
         self.start: Start | None = None
-        self._sample_end: SampleEnd | None = None
         self._end: End | None = None
         self._begun = False
-        self._num_tokens = 0
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._outputs: dict[int, _Output] = {0: _Output()}
 
     def accept(self, message: StreamMessage) -> Event | None:
         """Take one message; None for an event that is not passed on.
@@ -78,7 +97,7 @@ class Assembly:
                 self._add(event)
             case SampleEnd():
                 self._begun = True
-                self._sample_end = event
+                self._output(event.index).end = event
             case End():
                 self._end = event
                 if self._on_complete is not None:
@@ -88,17 +107,25 @@ class Assembly:
         return event
 
     def _add(self, delta: Delta) -> None:
-        if delta.token_offset != self._num_tokens:
+        output = self._output(delta.index)
+        if delta.token_offset != output.num_tokens:
             raise self._fail(
                 self._broken(
-                    f"the stream went on at token {delta.token_offset}, expected {self._num_tokens}",
+                    f"sample {delta.index} went on at token {delta.token_offset}, expected {output.num_tokens}",
                     reason="STREAM_GAP",
                 )
             )
-        self._num_tokens += delta.token_count
-        self._text.append(delta.text)
-        self._token_ids.extend(delta.token_ids)
-        self._logprobs.extend(delta.logprobs)
+        output.num_tokens += delta.token_count
+        output.text.append(delta.text)
+        output.token_ids.extend(delta.token_ids)
+        output.logprobs.extend(delta.logprobs)
+
+    def _output(self, index: int) -> _Output:
+        return self._outputs.setdefault(index, _Output())
+
+    @property
+    def _num_tokens(self) -> int:
+        return sum(output.num_tokens for output in self._outputs.values())
 
     def exhausted(self) -> Event | None:
         """No message is left; there is no event either.
@@ -165,13 +192,16 @@ class Assembly:
 
     def completion(self) -> Completion:
         """What has come so far, whole or not."""
-        start, sample_end, end = self.start, self._sample_end, self._end
+        start, end = self.start, self._end
+        samples = tuple(output.sample(index) for index, output in sorted(self._outputs.items()))
+        first = samples[0]
         return Completion(
-            text="".join(self._text),
-            finish_reason=sample_end.finish_reason if sample_end else None,
-            stop_match=sample_end.stop_match if sample_end else None,
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
+            text=first.text,
+            finish_reason=first.finish_reason,
+            stop_match=first.stop_match,
+            token_ids=first.token_ids,
+            logprobs=first.logprobs,
+            samples=samples,
             prompt_logprobs=end.prompt_logprobs if end else (),
             usage=end.usage if end else Usage(output_tokens=self._num_tokens),
             timings=end.timings if end else None,

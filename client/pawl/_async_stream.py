@@ -97,9 +97,9 @@ class AsyncStream:
 
     @property
     async def text_stream(self) -> AsyncIterator[str]:
-        """The text, in pieces that are never empty."""
+        """The text of the first sample, in pieces that are never empty; the events have those of all samples."""
         async for event in self:
-            if isinstance(event, Delta) and event.text:
+            if isinstance(event, Delta) and event.text and not event.index:
                 yield event.text
 
     async def final(self) -> Completion:

@@ -58,6 +58,7 @@ _SAMPLING_FIELDS = (
     "frequency_penalty",
     "logit_bias",
     "seed",
+    "sample_count",
 )
 
 

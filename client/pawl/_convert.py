@@ -23,6 +23,7 @@ from pawl._types import (
     FinishReason,
     Model,
     RenderedChat,
+    Sample,
     SampleEnd,
     ScoredContinuation,
     Scores,
@@ -127,20 +128,33 @@ def _timings(message: types_pb2.Timings) -> Timings:
 
 def completion(message: inference_pb2.GenerateResponse) -> Completion:
     """A finished completion."""
-    sample = message.samples[0] if message.samples else types_pb2.Sample()
+    samples = tuple(_sample(sample) for sample in message.samples or [types_pb2.Sample()])
+    first = samples[0]
     return Completion(
-        text=sample.text,
-        finish_reason=_finish_reason(sample.finish_reason),
-        stop_match=_stop_match(sample.stop_match),
-        token_ids=tuple(sample.token_ids),
-        logprobs=_logprobs(sample.logprobs),
+        text=first.text,
+        finish_reason=first.finish_reason,
+        stop_match=first.stop_match,
+        token_ids=first.token_ids,
+        logprobs=first.logprobs,
         prompt_logprobs=_logprobs(message.prompt_logprobs),
+        samples=samples,
         usage=_usage(message.usage),
         timings=_timings(message.timings) if message.HasField("timings") else None,
         request_id=message.request_id,
         model=message.model,
         seed=message.seed,
         created=instant(message.create_time),
+    )
+
+
+def _sample(message: types_pb2.Sample) -> Sample:
+    return Sample(
+        index=message.index,
+        text=message.text,
+        finish_reason=_finish_reason(message.finish_reason),
+        stop_match=_stop_match(message.stop_match),
+        token_ids=tuple(message.token_ids),
+        logprobs=_logprobs(message.logprobs),
     )
 
 
@@ -157,12 +171,13 @@ def _delta(message: StreamMessage) -> Event:
         token_count=delta.token_count,
         token_ids=tuple(delta.token_ids),
         logprobs=_logprobs(delta.logprobs),
+        index=delta.index,
     )
 
 
 def _sample_end(message: StreamMessage) -> Event:
     end = message.sample_end
-    return SampleEnd(_finish_reason(end.finish_reason), _stop_match(end.stop_match), end.output_tokens)
+    return SampleEnd(_finish_reason(end.finish_reason), _stop_match(end.stop_match), end.output_tokens, end.index)
 
 
 def _end(message: StreamMessage) -> Event:

@@ -71,6 +71,8 @@ class Sampling:
         frequency_penalty: subtracted per occurrence in the output. [-2, 2].
         logit_bias: added to the logit of a token id. [-100, 100].
         seed: the same seed, prompt and parameters give the same tokens. [0, 2^63).
+        sample_count: outputs for the prompt, which is computed once; sample i equals the one of a request with the
+            seed `pawl.seeds.derive_seed(seed, i)`. At least 1; more than 1 not with temperature 0.
         json_schema: the output is JSON that fits this JSON Schema, given as a mapping or as its JSON text.
         regex: the output is matched by this regular expression as a whole.
         grammar: the output is a text of this context-free grammar (EBNF in Lark's or GBNF's notation).
@@ -86,6 +88,7 @@ class Sampling:
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
+    sample_count: int | None = None
     json_schema: Mapping[str, object] | str | None = None
     regex: str | None = None
     grammar: str | None = None

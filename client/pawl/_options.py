@@ -93,6 +93,7 @@ class OutputOptions(ScoreOptions, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     seed: int | None
+    sample_count: int | None
     json_schema: Mapping[str, object] | str | None
     regex: str | None
     grammar: str | None

@@ -88,9 +88,9 @@ class Stream:
 
     @property
     def text_stream(self) -> Iterator[str]:
-        """The text, in pieces that are never empty."""
+        """The text of the first sample, in pieces that are never empty; the events have those of all samples."""
         for event in self:
-            if isinstance(event, Delta) and event.text:
+            if isinstance(event, Delta) and event.text and not event.index:
                 yield event.text
 
     def final(self) -> Completion:

@@ -24,6 +24,7 @@ __all__ = [
     "FinishReason",
     "Model",
     "RenderedChat",
+    "Sample",
     "SampleEnd",
     "ScoredContinuation",
     "Scores",
@@ -105,8 +106,33 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One of the outputs for a prompt.
+
+    Attributes:
+        index: its position among them, from 0.
+        text: the generated text.
+        finish_reason: why it ended; None only for a sample of the `partial` of a stream that broke.
+        stop_match: what stopped it, with `FinishReason.STOP`.
+        token_ids: ids of the generated tokens, if asked for.
+        logprobs: one per generated token, if asked for.
+    """
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    stop_match: StopMatch | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    def __repr__(self) -> str:
+        reason = self.finish_reason.value if self.finish_reason else "incomplete"
+        return f"Sample({self.index}, {reason}, {len(self.text)} characters)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A generated output.
+    """A generated output; with `sample_count` above 1 the first one, and all of them in `samples`.
 
     Attributes:
         text: the generated text.
@@ -115,7 +141,8 @@ class Completion:
         token_ids: ids of the generated tokens, if asked for.
         logprobs: one per generated token, if asked for.
         prompt_logprobs: one per token of the prompt, if asked for.
-        usage: token counts; of a broken stream only `output_tokens` is known.
+        samples: every output, by index; one, unless more were asked for.
+        usage: token counts, of all samples; of a broken stream only `output_tokens` is known.
         timings: where the time went, None if not asked for.
         request_id: id of the request.
         model: name of the model that answered.
@@ -129,6 +156,7 @@ class Completion:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    samples: tuple[Sample, ...] = ()
     usage: Usage = Usage()
     timings: Timings | None = None
     request_id: str = ""
@@ -153,22 +181,24 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A further piece of the output: never a repeat. `token_offset` is the index of its first token."""
+    """A further piece of the output of sample `index`, never a repeat; `token_offset` is that of its first token."""
 
     text: str
     token_offset: int
     token_count: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SampleEnd:
-    """The output is complete."""
+    """The output of sample `index` is complete."""
 
     finish_reason: FinishReason
     stop_match: StopMatch | None
     output_tokens: int
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,14 +59,16 @@ def stream() -> None:
                 assert_type(piece, str)
                 print(piece, end="", flush=True)
             assert_type(running.final(), Completion)
-        with client.stream("x", logprobs=5) as running:
+        many = client.generate("x", sample_count=3)
+        assert_type([sample.text for sample in many.samples], list[str])
+        with client.stream("x", logprobs=5, sample_count=3) as running:
             for event in running:
                 assert_type(event, Event)
                 match event:
                     case Start():
                         print(event.request_id)
                     case Delta():
-                        print(event.token_offset, event.token_count, event.logprobs)
+                        print(event.index, event.token_offset, event.token_count, event.logprobs)
                     case _:
                         print(event)
 

@@ -44,20 +44,21 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
                 seed=request.sampling.seed if request.sampling.HasField("seed") else _DEFAULT_SEED,
             )
             yield inference_pb2.StreamGenerateResponse(start=start)
-            num_tokens, step = len(job.output.token_ids), self._state.chunk_tokens
-            for place, first in enumerate(range(0, num_tokens, step)):
+            sent, pieces = [0] * len(job.outputs), list(job.pieces(self._state.chunk_tokens))
+            for place, (index, first, last) in enumerate(pieces):
                 if self._strike(fault, place, live):
                     return
                 if live.cancelled:
                     break
-                last = min(first + step, num_tokens)
-                yield inference_pb2.StreamGenerateResponse(delta=job.delta(first, last))
-                live.output_tokens = last
+                yield inference_pb2.StreamGenerateResponse(delta=job.delta(index, first, last))
+                sent[index] = last
+                live.output_tokens = sum(sent)
             else:
-                if self._strike(fault, -(-num_tokens // step), live):
+                if self._strike(fault, len(pieces), live):
                     return
-            sample_end, end = job.ending(live.output_tokens, cancelled=live.cancelled)
-            yield inference_pb2.StreamGenerateResponse(sample_end=sample_end)
+            sample_ends, end = job.endings(sent, cancelled=live.cancelled)
+            for sample_end in sample_ends:
+                yield inference_pb2.StreamGenerateResponse(sample_end=sample_end)
             yield inference_pb2.StreamGenerateResponse(end=end)
 
     def _strike(self, fault: Fault | None, num_deltas: int, live: LiveRequest) -> bool:
@@ -73,7 +74,7 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
 
     def _whole(self, method: str, request: Request, context: grpc.ServicerContext) -> inference_pb2.GenerateResponse:
         answer = inference_pb2.GenerateResponse()
-        sample = answer.samples.add()
+        samples = [answer.samples.add(index=index) for index in range(max(1, request.sampling.sample_count))]
         fault = self._state.receive(method, request, context)
         for event in self._events(request, fault, context):
             match event.WhichOneof("event"):
@@ -82,10 +83,12 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
                     answer.request_id, answer.model, answer.seed = start.request_id, start.model, start.seed
                     answer.create_time.CopyFrom(start.create_time)
                 case "delta":
+                    sample = samples[event.delta.index]
                     sample.text += event.delta.text
                     sample.token_ids.extend(event.delta.token_ids)
                     sample.logprobs.extend(event.delta.logprobs)
                 case "sample_end":
+                    sample = samples[event.sample_end.index]
                     sample.finish_reason = event.sample_end.finish_reason
                     if event.sample_end.HasField("stop_match"):
                         sample.stop_match.CopyFrom(event.sample_end.stop_match)

@@ -6,6 +6,7 @@ Owns validation and the pieces of an answer; `_inference` puts them in order.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,6 +17,8 @@ from pawl.testing._model import FakeModel, Output, decode, encode, logprobs, ren
 from pawl.v1 import inference_pb2, types_pb2
 
 __all__ = ["Job", "Request", "check_model", "prompt_ids"]
+
+_MAX_SAMPLES = 16
 
 Request: TypeAlias = inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 
@@ -42,6 +45,7 @@ def _check(request: Request) -> None:
             (sampling.HasField("top_p") and not 0 < sampling.top_p <= 1, "sampling.top_p", "must be in (0, 1]"),
             (sampling.HasField("top_k") and sampling.top_k < 1, "sampling.top_k", "must be at least 1"),
             (not 0 <= sampling.min_p <= 1, "sampling.min_p", "must be in [0, 1]"),
+            *_check_samples(sampling),
             (
                 stop.HasField("max_output_tokens") and stop.max_output_tokens < 1,
                 "stop.max_output_tokens",
@@ -56,6 +60,15 @@ def _check(request: Request) -> None:
         wrong.append(FieldViolation("conversation.messages", "needs at least one turn"))
     if wrong:
         raise InvalidRequest("; ".join(f"{v.field} {v.message}" for v in wrong), violations=wrong)
+
+
+def _check_samples(sampling: types_pb2.SamplingParams) -> list[tuple[bool, str, str]]:
+    number, field = sampling.sample_count if sampling.HasField("sample_count") else 1, "sampling.sample_count"
+    greedy = sampling.HasField("temperature") and not sampling.temperature
+    return [
+        (not 1 <= number <= _MAX_SAMPLES, field, f"must be in [1, {_MAX_SAMPLES}]"),
+        (number > 1 and greedy, field, "must be 1 with temperature 0: all samples would be equal"),
+    ]
 
 
 def _check_constraint(sampling: types_pb2.SamplingParams, stop: types_pb2.StopParams) -> list[tuple[bool, str, str]]:
@@ -92,7 +105,7 @@ class Job:
 
     request: Request
     prompt_ids: list[int]
-    output: Output
+    outputs: tuple[Output, ...]
 
     @classmethod
     def of(cls, request: Request, model: FakeModel) -> Job:
@@ -105,21 +118,43 @@ class Job:
         else:
             ids = prompt_ids(request.prompt)
             text = decode(ids)
-        return cls(request, ids, model.generate(text, len(ids), request.stop, request.sampling.choices.values))
-
-    def ending(self, num_tokens: int, *, cancelled: bool) -> tuple[inference_pb2.SampleEnd, inference_pb2.StreamEnd]:
-        """The last two events, after so many tokens."""
-        sample_end = inference_pb2.SampleEnd(
-            finish_reason=types_pb2.FINISH_REASON_CANCELLED if cancelled else self.output.finish_reason,
-            stop_match=None if cancelled else self.output.stop_match,
-            output_tokens=num_tokens,
+        choices = request.sampling.choices.values
+        outputs = (
+            model.generate(text, len(ids), request.stop, choices, index)
+            for index in range(max(1, request.sampling.sample_count))
         )
+        return cls(request, ids, tuple(outputs))
+
+    def pieces(self, step: int) -> Iterator[tuple[int, int, int]]:
+        """Sample, first token and end of each delta of so many tokens; samples take turns."""
+        longest = max(len(output.token_ids) for output in self.outputs)
+        for first in range(0, longest, step):
+            for index, output in enumerate(self.outputs):
+                if first < len(output.token_ids):
+                    yield index, first, min(first + step, len(output.token_ids))
+
+    def endings(
+        self, sent: Sequence[int], *, cancelled: bool
+    ) -> tuple[list[inference_pb2.SampleEnd], inference_pb2.StreamEnd]:
+        """The last events, after so many tokens of each sample. One that is whole was not cancelled."""
+        sample_ends = []
+        for index, (output, num_sent) in enumerate(zip(self.outputs, sent, strict=True)):
+            cut = cancelled and (num_sent < len(output.token_ids) or len(sent) == 1)
+            sample_ends.append(
+                inference_pb2.SampleEnd(
+                    index=index,
+                    finish_reason=types_pb2.FINISH_REASON_CANCELLED if cut else output.finish_reason,
+                    stop_match=None if cut else output.stop_match,
+                    output_tokens=num_sent,
+                )
+            )
+        num_tokens = sum(sent)
         end = inference_pb2.StreamEnd(
             usage=types_pb2.Usage(prompt_tokens=len(self.prompt_ids), output_tokens=num_tokens),
             timings=self._timings(num_tokens),
             prompt_logprobs=self._prompt_logprobs(),
         )
-        return sample_end, end
+        return sample_ends, end
 
     def _prompt_logprobs(self) -> list[types_pb2.TokenLogprob]:
         """Log-probabilities of the prompt, if asked for."""
@@ -127,18 +162,18 @@ class Job:
         wanted = output.prompt_logprobs if output.HasField("prompt_logprobs") else None
         return logprobs(self.prompt_ids, wanted, prompt=True)
 
-    def delta(self, first: int, last: int) -> inference_pb2.StreamDelta:
-        """The output tokens from `first` up to `last`."""
+    def delta(self, index: int, first: int, last: int) -> inference_pb2.StreamDelta:
+        """The output tokens of a sample from `first` up to `last`."""
         wanted = self.request.output
-        token_ids = self.output.token_ids[first:last]
+        whole = self.outputs[index].token_ids
+        token_ids = whole[first:last]
         return inference_pb2.StreamDelta(
+            index=index,
             token_offset=first,
             token_count=len(token_ids),
             text="" if wanted.omit_text else decode(token_ids),
             token_ids=token_ids if wanted.token_ids else (),
-            logprobs=logprobs(self.output.token_ids, wanted.logprobs if wanted.HasField("logprobs") else None)[
-                first:last
-            ],
+            logprobs=logprobs(whole, wanted.logprobs if wanted.HasField("logprobs") else None)[first:last],
         )
 
     def _timings(self, output_tokens: int) -> types_pb2.Timings | None:

@@ -87,12 +87,15 @@ class FakeModel:
     max_context_tokens: int = 4096
 
     def generate(
-        self, text: str, prompt_tokens: int, stop: types_pb2.StopParams, choices: Sequence[str] = ()
+        self, text: str, prompt_tokens: int, stop: types_pb2.StopParams, choices: Sequence[str] = (), index: int = 0
     ) -> Output:
-        """The reply, cut where the request says. With choices the first of them, unless the reply is one."""
-        reply = self.reply(text)
+        """The reply, cut where the request says. With choices the first of them, unless the reply is one.
+
+        Sample 1 says "#1" after it, and so on; with choices it is the next one.
+        """
+        reply = self.reply(text) + (f" #{index}" if index else "")
         if choices and reply not in choices:
-            reply = choices[0]
+            reply = choices[index % len(choices)]
         match: types_pb2.StopMatch | None = types_pb2.StopMatch(eos_token_id=EOS)
         reason = types_pb2.FINISH_REASON_STOP
         found = [(reply.find(s), s) for s in stop.stop_strings if s in reply]

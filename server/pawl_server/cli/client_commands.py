@@ -159,6 +159,12 @@ def _add_generate(subparsers: Commands, connection: argparse.ArgumentParser) -> 
     parser.add_argument("prompt", metavar="PROMPT", help="what to continue; - reads it from stdin")
     _add_sampling(parser)
     parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="this many outputs; each is printed when it is complete, after its number",
+    )
+    parser.add_argument(
         "--logprobs", type=int, nargs="?", const=0, metavar="N", help="a table of the tokens, with N alternatives each"
     )
     _add_json(parser)

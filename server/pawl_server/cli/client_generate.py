@@ -16,6 +16,7 @@ from pawl import (
     ChatOptions,
     Client,
     Completion,
+    SampleEnd,
     Sampling,
     Stop,
     Stream,
@@ -88,6 +89,7 @@ def generate(arguments: argparse.Namespace) -> int:
         "request_id": arguments.request_id,
         "logprobs": arguments.logprobs,
         "token_ids": arguments.json,
+        "sample_count": arguments.samples,
     }
     prompt = _text(arguments.prompt)
     with connect(arguments) as client:
@@ -96,9 +98,10 @@ def generate(arguments: argparse.Namespace) -> int:
                 print_json(stream.final())
             return 0
         with client.stream(prompt, **options) as stream:
-            completion = _print_stream(stream)
+            completion = _print_stream(stream) if (arguments.samples or 1) == 1 else _print_samples(stream)
     if arguments.logprobs is not None:
-        _print_logprobs(completion.logprobs)
+        for sample in completion.samples:
+            _print_logprobs(sample.logprobs)
     if arguments.verbose:
         _print_summary(completion)
     return 0
@@ -115,6 +118,15 @@ def _print_stream(stream: Stream) -> Completion:
         if not ended_line:
             sys.stdout.write("\n")
             sys.stdout.flush()
+    return stream.final()
+
+
+def _print_samples(stream: Stream) -> Completion:
+    """Each sample under its number, as soon as it is complete."""
+    for event in stream:
+        if isinstance(event, SampleEnd):
+            text = next(sample.text for sample in stream.partial.samples if sample.index == event.index)
+            print(f"[{event.index}] {text}", flush=True)
     return stream.final()
 
 

@@ -67,6 +67,21 @@ def test_generate_json_and_logprobs(run: Run, capsys: pytest.CaptureFixture[str]
     assert len(lines) == 4
 
 
+def test_generate_samples(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each under its number; as JSON all of them, and the first one's text as ever."""
+    assert run("generate", "Hi", "--samples", "3", "--logprobs") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("[")] == [
+        "[0] You said: Hi",
+        "[1] You said: Hi #1",
+        "[2] You said: Hi #2",
+    ]
+    assert run("generate", "Hi", "--samples", "2", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["text"] == "You said: Hi"
+    assert [sample["text"] for sample in document["samples"]] == ["You said: Hi", "You said: Hi #1"]
+
+
 def test_chat_once(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """One turn."""
     assert run("chat", "--once", "Hi", "--system", "Be brief.") == 0

@@ -47,6 +47,51 @@ def test_final_is_what_generate_returns(client: Client) -> None:
     assert whole.stop_match == pawl.StopMatch(stop_string="H")
 
 
+async def test_samples_keep_apart(client: Client, async_client: AsyncClient) -> None:
+    """Deltas and ends carry the index of their sample; the whole has all samples, and the first one's text."""
+    wanted = [REPLY, f"{REPLY} #1", f"{REPLY} #2"]
+    options: pawl.GenerateOptions = {"sample_count": 3, "token_ids": True, "logprobs": 0, "request_id": "same"}
+    with client.stream("Hi", **options) as stream:
+        events = list(stream)
+        final = stream.final()
+    texts, ends = ["", "", ""], list[int]()
+    for event in events:
+        if isinstance(event, Delta):
+            assert event.token_offset == len(texts[event.index])
+            texts[event.index] += event.text
+        elif isinstance(event, SampleEnd):
+            ends.append(event.index)
+            assert event.output_tokens == len(wanted[event.index])
+    assert (texts, ends) == (wanted, [0, 1, 2])
+    assert [sample.text for sample in final.samples] == wanted
+    assert [len(sample.logprobs) for sample in final.samples] == [len(text) for text in wanted]
+    assert (final.text, final.token_ids) == (REPLY, final.samples[0].token_ids)
+    assert final.usage.output_tokens == sum(map(len, wanted))
+    assert client.generate("Hi", sample_count=3, token_ids=True, logprobs=0, request_id="same") == final
+    assert await async_client.generate("Hi", **options) == final
+    async with async_client.stream("Hi", sample_count=2) as async_stream:
+        assert "".join([piece async for piece in async_stream.text_stream]) == REPLY
+        assert [sample.text for sample in (await async_stream.final()).samples] == wanted[:2]
+    assert [sample.text for sample in client.generate("Hi").samples] == [REPLY]
+
+
+def test_a_broken_stream_has_what_came_of_each_sample(client: Client, server: FakeServer) -> None:
+    server.truncate(after=3)
+    with pytest.raises(pawl.StreamBroken) as broken, client.stream("Hi", sample_count=2) as stream:
+        stream.final()
+    partial = broken.value.partial
+    assert partial is not None
+    assert [sample.text for sample in partial.samples] == ["You said", "You "]
+    assert [sample.finish_reason for sample in partial.samples] == [None, None]
+
+
+@pytest.mark.parametrize(("count", "temperature"), [(0, None), (17, None), (2, 0.0)])
+def test_samples_that_cannot_be(client: Client, count: int, temperature: float | None) -> None:
+    with pytest.raises(pawl.InvalidRequest) as refused:
+        client.generate("Hi", sample_count=count, temperature=temperature)
+    assert refused.value.violations[0].field == "sampling.sample_count"
+
+
 async def test_text_stream(client: Client, async_client: AsyncClient) -> None:
     """Pieces that are never empty; the final completion afterwards without reading again."""
     with client.stream("Hi") as stream:

@@ -18,7 +18,7 @@ DOCUMENTED = set(
     AdminClient AlreadyExists Alternative AsyncAdminClient AsyncChat AsyncClient AsyncLoadWatch AsyncStream
     CallOptions CancelOutcome Cancelled Chat ChatOptions Client Clock Completion DeadlineExceeded Delta End
     Event FieldViolation FinishReason GenerateOptions InvalidRequest Load LoadWatch Message Model NotFound
-    NotSupported Overloaded PawlError PermissionDenied Prompt RenderedChat RequestState Retry Role SampleEnd
+    NotSupported Overloaded PawlError PermissionDenied Prompt RenderedChat RequestState Retry Role Sample SampleEnd
     Sampling ScoreOptions ScoredContinuation Scores ServerError ServerInfo Start Stop StopMatch Stream
     StreamBroken StreamChatOptions StreamOptions TLS Timings Token TokenLogprob Tokenization Unauthenticated
     Unavailable Usage WorkerLoad WorkerState __version__ assistant system tool user
