@@ -167,6 +167,7 @@ class LimitSettings:
     max_stop_string_bytes: int = _setting(256, "bytes of one stop string")
     max_stop_token_ids: int = _setting(64, "stop token ids of one request")
     max_logit_bias: int = _setting(300, "biased tokens of one request")
+    max_samples: int = _setting(16, "samples of one request")
     max_constraint_bytes: int = _setting(
         64 << 10, "bytes of a constraint: a JSON schema, regex, grammar or all choices"
     )

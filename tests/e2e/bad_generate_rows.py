@@ -114,6 +114,10 @@ SAMPLING = [
     _sampling("bias-of-negative-token", "logit_bias[-1]", logit_bias={-1: 1.0}),
     _sampling("bias-nan", "logit_bias[5]", logit_bias={5: NAN}),
     _sampling("bias-too-large", "logit_bias[5]", logit_bias={5: 100.5}),
+    _sampling("samples-none", "sample_count", sample_count=0),
+    _sampling("samples", "sample_count", "max_samples", sample_count=13),
+    _sampling("samples-huge", "sample_count", "max_samples", sample_count=2**31 - 1),
+    _sampling("samples-alike", "sample_count", sample_count=2, temperature=0.0),
     _sampling("biases", "logit_bias", "max_logit_bias", logit_bias=dict.fromkeys(range(6), 1.0)),
     _generate(
         "many-fields-at-once",

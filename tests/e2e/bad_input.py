@@ -27,6 +27,7 @@ LIMITS = LimitSettings(
     max_stop_string_bytes=16,
     max_stop_token_ids=4,
     max_logit_bias=5,
+    max_samples=12,
     max_constraint_bytes=400,
     max_choices=10,
     max_logprobs=6,

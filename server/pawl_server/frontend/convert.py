@@ -24,6 +24,8 @@ __all__ = [
     "engine_error",
     "phases",
     "prompt_logprobs",
+    "sample",
+    "sample_end",
     "timestamp",
     "timings",
     "token_logprob",
@@ -121,15 +123,39 @@ def prompt_logprobs(
     return [first, *(token_logprob(entry, token_bytes) for entry in entries)]
 
 
-def delta(piece: Delta, output: OutputChoice, token_bytes: TokenBytes) -> inference_pb2.StreamDelta:
-    """A piece of output, with what the caller asked for."""
+def delta(index: int, piece: Delta, output: OutputChoice, token_bytes: TokenBytes) -> inference_pb2.StreamDelta:
+    """A piece of a sample's output, with what the caller asked for."""
     wanted = output.logprobs is not None
     return inference_pb2.StreamDelta(
+        index=index,
         token_offset=piece.offset,
         token_count=len(piece.token_ids),
         text=piece.text,
         token_ids=piece.token_ids if output.token_ids else (),
         logprobs=[token_logprob(entry, token_bytes) for entry in piece.logprobs] if wanted else (),
+    )
+
+
+def sample_end(index: int, finish: Finish) -> inference_pb2.SampleEnd:
+    """How a sample ended."""
+    return inference_pb2.SampleEnd(
+        index=index,
+        finish_reason=finish.reason,
+        stop_match=finish.match,
+        output_tokens=finish.usage.output_tokens,
+    )
+
+
+def sample(index: int, whole: Delta, finish: Finish, output: OutputChoice, token_bytes: TokenBytes) -> types_pb2.Sample:
+    """A whole sample, with what the caller asked for."""
+    piece = delta(index, whole, output, token_bytes)
+    return types_pb2.Sample(
+        index=index,
+        text=piece.text,
+        token_ids=piece.token_ids,
+        logprobs=piece.logprobs,
+        finish_reason=finish.reason,
+        stop_match=finish.match,
     )
 
 

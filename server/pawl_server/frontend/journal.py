@@ -33,6 +33,11 @@ class Journal:
         self.token_ids: list[int] = list(submit.resume_ids)
 
     @property
+    def seed(self) -> int:
+        """Seed of the request, or of the sample."""
+        return self._submit.sampling.seed
+
+    @property
     def first_prompt_id(self) -> int:
         """First token of the prompt."""
         return self._submit.prompt_ids[0]

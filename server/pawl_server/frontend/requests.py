@@ -84,6 +84,7 @@ class SamplingChoice:
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     seed: int
+    sample_count: int = 1
     constraint: ConstraintChoice | None = None
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 from pawl.errors import DeadlineExceeded, PawlError
+from pawl.seeds import derive_seed
 from pawl_server.frontend.admission import Ticket
 from pawl_server.frontend.auth import cache_key
 from pawl_server.frontend.calls import Call, HasDeadline, past_deadline
@@ -27,6 +28,7 @@ from pawl_server.frontend.requests import (
     Handling,
     SamplingChoice,
 )
+from pawl_server.frontend.samples import Samples
 from pawl_server.frontend.stream import RequestStream
 from pawl_server.internal.v1 import engine_pb2
 
@@ -39,13 +41,13 @@ class Progress:
     """How far a request got, for the error of a missed deadline."""
 
     def __init__(self) -> None:
-        self.stream: RequestStream | None = None
+        self.samples: Samples | None = None
 
     def metadata(self) -> dict[str, str]:
         """Phase and number of output tokens."""
-        if self.stream is None:
+        if self.samples is None:
             return {"phase": "queue", "output_tokens": "0"}
-        return {"phase": self.stream.phase, "output_tokens": str(self.stream.num_tokens)}
+        return {"phase": self.samples.phase, "output_tokens": str(self.samples.num_tokens)}
 
 
 @asynccontextmanager
@@ -74,8 +76,8 @@ async def deadline(context: HasDeadline, progress: Progress) -> AsyncIterator[No
 @asynccontextmanager
 async def running(
     core: Core, request: GenerationRequest, call: Call, context: HasDeadline, *, streamed: bool
-) -> AsyncIterator[RequestStream]:
-    """Run a request while the body reads its stream; leaving the body early frees its KV blocks.
+) -> AsyncIterator[Samples]:
+    """Run a request while the body reads its samples; leaving the body early frees its KV blocks.
 
     Raises:
         PawlError: it was refused, or its deadline came.
@@ -86,9 +88,9 @@ async def running(
         call.admitted = True
         try:
             prompt_ids = await _prompt_ids(core, request)
-            stream = progress.stream = _open(core, request, call, ticket, prompt_ids, streamed=streamed)
-            async with _at_engine(core, request, call, ticket, stream, prompt_ids, context):
-                yield stream
+            samples = progress.samples = _open(core, request, call, ticket, prompt_ids, streamed=streamed)
+            async with _at_engine(core, request, call, ticket, samples, prompt_ids, context):
+                yield samples
         finally:
             ticket.close()
 
@@ -99,22 +101,23 @@ async def _at_engine(
     request: GenerationRequest,
     call: Call,
     ticket: Ticket,
-    stream: RequestStream,
+    samples: Samples,
     prompt_ids: list[int],
     context: HasDeadline,
 ) -> AsyncIterator[None]:
     """Hold the request at a replica."""
-    submit = stream.journal.resume()
+    submit = samples.submit()
     replica = core.pick(prompt_ids, submit.cache_key)
     link = replica.link
     if link is None:
         raise core.not_ready("the replica was just lost")
-    expected = len(prompt_ids) + (submit.max_output_tokens if submit.max_output_tokens > 0 else _EXPECTED_OUTPUT)
+    expected_output = submit.max_output_tokens if submit.max_output_tokens > 0 else _EXPECTED_OUTPUT
+    expected = len(prompt_ids) + len(samples.streams) * expected_output
     replica.outstanding_tokens += expected
     reason = engine_pb2.ABORT_REASON_INTERNAL
     try:
-        stream.begin(link.open(submit, stream), call.arrived + request.stop.max_duration_s - time.monotonic())
-        ticket.on_cancel(stream.cancel)
+        samples.begin(link, submit, call.arrived + request.stop.max_duration_s - time.monotonic())
+        ticket.on_cancel(samples.cancel)
         yield
     except asyncio.CancelledError:
         late = past_deadline(context, 0.06)
@@ -125,7 +128,7 @@ async def _at_engine(
             reason = engine_pb2.ABORT_REASON_SLOW_READER
         raise
     finally:
-        stream.close(reason)
+        samples.close(reason)
         replica.outstanding_tokens -= expected
 
 
@@ -142,14 +145,36 @@ async def _prompt_ids(core: Core, request: GenerationRequest) -> list[int]:
 
 def _open(
     core: Core, request: GenerationRequest, call: Call, ticket: Ticket, prompt_ids: list[int], *, streamed: bool
-) -> RequestStream:
+) -> Samples:
     limit = output_limit(request.path, request.stop, len(prompt_ids), core.max_context, core.limits)
     ticket.charge(len(prompt_ids))
     submit = _submit(core, request, call, prompt_ids, limit)
+    samples = [
+        _open_sample(core, request, call, ticket, sample, streamed=streamed)
+        for sample in _sample_submits(submit, request.sampling.sample_count)
+    ]
+    return Samples(samples)
+
+
+def _sample_submits(submit: engine_pb2.Submit, sample_count: int) -> Iterator[engine_pb2.Submit]:
+    """Each sample as a request of its own, which it would become at another engine."""
+    yield submit
+    for index in range(1, sample_count):
+        alone = engine_pb2.Submit()
+        alone.CopyFrom(submit)
+        alone.sampling.seed = derive_seed(submit.sampling.seed, index)
+        alone.ClearField("prompt_logprobs")
+        alone.ClearField("prompt_logprobs_from")
+        yield alone
+
+
+def _open_sample(
+    core: Core, request: GenerationRequest, call: Call, ticket: Ticket, submit: engine_pb2.Submit, *, streamed: bool
+) -> RequestStream:
     tokenizer = core.served("").tokenizer
     output = request.output
     detokenizer = None if output.omit_text else tokenizer.detokenizer(skip_special_tokens=output.skip_special_tokens)
-    longest = limit if limit > 0 else core.max_context
+    longest = submit.max_output_tokens if submit.max_output_tokens > 0 else core.max_context
     chunking = request.chunking
     mailbox: Mailbox[Finish | PawlError]
     if streamed:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import grpc
 
 from pawl.errors import Cancelled
-from pawl.v1 import inference_pb2, inference_pb2_grpc, types_pb2
+from pawl.v1 import inference_pb2, inference_pb2_grpc
 from pawl_server.frontend import convert, validate, validate_other
 from pawl_server.frontend.calls import Call, Context, current_call
 from pawl_server.frontend.convert import Finish
@@ -22,8 +22,8 @@ from pawl_server.frontend.core import Core
 from pawl_server.frontend.mailbox import Delta
 from pawl_server.frontend.requests import GenerationRequest
 from pawl_server.frontend.running import running
+from pawl_server.frontend.samples import Samples, joint_finish
 from pawl_server.frontend.score import score
-from pawl_server.frontend.stream import RequestStream
 
 __all__ = ["InferenceService"]
 
@@ -84,27 +84,25 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _whole(self, request: GenerationRequest, call: Call, context: Context) -> inference_pb2.GenerateResponse:
         """Run a request and answer when it is complete."""
-        async with running(self._core, request, call, context, streamed=False) as stream:
-            delta = Delta(0)
-            while isinstance(taken := await stream.take(), Delta):
-                delta = taken
-            finish = taken
-        self._count(call, stream, finish, first_delta=time.monotonic())
+        ends: list[tuple[int, Finish]] = []
+        async with running(self._core, request, call, context, streamed=False) as samples:
+            outputs = [Delta(0)] * len(samples.streams)
+            async for index, piece in samples.pieces():
+                if isinstance(piece, Delta):
+                    outputs[index] = piece
+                else:
+                    ends.append((index, piece))
+        finish = joint_finish(ends)
+        self._count(call, samples, ends, first_delta=time.monotonic())
         token_bytes = self._core.served("").tokenizer.token_bytes
-        piece = convert.delta(delta, request.output, token_bytes)
-        first_id = stream.journal.first_prompt_id
-        sample = types_pb2.Sample(
-            text=piece.text,
-            token_ids=piece.token_ids,
-            logprobs=piece.logprobs,
-            finish_reason=finish.reason,
-            stop_match=finish.match,
-        )
+        first_id = samples.first_prompt_id
         wants_prompt = request.output.prompt_logprobs is not None
         return inference_pb2.GenerateResponse(
             request_id=call.request_id,
             model=self._core.served("").id,
-            samples=[sample],
+            samples=[
+                convert.sample(index, outputs[index], end, request.output, token_bytes) for index, end in sorted(ends)
+            ],
             prompt_logprobs=convert.prompt_logprobs(first_id, finish.prompt_logprobs, token_bytes)
             if wants_prompt
             else (),
@@ -121,9 +119,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         context: Context,
         kind: type[StreamResponse],
     ) -> None:
-        """Run a request and send its output as it is made: start, deltas, sample end, end."""
+        """Run a request and send its output as it is made: start, deltas, an end of each sample, end."""
         token_bytes = self._core.served("").tokenizer.token_bytes
-        async with running(self._core, request, call, context, streamed=True) as stream:
+        async with running(self._core, request, call, context, streamed=True) as samples:
             start = inference_pb2.StreamStart(
                 request_id=call.request_id,
                 model=self._core.served("").id,
@@ -131,24 +129,26 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 seed=request.sampling.seed,
             )
             await self._write(context, kind(start=start))
-            first_delta = last_delta = 0.0
-            while isinstance(taken := await stream.take(), Delta):
-                await self._write(context, kind(delta=convert.delta(taken, request.output, token_bytes)))
+            first_delta, last_delta = 0.0, [0.0] * len(samples.streams)
+            ends: list[tuple[int, Finish]] = []
+            async for index, piece in samples.pieces():
+                if isinstance(piece, Finish):
+                    ends.append((index, piece))
+                    if len(ends) == len(samples.streams):
+                        self._count(call, samples, ends, first_delta=first_delta)
+                    await self._write(context, kind(sample_end=convert.sample_end(index, piece)))
+                    continue
+                await self._write(context, kind(delta=convert.delta(index, piece, request.output, token_bytes)))
                 now = time.monotonic()
-                if first_delta:
-                    self._core.metrics.output_gap.observe(now - last_delta)
-                first_delta, last_delta = first_delta or now, now
-            finish = taken
-            self._count(call, stream, finish, first_delta=first_delta)
-            sample_end = inference_pb2.SampleEnd(
-                finish_reason=finish.reason, stop_match=finish.match, output_tokens=finish.usage.output_tokens
-            )
-            await self._write(context, kind(sample_end=sample_end))
+                if last_delta[index]:
+                    self._core.metrics.output_gap.observe(now - last_delta[index])
+                first_delta, last_delta[index] = first_delta or now, now
+            finish = joint_finish(ends)
             end = inference_pb2.StreamEnd(usage=finish.usage)
             if request.output.timings:
                 end.timings.CopyFrom(convert.timings(finish.phases, finish.usage.output_tokens))
             if request.output.prompt_logprobs is not None:
-                first_id = stream.journal.first_prompt_id
+                first_id = samples.first_prompt_id
                 end.prompt_logprobs.extend(convert.prompt_logprobs(first_id, finish.prompt_logprobs, token_bytes))
             await self._write(context, kind(end=end))
 
@@ -171,14 +171,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         except grpc.aio.InternalError:  # gRPC's word for a client that left while we were writing
             raise asyncio.CancelledError from None
 
-    def _count(self, call: Call, stream: RequestStream, finish: Finish, first_delta: float) -> None:
+    def _count(self, call: Call, samples: Samples, ends: list[tuple[int, Finish]], first_delta: float) -> None:
         """Fill the metrics of a request that ended normally."""
+        finish = joint_finish(ends)
         metrics, phases, usage = self._core.metrics, finish.phases, finish.usage
         call.outcome = finish.outcome
-        if stream.first_token is not None and first_delta:
+        if samples.first_token is not None and first_delta:
             metrics.time_to_first_token.observe(first_delta - call.arrived)
-        if usage.output_tokens > 1:
-            metrics.time_per_output_token.observe(phases.decode / 1e9 / (usage.output_tokens - 1))
+        for _, end in ends:
+            if (number := end.usage.output_tokens) > 1:
+                metrics.time_per_output_token.observe(end.phases.decode / 1e9 / (number - 1))
         metrics.request_phases(phases.queue / 1e9, phases.prefill / 1e9, phases.decode / 1e9, phases.stalled / 1e9)
         metrics.request_prompt_tokens.observe(usage.prompt_tokens)
         metrics.request_output_tokens.observe(usage.output_tokens)

@@ -228,10 +228,15 @@ def _sampling(
             field = f"sampling.logit_bias[{token_id}]"
             if found.check(0 <= token_id < rules.vocab_size, field, f"token id is not in [0, {rules.vocab_size - 1}]"):
                 found.number(field, value, -100, 100)
+    temperature = number("temperature", defaults.temperature, 0, 100)
+    samples = message.sample_count if message.HasField("sample_count") else 1
+    if found.number("sampling.sample_count", samples, 1, rules.limits.max_samples, "limits.max_samples"):
+        text = f"{samples} samples would be equal with temperature 0: ask for one, or set sampling.temperature above 0"
+        found.check(samples == 1 or temperature != 0, "sampling.sample_count", text)
     seed = message.seed if message.HasField("seed") else secrets.randbits(63)
     found.check(seed >= 0, "sampling.seed", f"{seed} is not in [0, 2^63)")
     return SamplingChoice(
-        temperature=number("temperature", defaults.temperature, 0, 100),
+        temperature=temperature,
         top_p=number("top_p", defaults.top_p, 0, 1, open_low=True),
         top_k=int(number("top_k", defaults.top_k, 1, rules.vocab_size)),
         min_p=number("min_p", defaults.min_p, 0, 1),
@@ -240,6 +245,7 @@ def _sampling(
         frequency_penalty=number("frequency_penalty", 0.0, -2, 2),
         logit_bias=bias,
         seed=seed,
+        sample_count=samples,
         constraint=constraint(found, message, stop, rules.limits),
     )
 

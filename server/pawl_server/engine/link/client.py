@@ -7,10 +7,11 @@ knows nothing of texts, clients or other engines. Imports no torch, no Ray and n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import ParamSpec, Self
 
@@ -60,6 +61,7 @@ class EngineLink:
         self._connect_timeout_s = connect_timeout_s
         self._streams: dict[int, EngineStream] = {}
         self._handles = itertools.count(1)
+        self._gathered: list[int] | None = None  # aborts of a body of `joint_aborts`
         self._outgoing: asyncio.Queue[engine_pb2.ConnectRequest] = asyncio.Queue()
         self._num_received = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -142,7 +144,21 @@ class EngineLink:
 
     def abort(self, handle: int, reason: engine_pb2.AbortReason.ValueType) -> None:
         """Ask the engine to end a sequence. Never blocks; without effect when it has ended or the link is lost."""
-        self.abort_samples([handle], reason)
+        if self._gathered is None:
+            self.abort_samples([handle], reason)
+        else:
+            self._gathered.append(handle)
+
+    @contextlib.contextmanager
+    def joint_aborts(self, reason: engine_pb2.AbortReason.ValueType) -> Iterator[None]:
+        """What the body aborts is ended all at once, for this reason."""
+        gathered: list[int] = []
+        self._gathered = gathered
+        try:
+            yield
+        finally:
+            self._gathered = None
+            self.abort_samples(gathered, reason)
 
     def abort_samples(self, handles: Sequence[int], reason: engine_pb2.AbortReason.ValueType) -> None:
         """Ask the engine to end sequences, all at once; as `abort`."""
