@@ -57,7 +57,7 @@ INLINE vw element_at(int format, const char *p, int64_t i) {
 INLINE void product(int format, int rows, int columns, const float *a, int64_t a_stride, const char *b, int64_t stride,
                     int64_t n, vw *sums) {
     for (int64_t i = 0; i < n; i++) {
-        vw right[COLUMNS];
+        vw right[64 / WIDTH]; /* the most that are asked for, see DIMS_AT_ONCE */
         for (int c = 0; c < columns; c++) right[c] = element_at(format, b, i * stride + c * WIDTH);
         for (int r = 0; r < rows; r++) {
             vw left = allw(a[r * a_stride + i]);
