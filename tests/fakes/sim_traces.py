@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.sim.cost import CostModel
@@ -42,7 +43,7 @@ def random_cost(draw: random.Random) -> CostModel:
 
 
 def random_trace(draw: random.Random, count: int) -> Trace:
-    """Requests with shared beginnings, turns, cancellations, tenants and classes; the worker dies now and then."""
+    """Requests with shared beginnings, turns, further samples, cancellations, tenants and classes; the worker dies."""
     requests: list[SimulatedRequest] = []
     arrival_s = 0.0
     for index in range(count):
@@ -70,5 +71,12 @@ def random_trace(draw: random.Random, count: int) -> Trace:
                 follows=follows,
             )
         )
+    for _ in range(draw.choice([0, 0, 1, 3])):
+        first = draw.randrange(count)
+        if all(request.sample_of != first for request in requests):
+            requests += [
+                replace(requests[first], output_tokens=draw.randint(1, 60), sample_of=first, follows=-1)
+                for _ in range(draw.randint(1, 4))
+            ]
     faults = [Fault(draw.uniform(0.0, arrival_s + 0.5), draw.choice([0.0, 0.3])) for _ in range(draw.choice([0, 0, 2]))]
     return Trace("random", requests, faults)

@@ -149,7 +149,7 @@ def _hold_nothing_more(num_tokens: int, block_size: int) -> int:
         (SequenceState, "lose_kv", _keep_nothing),
         (BlockDraft, "fork", _no_copy),
         (BlockDraft, "fork", _share_all),
-        (SchedulerState, "_give_up_kept", _keep_rows),
+        (SchedulerState, "give_up_kept", _keep_rows),
     ],
 )
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, where: object, name: str, bug: object) -> None:

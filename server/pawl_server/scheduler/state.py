@@ -158,7 +158,7 @@ class SchedulerState:
         elif sequence.status is Status.WAITING:
             self.queue.take(sequence)
         else:
-            self._give_up_kept(sequence)
+            self.give_up_kept(sequence)
             if sequence.request.retain_prefix_s:
                 self.pool.retain(sequence.blocks, self.pool.now + sequence.request.retain_prefix_s)
             self.pool.release(sequence.blocks)
@@ -198,7 +198,7 @@ class SchedulerState:
         heir.inherit(leader, self.limits.block_size)
         self.queue.push(heir, now)
 
-    def _give_up_kept(self, leader: SequenceState) -> None:
+    def give_up_kept(self, leader: SequenceState) -> None:
         """A running sequence runs no more: what is kept for those parked behind it is free."""
         group = leader.group
         if group is not None and leader.followers:
@@ -228,7 +228,7 @@ class SchedulerState:
 
     def start_again(self, sequence: SequenceState, now: float) -> None:
         """Queue a running sequence whose KV is not right; what is in flight of it is dropped."""
-        self._give_up_kept(sequence)
+        self.give_up_kept(sequence)
         self.pool.release(sequence.blocks)
         self.rows_to_free.append(sequence.row)
         self.requeue(sequence, now, owed=False)
@@ -243,7 +243,7 @@ class SchedulerState:
         self.epoch = epoch
         self.step = 0
         for sequence in list(self.running.values()):
-            self._give_up_kept(sequence)
+            self.give_up_kept(sequence)
             self.pool.release(sequence.blocks)
             self.requeue(sequence, now)
         self.pool.flush()

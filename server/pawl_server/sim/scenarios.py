@@ -32,6 +32,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "bursts": Scenario(workloads.bursts, 8.0, 64_000),
     "on-off": Scenario(workloads.on_off, 5.0, 64_000),
     "system-prompts": Scenario(workloads.system_prompts, 14.0, 64_000),
+    "several-samples": Scenario(workloads.several_samples, 14.0, 64_000),
     "multi-turn": Scenario(workloads.multi_turn, 14.0, 200_000),
     "agents": Scenario(workloads.agents, 20.0, 200_000),
     "classes": Scenario(adversaries.classes, 14.0, 64_000),

@@ -8,6 +8,7 @@ shortcut to the long way round.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from pawl_server.scheduler.admission import Refusal, SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget, StepLoad
 from pawl_server.scheduler.committer import Committed, commit, launch, void
 from pawl_server.scheduler.planner import Plan, plan_step
-from pawl_server.scheduler.sequence import Ended, SequenceRequest
+from pawl_server.scheduler.sequence import Ended, SequenceRequest, Sibling
 from pawl_server.scheduler.state import SchedulerState
 from pawl_server.sim.policies import Policy
 from pawl_server.sim.streams import EOS_TOKEN_ID, IntArray, prompt_ids
@@ -49,7 +50,7 @@ class SimulatedScheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait."""
-        return self.state.num_waiting
+        return len(self.state.queue)
 
     @property
     def num_running(self) -> int:
@@ -66,8 +67,10 @@ class SimulatedScheduler:
         """Blocks that running sequences hold."""
         return self.state.pool.num_used
 
-    def submit(self, index: int, request: SimulatedRequest, now_s: float) -> Refusal | None:
-        """Hand a request over, as the engine would."""
+    def submit(
+        self, index: int, request: SimulatedRequest, now_s: float, samples: Sequence[int] = ()
+    ) -> Refusal | None:
+        """Hand a request over, with the indices of its further samples, as the engine would."""
         alone = self.policy.one_queue
         return self.state.submit(
             SequenceRequest(
@@ -80,6 +83,7 @@ class SimulatedScheduler:
                 eos_token_ids=_EOS,
                 priority=0 if alone else request.priority,
                 tenant="" if alone else request.tenant,
+                siblings=[Sibling(sample, sample) for sample in samples],
             ),
             now_s,
         )
@@ -168,6 +172,7 @@ class SimulatedScheduler:
             newest = self.state.running[max(self.state.running)]
             newest.preemptions += 1
             self.state.lengths.raise_quantile(now_s)
+            self.state.give_up_kept(newest)
             self.state.pool.release(newest.blocks)
             self.state.rows_to_free.append(newest.row)
             self.state.requeue(newest, now_s)

@@ -107,11 +107,14 @@ class Simulator:
         self._timer_set = False
         self._idle_timers = 0
         self._followers: dict[int, list[int]] = defaultdict(list)
+        self._samples: dict[int, list[int]] = defaultdict(list)
         self._unstarted = np.zeros(len(self.record.tenants), np.int64)  # requests by tenant that never ran
         self._started = np.zeros(len(trace.requests), np.bool_)
         self._shared = len(self.record.tenants) > 1
         for index, request in enumerate(trace.requests):
-            if request.follows >= 0:
+            if request.sample_of >= 0:
+                self._samples[request.sample_of].append(index)
+            elif request.follows >= 0:
                 self._followers[request.follows].append(index)
             else:
                 self._push(_nanoseconds(request.arrival_s), _Kind.ARRIVAL, index)
@@ -201,17 +204,19 @@ class Simulator:
                 self._arrive(index, at_ns, now_s)
 
     def _arrive(self, index: int, at_ns: int, now_s: float) -> None:
-        request = self._requests[index]
-        self.record.arrived_ns[index] = at_ns
-        refusal = self._scheduler.submit(index, request, now_s)
-        if refusal is not None:
-            self.record.refused(index, refusal.reason, self._now_ns)
-            self._log.event("refused", index, refusal.reason, self._now_ns)
-            self._release_followers(index)
-            return
-        self._unstarted[self.record.tenant_of(index)] += 1
-        if request.abort_after_s is not None:
-            self._push(at_ns + _nanoseconds(request.abort_after_s), _Kind.ABORT, index)
+        samples = self._samples.get(index, [])
+        refusal = self._scheduler.submit(index, self._requests[index], now_s, samples)
+        for sample in (index, *samples):
+            self.record.arrived_ns[sample] = at_ns
+            if refusal is not None:
+                self.record.refused(sample, refusal.reason, self._now_ns)
+                self._log.event("refused", sample, refusal.reason, self._now_ns)
+                self._release_followers(sample)
+                continue
+            self._unstarted[self.record.tenant_of(sample)] += 1
+            abort_after_s = self._requests[sample].abort_after_s
+            if abort_after_s is not None:
+                self._push(at_ns + _nanoseconds(abort_after_s), _Kind.ABORT, sample)
 
     def _abort(self, index: int, now_s: float) -> None:
         ended = self._scheduler.abort(index, now_s)

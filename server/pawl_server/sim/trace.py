@@ -23,6 +23,8 @@ class SimulatedRequest:
         priority: class, the higher the better.
         abort_after_s: cancelled so long after its arrival; None = never.
         follows: index of the request whose end it waits for (the next turn of a conversation); -1 = none.
+        sample_of: index of the request that it is a further sample of: it arrives with it, has the same prompt, tenant
+            and maximum, and an output of its own; -1 = none.
         group: what a report calls it, such as "chat" or "adversary".
     """
 
@@ -34,6 +36,7 @@ class SimulatedRequest:
     priority: int = 0
     abort_after_s: float | None = None
     follows: int = -1
+    sample_of: int = -1
     group: str = "chat"
 
     @property
@@ -64,3 +67,11 @@ class Trace:
                 raise ValueError(f"request {index} of {self.name}: prompt and output have at least one token each")
             if request.follows >= index:
                 raise ValueError(f"request {index} of {self.name} follows {request.follows}, which comes later")
+            if request.sample_of >= 0 and not self._is_sample(index, request):
+                raise ValueError(f"request {index} of {self.name} is no further sample of request {request.sample_of}")
+
+    def _is_sample(self, index: int, request: SimulatedRequest) -> bool:
+        first = self.requests[request.sample_of]
+        shared = ("prompt", "max_output_tokens", "tenant", "priority")
+        alike = all(getattr(request, name) == getattr(first, name) for name in shared)
+        return request.sample_of < index and first.sample_of < 0 and request.follows < 0 and alike

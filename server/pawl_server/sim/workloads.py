@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from pawl_server.sim.arrivals import Arrivals, OnOff
 from pawl_server.sim.azure import TraceRow, drawn_rows
@@ -25,6 +26,7 @@ __all__ = [
     "from_rows",
     "multi_turn",
     "on_off",
+    "several_samples",
     "system_prompts",
 ]
 
@@ -88,6 +90,19 @@ def system_prompts(count: int, rate: float, seed: int) -> Trace:
             )
         )
     return Trace("system-prompts", requests)
+
+
+def several_samples(count: int, rate: float, seed: int) -> Trace:
+    """Independent requests, one in four of which asks for 4 samples of its prompt. `rate` counts samples."""
+    draw = random.Random(seed)  # noqa: S311 (a workload, not a secret)
+    answer = Lognormal(129, 424, high=601)
+    requests: list[SimulatedRequest] = []
+    for first in chat_requests(drawn_rows(Arrivals(rate / 1.75, seed=seed), count, seed)):
+        index = len(requests)
+        requests.append(first)
+        number = 3 if draw.random() < 0.25 else 0
+        requests += [replace(first, output_tokens=answer.draw(draw), sample_of=index) for _ in range(number)]
+    return Trace("several-samples", requests[:count])
 
 
 def multi_turn(count: int, rate: float, seed: int) -> Trace:
