@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -145,6 +146,17 @@ def test_each_sample_stops_by_itself(client: Client) -> None:
         else:
             assert (after.finish_reason, after.token_ids) == (FinishReason.MAX_TOKENS, before.token_ids)
     assert stopped.usage.output_tokens < free.usage.output_tokens
+
+
+def test_each_sample_keeps_to_the_constraint(client: Client) -> None:
+    """Each has a matcher of its own, and equals a request of its own; the grammar is compiled once, then kept."""
+    options = {"temperature": 1.0, "regex": "[a-f]{3,12}!", "token_ids": True}
+    for seed in (1, 2):
+        together = client.generate(PROMPT, seed=seed, sample_count=4, **options)  # type: ignore[arg-type]
+        for index, sample in enumerate(together.samples):
+            assert re.fullmatch("[a-f]{3,12}!", sample.text)
+            alone = client.generate(PROMPT, seed=derive_seed(seed, index), **options)  # type: ignore[arg-type]
+            assert sample.token_ids == alone.token_ids
 
 
 def test_prompt_log_probabilities_come_once(client: Client) -> None:
