@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import torch
 
+from pawl_workers.errors import WorkerError
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import make_llama
@@ -124,9 +125,14 @@ def test_two_steps_in_flight_do_not_wait_for_the_device(folder: Path, synchronis
     assert len(found[0][-1][0]) == 3
 
 
+def test_strict_is_refused_where_no_kernel_keeps_it(folder: Path) -> None:
+    with pytest.raises(WorkerError, match="strict on cuda needs the triton kernels"):
+        Worker.load(dataclasses.replace(_options(folder, kernels="reference"), strict=True))
+
+
 @pytest.mark.parametrize("part", ["linears", "requests"])
 def test_strict_bits_depend_on_nothing_else(folder: Path, part: str) -> None:
-    """In a process of its own, since strict mode comes before the first use of cuBLAS."""
+    """In a process of its own, as a server is."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.fakes.strict_gpu", part, str(folder)],
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -20,7 +20,6 @@ from pawl_workers.model.loading import CheckpointConfig, Reading, plan_dummy, pl
 from pawl_workers.model.source import is_hub_id, resolve_checkpoint
 from pawl_workers.options import WorkerOptions, choose_device, choose_dtype, choose_precision
 from pawl_workers.staging import Staging
-from pawl_workers.strict import enter_strict_mode
 
 __all__ = ["StartPlan", "explain_kernels", "plan_checkpoint", "plan_start"]
 
@@ -112,8 +111,6 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
     """
     device, dtype, spec = choose_device(options.device), choose_dtype(options), config.spec
     shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    if options.strict and device.type == "cuda":
-        enter_strict_mode()
     staging = Staging(device)
     kernels = choose_backend(
         device,
@@ -124,6 +121,11 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
         staging=staging,
         strict=options.strict,
     )
+    if options.strict and device.type == "cuda" and kernels.name != "triton":
+        raise WorkerError(
+            f"strict on {device} needs the triton kernels, whose sums do not depend on the batch; these are the "
+            f"{kernels.name} kernels"
+        )
     if options.strict and device.type == "cuda" and kernels.name != "triton":
         raise WorkerError(
             f"strict mode on {device} needs the triton kernels, not {kernels.name}: set kernels = triton to see why "

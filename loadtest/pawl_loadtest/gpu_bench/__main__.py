@@ -25,7 +25,6 @@ from pawl_loadtest.gpu_bench.machine import describe_gpu, measure_gpu
 from pawl_loadtest.gpu_bench.report import Row, table
 from pawl_loadtest.gpu_bench.workload import Request, mixed_requests, shortened, single_stream
 from pawl_loadtest.peers.shapes import SHAPES
-from pawl_workers.strict import enter_strict_mode
 
 _TOLERANCE = 6
 """Steps of bf16 between a chosen token's logit and the best: models of bf16 differ by some, wrong ones by hundreds."""
@@ -47,8 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("gpu_bench: this torch finds no CUDA device; there is nothing to measure\n")
         return 2
-    if options.strict:
-        enter_strict_mode()  # before anything else uses CUDA
     limits, rows = None, []
     with tempfile.TemporaryDirectory(prefix="pawl-gpu-bench-") as folder:
         for case in options.cases:

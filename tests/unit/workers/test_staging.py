@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pawl_workers.batch import AttentionShape, SequenceArrays
-from pawl_workers.errors import WorkerError
 from pawl_workers.forward import compute
 from pawl_workers.graphs import BUCKETS, DecodeGraphs, bucket_of
 from pawl_workers.kernels import choose_backend
@@ -26,7 +25,6 @@ from pawl_workers.rows import RowTable
 from pawl_workers.sampling.table import SamplingTable
 from pawl_workers.sampling.words import WORDS, parameter_words
 from pawl_workers.staging import Staging
-from pawl_workers.strict import STRICT_VARIABLES, enter_strict_mode
 
 CPU = torch.device("cpu")
 
@@ -164,23 +162,3 @@ def test_padding_has_no_context_and_null_blocks() -> None:
     assert padded.positions.tolist() == [6, 79, 0, 0]
     assert padded.block_tables.tolist() == [[4, 0], [2, 3], [0, 0], [0, 0]]
     assert padded.starts.tolist() == padded.sequence_of_token.tolist() == [0, 1, 2, 3]
-
-
-def test_strict_mode_comes_before_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32
-    for name in STRICT_VARIABLES:
-        monkeypatch.setenv(name, "")
-    try:
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        with pytest.raises(WorkerError, match=r"start it with CUBLAS_WORKSPACE_CONFIG=:16:8 CUBLASLT_WORKSPACE_SIZE=1"):
-            enter_strict_mode()
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-        enter_strict_mode()
-        assert not matmul.allow_bf16_reduced_precision_reduction
-        assert not matmul.allow_tf32
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        enter_strict_mode()  # set up already: nothing to refuse
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32 = before
-        matmul.allow_fp16_reduced_precision_reduction = before[0]
