@@ -88,8 +88,10 @@ def _run(options: argparse.Namespace, variants: Sequence[Variant], workloads: Se
     logs = options.peers_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     load_average = os.getloadavg()[0]
+    weights = 2 * (shape.layer_weights + shape.head_weights)
+    measure = partial(measure_machine, options.threads, weights, quick=options.quick)
     _say("measuring the machine")
-    machine = measure_machine(options.threads, 2 * (shape.layer_weights + shape.head_weights), quick=options.quick)
+    before = measure()
     _say(f"making {shape.name}")
     checkpoint = make_checkpoint(shape, options.peers_dir / "checkpoints", weights=options.weights)
     course = Course(
@@ -105,7 +107,9 @@ def _run(options: argparse.Namespace, variants: Sequence[Variant], workloads: Se
     )
     _say("asking the reference")
     outcomes = run_rounds(course, variants, read_reference(course))
-    return Run(shape, options.weights, rounds, workloads, options.tables, machine, load_average, outcomes)
+    _say("measuring the machine again")
+    after = measure()
+    return Run(shape, options.weights, rounds, workloads, options.tables, before, after, load_average, outcomes)
 
 
 def _plot(options: argparse.Namespace) -> None:

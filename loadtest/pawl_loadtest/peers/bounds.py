@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pawl_loadtest.peers.shapes import Shape
 from pawl_loadtest.peers.workloads import Workload
 
-__all__ = ["Bound", "MachineLimits", "Precision", "bound"]
+__all__ = ["Bound", "MachineLimits", "Part", "Precision", "bound"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +32,50 @@ class Precision:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One of the terms: the seconds that its operations take, and those that its bytes take."""
+
+    flops_s: float
+    bytes_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Whichever takes longer."""
+        return max(self.flops_s, self.bytes_s)
+
+
+@dataclass(frozen=True, slots=True)
 class Bound:
     """Least seconds, by part."""
 
-    prefill_linear_s: float
-    prefill_attention_s: float
-    decode_linear_s: float
-    decode_attention_s: float
+    prefill_linear: Part
+    prefill_attention: Part
+    decode_linear: Part
+    decode_attention: Part
 
     @property
     def seconds(self) -> float:
         """Of the whole workload."""
-        return self.prefill_linear_s + self.prefill_attention_s + self.decode_linear_s + self.decode_attention_s
+        return sum(self.by_limit.values())
 
     @property
-    def attention_share(self) -> float:
-        """Of those seconds."""
-        return (self.prefill_attention_s + self.decode_attention_s) / self.seconds
+    def by_limit(self) -> dict[str, float]:
+        """Seconds by what takes them: multiplying or reading the weights, computing on the KV or reading it."""
+        found = dict.fromkeys(("multiply", "read weights", "attend", "read KV"), 0.0)
+        for part, by_flops, by_bytes in (
+            (self.prefill_linear, "multiply", "read weights"),
+            (self.decode_linear, "multiply", "read weights"),
+            (self.prefill_attention, "attend", "read KV"),
+            (self.decode_attention, "attend", "read KV"),
+        ):
+            found[by_flops if part.flops_s >= part.bytes_s else by_bytes] += part.seconds
+        return found
+
+    @property
+    def binds(self) -> str:
+        """The limit that takes most of those seconds."""
+        found = self.by_limit
+        return max(found, key=found.__getitem__)
 
 
 def bound(shape: Shape, workload: Workload, precision: Precision, limits: MachineLimits) -> Bound:
@@ -68,15 +95,15 @@ def bound(shape: Shape, workload: Workload, precision: Precision, limits: Machin
     # The step that computes output token i attends to the prompt, the i tokens before it, and itself.
     pairs = sum(prompt + step for step in range(1, workload.output_tokens))
     return Bound(
-        prefill_linear_s=max(prefill_flops / limits.flops, weights_s),
-        prefill_attention_s=_attention_s(shape, requests, prompt, causal_pairs, kv_token_bytes, limits),
-        decode_linear_s=steps * max(2 * requests * (layer + head) / limits.flops, weights_s),
-        decode_attention_s=_attention_s(shape, requests, pairs, pairs, kv_token_bytes, limits),
+        prefill_linear=Part(prefill_flops / limits.flops, weights_s),
+        prefill_attention=_attention(shape, requests, prompt, causal_pairs, kv_token_bytes, limits),
+        decode_linear=Part(steps * 2 * requests * (layer + head) / limits.flops, steps * weights_s),
+        decode_attention=_attention(shape, requests, pairs, pairs, kv_token_bytes, limits),
     )
 
 
-def _attention_s(
+def _attention(
     shape: Shape, requests: int, tokens_read: int, pairs: int, kv_token_bytes: float, limits: MachineLimits
-) -> float:
+) -> Part:
     bytes_s = requests * tokens_read * kv_token_bytes / limits.read_bytes
-    return max(bytes_s, requests * pairs * shape.attention_per_pair / limits.flops)
+    return Part(requests * pairs * shape.attention_per_pair / limits.flops, bytes_s)

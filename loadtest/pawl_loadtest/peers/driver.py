@@ -110,6 +110,11 @@ class Driver:
         return " | ".join(lines[-_TAIL_LINES:]) or "it said nothing"
 
     @property
+    def process_id(self) -> int:
+        """Of the engine's process, the parent of those that it starts."""
+        return self._process.pid
+
+    @property
     def ended(self) -> bool:
         """Whether the process is gone."""
         return self._process.poll() is not None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from pawl_loadtest.peers.workloads import Workload
+from pawl_server.config import EngineSettings
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import commit, launch
@@ -18,6 +19,8 @@ from pawl_workers.plan import SamplingSpec
 from pawl_workers.worker import Worker, WorkerFacts, WorkerOptions
 
 __all__ = ["InProcess", "generate_all"]
+
+_SETTINGS = EngineSettings()  # a server's, so that what gRPC and Ray cost is all that tells the two apart
 
 
 class InProcess:
@@ -51,7 +54,7 @@ class InProcess:
             "num_threads": threads,
             "max_context": max_context,
             "max_running": max_requests,
-            "max_batch_tokens": max(512, max_requests),
+            "max_batch_tokens": max(_SETTINGS.max_batch_tokens, max_requests),
             "num_blocks": max(map(_num_blocks, workloads)),
         }
         self._worker = Worker.load(WorkerOptions(**(values | dict(options or {}))))  # type: ignore[arg-type]
@@ -62,8 +65,8 @@ class InProcess:
             max_running=max_requests,
             max_batch_tokens=self.facts.max_batch_tokens,
             max_context=max_context,
-            max_prefill_chunk=512,
-            max_partial_prefills=max_requests,
+            max_prefill_chunk=_SETTINGS.max_prefill_chunk,
+            max_partial_prefills=_SETTINGS.max_partial_prefills,
             prefix_cache=False,
         )
         self._epoch = 1

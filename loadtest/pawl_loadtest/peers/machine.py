@@ -70,6 +70,12 @@ class Machine:
         """The limits that bounds are worked out with: one of the peaks, and the fastest reading seen."""
         return MachineLimits(self.peaks[peak], max(self.read.values()))
 
+    def better(self, other: Machine) -> Machine:
+        """What the machine could do at the better of two times, limit by limit: noise only ever takes away."""
+        peaks = {name: max(rate, other.peaks.get(name, 0.0)) for name, rate in self.peaks.items()}
+        read = {size: max(rate, other.read.get(size, 0.0)) for size, rate in self.read.items()}
+        return Machine(self.threads, peaks, max(self.gemm, other.gemm), read, self.note)
+
     def lines(self) -> list[str]:
         """For a reader."""
         peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in self.peaks.items())

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from pawl_loadtest.peers.bounds import bound
+from pawl_loadtest.peers.bounds import Bound, bound
 from pawl_loadtest.peers.machine import Machine
 from pawl_loadtest.peers.rounds import Agreement, Outcome
 from pawl_loadtest.peers.shapes import Shape
@@ -17,6 +17,7 @@ from pawl_loadtest.peers.workloads import Workload
 __all__ = ["Run", "as_json", "as_tables", "base_of", "spread"]
 
 _SAME_ENGINE = "pawl"
+_MOST_OTHERS = 0.1  # cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,23 @@ class Run:
     rounds: int
     workloads: Sequence[Workload]
     tables: Sequence[str]
-    machine: Machine
+    before: Machine
+    after: Machine
     load_average: float
     outcomes: Sequence[Outcome]
 
+    @property
+    def machine(self) -> Machine:
+        """The better of what was measured before the first round and after the last."""
+        return self.before.better(self.after)
+
+    def least(self, outcome: Outcome, workload: Workload, peak: str) -> Bound:
+        """The least time that the variant's own bytes and operations take."""
+        return bound(self.shape, workload, outcome.variant.precision(self.weights), self.machine.limits(peak))
+
     def limit_share(self, outcome: Outcome, workload: Workload, peak: str) -> float:
-        """The least seconds that the variant's own bytes and operations take, over those it took (median)."""
-        limits = self.machine.limits(peak)
-        least = bound(self.shape, workload, outcome.variant.precision(self.weights), limits).seconds
+        """The least seconds over those it took (median)."""
+        least = self.least(outcome, workload, peak).seconds
         return least * statistics.median(outcome.rates[workload.name]) / workload.counted_tokens
 
 
@@ -60,7 +70,9 @@ def as_tables(run: Run) -> str:
     lines = [
         f"{run.shape.name}, random weights exact in {run.weights}, greedy, exact lengths;"
         f" {run.machine.threads} threads, {run.rounds} rounds, taking turns; median (min-max)",
-        *run.machine.lines(),
+        *(f"before: {line}" for line in run.before.lines()),
+        *(f"after:  {line}" for line in run.after.lines()),
+        "limits are worked out with the better of the two; (x): what takes most of the least time there is",
         f"load average at the start: {run.load_average:.2f}" + (" (not idle!)" if run.load_average > 0.5 else ""),
     ]
     for table in run.tables:
@@ -91,21 +103,38 @@ def _failures(rows: Sequence[Outcome]) -> list[str]:
 
 def _part(run: Run, rows: Sequence[Outcome], base: Outcome | None, workload: Workload) -> list[str]:
     peaks = list(run.machine.peaks)
-    head = f"{workload.name}, {workload.unit}"
-    lines = [
-        f"{head:<34}{'median (min-max)':>30}{'ratio':>24}" + "".join(f"{f'of {peak} limit':>18}" for peak in peaks)
-        + f"{'same tokens':>24}"
-    ]  # fmt: skip
+    head = [f"{workload.name}, {workload.unit}", "median (min-max)", "ratio", *(f"of {peak} limit" for peak in peaks)]
+    table = [[*head, "same tokens", "others' cores"]]
     for row in rows:
         rates = row.rates.get(workload.name)
         if row.failure is not None or not rates:
             continue
-        shares = "".join(f"{100 * run.limit_share(row, workload, peak):>16.0f} %" for peak in peaks)
-        lines.append(
-            f"  {row.variant.name:<32}{spread(rates):>30}{_ratio(row, base, workload):>24}{shares}"
-            f"{describe(row.agreement):>24}"
-        )
+        name = f"  {row.variant.name}"
+        limits = [_of_limit(run, row, workload, peak) for peak in peaks]
+        others = _others(row.others.get(workload.name, ()))
+        table.append([name, spread(rates), _ratio(row, base, workload), *limits, describe(row.agreement), others])
+    return _aligned(table)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for first, *others in table:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("   ".join(cells))
     return lines
+
+
+def _of_limit(run: Run, row: Outcome, workload: Workload, peak: str) -> str:
+    return f"{100 * run.limit_share(row, workload, peak):.0f} % ({run.least(row, workload, peak).binds})"
+
+
+def _others(cores: Sequence[float]) -> str:
+    """The most that processes beside the engine's took while it was timed."""
+    if not cores:
+        return ""
+    return f"{max(cores):.2f}" + (" DISTURBED" if max(cores) > _MOST_OTHERS else "")
 
 
 def _ratio(row: Outcome, base: Outcome | None, workload: Workload) -> str:
@@ -138,6 +167,11 @@ def as_json(run: Run, settings: Mapping[str, str]) -> str:
             for workload in run.workloads
             if outcome.rates.get(workload.name)
         }
+        binds = {
+            name: {peak: run.least(outcome, workload, peak).binds for peak in run.machine.peaks}
+            for name, workload in ((workload.name, workload) for workload in run.workloads)
+            if name in shares
+        }
         rows.append(
             {
                 "name": outcome.variant.name,
@@ -148,7 +182,9 @@ def as_json(run: Run, settings: Mapping[str, str]) -> str:
                 "failure": outcome.failure,
                 "agreement": None if outcome.agreement is None else asdict(outcome.agreement),
                 "rates": outcome.rates,
+                "others": outcome.others,
                 "limit_shares": shares,
+                "binds": binds,
             }
         )
     figures = {
@@ -156,15 +192,20 @@ def as_json(run: Run, settings: Mapping[str, str]) -> str:
         "weights": run.weights,
         "rounds": run.rounds,
         "settings": dict(settings),
-        "machine": {
-            "threads": run.machine.threads,
-            "peaks": dict(run.machine.peaks),
-            "gemm": run.machine.gemm,
-            "read": dict(run.machine.read),
-            "note": run.machine.note,
-            "load_average": run.load_average,
-        },
+        "machine": _machine(run.machine) | {"load_average": run.load_average},
+        "machine_before": _machine(run.before),
+        "machine_after": _machine(run.after),
         "workloads": {workload.name: asdict(workload) | {"unit": workload.unit} for workload in run.workloads},
         "variants": rows,
     }
     return json.dumps(figures, indent=2) + "\n"
+
+
+def _machine(machine: Machine) -> dict[str, object]:
+    return {
+        "threads": machine.threads,
+        "peaks": dict(machine.peaks),
+        "gemm": machine.gemm,
+        "read": dict(machine.read),
+        "note": machine.note,
+    }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pawl_loadtest.peers.driver import Driver, EngineError, tokens_of
 from pawl_loadtest.peers.environments import EnvironmentUnavailable
+from pawl_loadtest.peers.others import others_cores
 from pawl_loadtest.peers.variants import Variant
 from pawl_loadtest.peers.workloads import Workload
 
@@ -63,6 +64,7 @@ class Outcome:
     facts: Mapping[str, object] = field(default_factory=dict)
     agreement: Agreement | None = None
     rates: dict[str, list[float]] = field(default_factory=dict)  # by workload, by round
+    others: dict[str, list[float]] = field(default_factory=dict)  # cores that others took meanwhile, likewise
     failure: str | None = None
 
 
@@ -167,8 +169,10 @@ def _run_round(course: Course, outcome: Outcome, reference: Reference, number: i
             warm_up = Workload(workload.requests, min(workload.prompt_tokens, _WARM_UP_PROMPT_TOKENS), _WARM_UP_TOKENS)
             _generate(driver, warm_up.prompts(course.vocab_size, seed=2), warm_up.output_tokens)
             prompts = workload.prompts(course.vocab_size, seed=10 + number)
-            _, seconds = _generate(driver, prompts, workload.output_tokens)
+            with others_cores(driver.process_id) as others:
+                _, seconds = _generate(driver, prompts, workload.output_tokens)
             outcome.rates.setdefault(workload.name, []).append(workload.counted_tokens / seconds)
+            outcome.others.setdefault(workload.name, []).append(others.cores)
 
 
 def _generate(driver: Driver, prompts: list[list[int]], output_tokens: int) -> tuple[list[list[int]], float]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -19,11 +20,13 @@ from pawl_loadtest.peers.checkpoint import _architecture
 from pawl_loadtest.peers.driver import Driver, EngineError, tokens_of
 from pawl_loadtest.peers.environments import Environment, EnvironmentUnavailable, interpreter
 from pawl_loadtest.peers.machine import Machine
+from pawl_loadtest.peers.others import others_cores
 from pawl_loadtest.peers.report import Run, as_json, as_tables, base_of
 from pawl_loadtest.peers.rounds import Agreement, Course, Outcome, Reference, compare, run_rounds
 from pawl_loadtest.peers.shapes import SHAPES
 from pawl_loadtest.peers.variants import VARIANTS, Variant, choose_variants
 from pawl_loadtest.peers.workloads import NAMED, Workload, parse_workloads
+from tests.fakes.waiting import wait_until
 
 FAKE_ENGINE = """
 import os, sys
@@ -85,10 +88,9 @@ def test_sizes_as_published() -> None:
 def test_one_stream_is_bound_by_reading_the_weights() -> None:
     shape, limits = SHAPES["smollm2-135m"], MachineLimits(120e9, 31.7e9)
     least = bound(shape, Workload(1, 1, 1001), Precision(4, 0), limits)
-    assert 1000 / least.decode_linear_s == pytest.approx(31.7e9 / 538e6, rel=0.01)
-    assert bound(shape, Workload(1, 1, 1001), Precision(2, 0), limits).decode_linear_s * 2 == pytest.approx(
-        least.decode_linear_s
-    )
+    assert 1000 / least.decode_linear.seconds == pytest.approx(31.7e9 / 538e6, rel=0.01)
+    half = bound(shape, Workload(1, 1, 1001), Precision(2, 0), limits)
+    assert half.decode_linear.seconds * 2 == pytest.approx(least.decode_linear.seconds)
 
 
 @given(
@@ -262,10 +264,13 @@ def test_who_cannot_run_is_reported_and_stops_nobody(engine: Path) -> None:
     assert len(outcomes[2].rates["2 x 3/4"]) == 2
 
 
+BEFORE = Machine(2, {"AVX2": 100e9, "AVX-512": 150e9}, 90e9, {"2147483648": 30e9}, "a note")
+AFTER = Machine(2, {"AVX2": 80e9, "AVX-512": 200e9}, 95e9, {"2147483648": 25e9}, "a note")
+
+
 def _run(*outcomes: Outcome) -> Run:
-    machine = Machine(2, {"AVX2": 100e9, "AVX-512": 200e9}, 90e9, {"2147483648": 30e9}, "a note")
     tables = ("exact", "fp16")
-    return Run(SHAPES["smollm2-135m"], "bfloat16", 3, [Workload(1, 32, 128)], tables, machine, 0.9, outcomes)
+    return Run(SHAPES["smollm2-135m"], "bfloat16", 3, [Workload(1, 32, 128)], tables, BEFORE, AFTER, 0.9, outcomes)
 
 
 def _half_precision() -> Outcome:
@@ -279,8 +284,9 @@ def _row(text: str, name: str) -> str:
 def test_tables_show_ratios_limits_and_who_differs() -> None:
     rates = {"1 x 32/128": [50.0, 60.0, 55.0]}
     half = {"1 x 32/128": [25.0, 20.0, 27.5]}
-    pawl = Outcome(VARIANTS[0], {}, Agreement(1.0, None, None, True), rates)
-    other = Outcome(Variant("other", "x", "x.py", "exact", 4, 4), {}, Agreement(0.5, 3, 0.2, False), half)
+    pawl = Outcome(VARIANTS[0], {}, Agreement(1.0, None, None, True), rates, {"1 x 32/128": [0.0, 0.02, 0.01]})
+    differs, beside = Agreement(0.5, 3, 0.2, False), {"1 x 32/128": [0.31, 0.0, 0.0]}
+    other = Outcome(Variant("other", "x", "x.py", "exact", 4, 4), {}, differs, half, beside)
     remote = Outcome(Variant("pawl over gRPC", "pawl", "x.py", "exact", 4), {}, Agreement(1.0, None, None, True), half)
     failed = Outcome(Variant("failed", "y", "y.py", "exact", 4), failure="ERROR: No matching distribution")
     run = _run(pawl, other, remote, failed)
@@ -289,6 +295,10 @@ def test_tables_show_ratios_limits_and_who_differs() -> None:
     assert "55.0 (50.0-60.0)" in _row(text, "pawl ")
     assert "2.00 (2.00-3.00)" in _row(text, "other")
     assert "50 %, from 3 (0.2) DIFFERS" in _row(text, "other")
+    assert "0.02" in _row(text, "pawl ")
+    assert "0.31 DISTURBED" in _row(text, "other")
+    assert "before: read: 30.0 GB/s of 2147 MB" in text
+    assert "after:  read: 25.0 GB/s of 2147 MB" in text
     assert "50 % of it" in _row(text, "pawl over gRPC")
     assert _row(text, "failed") == "failed: did not run: ERROR: No matching distribution"
     least = bound(run.shape, run.workloads[0], Precision(2, 4), run.machine.limits("AVX2")).seconds
@@ -299,6 +309,57 @@ def test_tables_show_ratios_limits_and_who_differs() -> None:
     assert [row["failure"] for row in figures["variants"]] == [None, None, None, "ERROR: No matching distribution"]
     assert figures["variants"][0]["rates"] == rates
     assert figures["machine"]["peaks"] == {"AVX2": 100e9, "AVX-512": 200e9}
+    assert figures["machine_before"]["peaks"] == {"AVX2": 100e9, "AVX-512": 150e9}
+    assert figures["machine_after"]["gemm"] == figures["machine"]["gemm"] == 95e9
+    assert figures["variants"][0]["binds"] == {"1 x 32/128": {"AVX2": "read weights", "AVX-512": "read weights"}}
+    assert figures["variants"][1]["others"] == beside
+
+
+def test_columns_are_as_wide_as_what_stands_in_them() -> None:
+    """Each begins or ends at one place in all rows, whatever a row says."""
+    rates = {"1 x 32/128": [50.0, 60.0, 55.0]}
+    rows = [
+        Outcome(VARIANTS[0], {}, Agreement(1.0, None, None, True), rates),
+        Outcome(Variant("a" * 50, "x", "x.py", "exact", 4, 4), {}, Agreement(0.123, 7, 0.00321, False), rates),
+        Outcome(Variant("b", "x", "x.py", "exact", 4, 4), {}, None, {"1 x 32/128": [12345.678, 9.0, 1.0]}),
+    ]
+    lines = as_tables(_run(*rows)).splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("1 x 32/128, output"))
+    table = lines[start : start + 4]
+    assert len({len(line) for line in table}) == 1
+    for title in ("median (min-max)", "ratio", "of AVX2 limit", "same tokens"):
+        end = table[0].index(title) + len(title)
+        assert all(line[end - 1] != " " and line[end : end + 3] == "   " for line in table)
+
+
+def test_a_limit_is_what_takes_most_of_the_least_time() -> None:
+    shape, precision = SHAPES["smollm2-135m"], Precision(2, 4)
+    limits = MachineLimits(100e9, 30e9)
+    assert bound(shape, NAMED["single"], precision, limits).binds == "read weights"
+    assert bound(shape, NAMED["prefill"], precision, limits).binds == "multiply"
+    assert bound(shape, Workload(1, 60_000, 16), precision, limits).binds == "attend"
+    assert bound(shape, Workload(256, 4096, 4096), precision, MachineLimits(1e15, 30e9)).binds == "read KV"
+
+
+def test_what_others_take_is_told_apart_from_what_the_engine_takes() -> None:
+    program = "import time\nwhile time.process_time() < 0.4: pass\ninput()"
+    with (
+        others_cores(1 << 30) as beside_nobody,
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as engine,
+    ):
+        with others_cores(engine.pid) as beside_the_engine:
+            _wait_for_cpu(engine.pid, 0.3)
+        engine.communicate(b"\n")
+    # On this machine there may be others; the engine itself is the difference.
+    assert beside_nobody.cores - beside_the_engine.cores > 0.02
+
+
+def _wait_for_cpu(process_id: int, seconds: float) -> None:
+    def used() -> bool:
+        times = psutil.Process(process_id).cpu_times()
+        return bool(times.user + times.system >= seconds)
+
+    wait_until(used)
 
 
 def test_a_table_without_its_own_pawl_takes_the_next_higher_precision() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
-from pawl_loadtest.peers.in_process import InProcess
 from pawl_loadtest.peers.workloads import Workload
+from pawl_workers.parallel import thread_environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +17,9 @@ class Engine:
     """A worker under the production scheduler; `settings` are options of the worker."""
 
     def __init__(self, checkpoint: str, threads: int, workloads: list[list[int]], settings: dict[str, str]) -> None:
+        os.environ |= thread_environment(threads)  # as a server's engine has it; read as torch is imported
+        from pawl_loadtest.peers.in_process import InProcess  # noqa: PLC0415 (imports torch)
+
         self._engine = InProcess(checkpoint, threads, [Workload(*sizes) for sizes in workloads], settings)
         facts = self._engine.facts
         self.facts = {
