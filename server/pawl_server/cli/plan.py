@@ -17,23 +17,62 @@ from pawl_workers.start_plan import StartPlan, explain_kernels, plan_checkpoint,
 
 __all__ = ["Alternative", "ModelPlan", "plan_model"]
 
-_ALTERNATIVES = {
-    "cpu": (("cpu", "float32"), ("onednn", "float32"), ("reference", "float32"), ("reference", "bfloat16")),
-    "cuda": (("triton", "bfloat16"), ("triton", "float16"), ("triton", "float32"), ("reference", "bfloat16")),
+_Choice = tuple[str, str, str, str]  # kernels, dtype, kv_dtype, weight_dtype
+_ALTERNATIVES: dict[str, tuple[_Choice, ...]] = {
+    "cpu": (
+        ("cpu", "float32", "auto", "auto"),
+        ("cpu", "float32", "float16", "auto"),
+        ("cpu", "float32", "int8", "auto"),
+        ("cpu", "float32", "auto", "int8"),
+        ("cpu", "float32", "float16", "int8"),
+        ("cpu", "float32", "int8", "int8"),
+        ("onednn", "float32", "auto", "auto"),
+        ("reference", "float32", "auto", "auto"),
+        ("reference", "bfloat16", "auto", "auto"),
+    ),
+    "cuda": (
+        ("triton", "bfloat16", "auto", "auto"),
+        ("triton", "float16", "auto", "auto"),
+        ("triton", "float32", "auto", "auto"),
+        ("reference", "bfloat16", "auto", "auto"),
+    ),
 }
+
+
+_NAME_WIDTH = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """What other kernels or another type would take; `refused` says why they cannot serve or do not fit."""
+    """What other kernels or other types would take; `refused` says why they cannot serve or do not fit.
+
+    `kv_dtype` and `weight_dtype` are as in the settings: "auto" is what the kernels compute in, and exact weights.
+    """
 
     kernels: str
     dtype: str
+    kv_dtype: str = "auto"
+    weight_dtype: str = "auto"
     weight_bytes: int = 0
     kv_bytes_per_token: int = 0
     cache_tokens: int = 0
     requests: int = 0
     refused: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        types = [("KV", self.kv_dtype), ("weights", self.weight_dtype)]
+        return ", ".join(
+            [f"{self.kernels} {self.dtype}", *(f"{what} {kind}" for what, kind in types if kind != "auto")]
+        )
+
+    @property
+    def flags(self) -> str:
+        """The flags of `pawl serve` that choose it."""
+        chosen = {"kernels": self.kernels, "dtype": self.dtype}
+        chosen |= {"kv-dtype": self.kv_dtype, "weight-dtype": self.weight_dtype}
+        return " ".join(f"--{flag}={value}" for flag, value in chosen.items() if value != "auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +144,25 @@ class ModelPlan:
         return [
             head,
             *(f"  {name:<12} {text}" for name, text in rows),
-            f"  DOES NOT FIT {self.refused}" if self.refused else "  fits",
+            *([f"  DOES NOT FIT {self.refused}", *self._what_would_fit()] if self.refused else ["  fits"]),
             "",
-            f"  {'with':<22}{'weights':>12}{'KV/token':>12}{'tokens':>12}{'requests':>10}",
+            f"  {'with':<{_NAME_WIDTH}}{'weights':>12}{'KV/token':>12}{'tokens':>12}{'requests':>10}",
             *(_row(alternative) for alternative in self.alternatives),
+        ]
+
+    def _what_would_fit(self) -> list[str]:
+        fitting = [alternative for alternative in self.alternatives if not alternative.refused]
+        if not fitting:
+            return ["  nothing below fits either"]
+        return [
+            f"  would fit    {a.flags}: weights {_size(a.weight_bytes)}, {a.cache_tokens} tokens,"
+            f" {a.requests} request(s) of {self.max_context}"
+            for a in fitting
         ]
 
 
 def _row(a: Alternative) -> str:
-    name = f"  {a.kernels + ' ' + a.dtype:<22}"
+    name = f"  {a.name:<{_NAME_WIDTH}}"
     if a.refused and not a.weight_bytes:
         return f"{name}{a.refused}"
     fits = "does not fit" if a.refused else f"{a.cache_tokens:>12}{a.requests:>10}"
@@ -162,27 +211,35 @@ def plan_model(config: Config) -> ModelPlan:
         cache_tokens=main.cache_tokens,
         requests=main.requests,
         refused=main.refused,
-        alternatives=tuple(_alternative(plan, *pair) for pair in _ALTERNATIVES[options.device]),
+        alternatives=tuple(_alternative(plan, *choice) for choice in _ALTERNATIVES[options.device]),
     )
 
 
-def _alternative(plan: StartPlan, kernels: str, dtype: str) -> Alternative:
-    options = dataclasses.replace(plan.options, kernels=kernels, dtype=dtype)
+def _alternative(plan: StartPlan, kernels: str, dtype: str, kv_dtype: str, weight_dtype: str) -> Alternative:
+    options = dataclasses.replace(
+        plan.options, kernels=kernels, dtype=dtype, kv_dtype=kv_dtype, weight_dtype=weight_dtype
+    )
     try:
         return _numbers(plan_checkpoint(options, plan.config, plan.reading))
     except WorkerError as error:
-        return Alternative(kernels, dtype, refused=str(error))
+        return Alternative(kernels, dtype, kv_dtype, weight_dtype, refused=str(error))
 
 
 def _numbers(plan: StartPlan) -> Alternative:
-    dtype, block_size = str(plan.dtype).removeprefix("torch."), plan.kernels.block_size
-    per_token = plan.block_bytes // block_size
+    options, block_size = plan.options, plan.kernels.block_size
+    found = Alternative(
+        kernels=plan.kernels.name,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        kv_dtype=options.kv_dtype,
+        weight_dtype=options.weight_dtype,
+        weight_bytes=plan.weight_bytes,
+        kv_bytes_per_token=plan.block_bytes // block_size,
+    )
     try:
         tokens = plan.divide_memory().num_blocks * block_size
     except OutOfMemoryError as error:
-        return Alternative(plan.kernels.name, dtype, plan.weight_bytes, per_token, refused=str(error))
-    fits = tokens // plan.max_context
-    return Alternative(plan.kernels.name, dtype, plan.weight_bytes, per_token, tokens, fits)
+        return dataclasses.replace(found, refused=str(error))
+    return dataclasses.replace(found, cache_tokens=tokens, requests=tokens // plan.max_context)
 
 
 def _size(num_bytes: int) -> str:

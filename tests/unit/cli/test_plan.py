@@ -79,6 +79,47 @@ def test_alternatives_differ_as_their_types_do(tmp_path: Path) -> None:
     assert wide.weight_bytes == 2 * narrow.weight_bytes
 
 
+def test_where_the_model_does_not_fit_the_smaller_types_that_do_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit lies between what exact weights take and what bytes take."""
+    model = str(make_llama(tmp_path, hidden_size=256, intermediate_size=1024, vocab_size=2048))
+    whole = plan_model(Config().replace(model=model, device="cpu", max_context=128, max_running=4))
+    byte = next(a for a in whole.alternatives if (a.kv_dtype, a.weight_dtype) == ("int8", "int8"))
+    assert byte.weight_bytes < whole.weight_bytes / 2
+    assert byte.kv_bytes_per_token < whole.kv_bytes_per_token / 2
+    available = (whole.weight_bytes + byte.weight_bytes) // 2 + whole.activation_bytes
+    monkeypatch.setattr("pawl_workers.start_plan.available_bytes", lambda device: available)
+    plan = planned(capsys, model, code=1)
+    alternatives = plan["alternatives"]
+    assert isinstance(alternatives, list)
+    fitting = {(a["kv_dtype"], a["weight_dtype"]) for a in alternatives if a["kernels"] == "cpu" and not a["refused"]}
+    assert ("int8", "int8") in fitting
+    assert ("auto", "auto") not in fitting
+    assert main(["plan", *SETTINGS, model]) == 1
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if "--kv-dtype=int8 --weight-dtype=int8" in line)
+    assert line.startswith("  would fit    --kernels=cpu --dtype=float32 ")
+    tokens = next(a["cache_tokens"] for a in alternatives if a["kv_dtype"] == a["weight_dtype"] == "int8")
+    assert f" {tokens} tokens, {tokens // 128} request(s) of 128" in line
+    # What is promised holds: a worker started with these flags fits.
+    options = WorkerOptions(
+        model, max_running=4, max_context=128, most_kv_bytes=262144, kv_dtype="int8", weight_dtype="int8"
+    )
+    facts = Worker.load(options).facts
+    assert facts.num_blocks * facts.block_size == tokens
+
+
+def test_where_nothing_fits_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pawl_workers.start_plan.available_bytes", lambda device: 1000)
+    assert main(["plan", *SETTINGS, str(make_llama(tmp_path))]) == 1
+    shown = capsys.readouterr().out
+    assert "nothing below fits either" in shown
+    assert "would fit" not in shown
+
+
 def test_an_unknown_model_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "./nowhere"]) == 1
     assert "there is no folder ./nowhere" in capsys.readouterr().err
