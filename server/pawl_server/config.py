@@ -85,7 +85,8 @@ class EngineSettings:
         "steps in flight at once: 2 plans the next one while one is computed; 0 = 2 on a GPU that can, else 1",
     )
     speculation: str = _setting(
-        "off", "drafts that steps verify beside the next token: ngram (from the text so far) or off; same output"
+        "off",
+        "drafts that a step verifies beside the next token: ngram (from the text so far) or off; same output",
     )
     speculation_tokens: int = _setting(8, "most drafts of one sequence in a step, 1 to 32")
     max_preemptions: int = _setting(4, "how often a sequence may lose its blocks to others, at least 1")

@@ -166,7 +166,7 @@ class Engine:
             meter,
             budget=StepBudget(spec.engine.target_gap_s) if spec.engine.target_gap_s > 0 else None,
             grammars=self._grammars,
-            depth=spec.engine.pipeline_depth or facts.max_in_flight,
+            depth=1 if limits.max_drafts else spec.engine.pipeline_depth or facts.max_in_flight,
             check_every=spec.engine.check_every,
             journal=_open_journal(spec, state),
         )
@@ -296,6 +296,12 @@ def _limits(spec: EngineSpec, facts: WorkerFacts) -> SchedulerLimits:
         InvalidRequest: the settings contradict each other.
     """
     engine = spec.engine
+    if engine.speculation != "off" and engine.pipeline_depth > 1:
+        raise InvalidRequest(
+            f"speculation = {engine.speculation!r} with pipeline_depth = {engine.pipeline_depth}: drafts go on from the"
+            " last token, which is not known while a step is in flight: set pipeline_depth to 1 or speculation to off",
+            reason="BAD_SETTING",
+        )
     try:
         return SchedulerLimits(
             num_blocks=facts.num_blocks,

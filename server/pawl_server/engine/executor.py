@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -261,6 +262,17 @@ def _settle(step: PendingStep) -> None:
         step.result()
 
 
+def _check_accepted(plan: StepPlan, result: StepResult) -> list[int]:
+    """Check that a row gives its drafts before its last token; the rows, each once if its tokens stand together."""
+    drafts, rows = dict(plan.drafts), []
+    for row, tokens in itertools.groupby(zip(result.rows, result.token_ids, strict=True), key=lambda pair: pair[0]):
+        accepted = [token_id for _, token_id in tokens][:-1]
+        if accepted != drafts.get(row, [])[: len(accepted)]:
+            raise BadResultError(f"step {plan.step}: row {row} gives tokens that it has no drafts for")
+        rows.append(row)
+    return rows
+
+
 def check_result(plan: StepPlan, result: StepResult, vocab_size: int) -> None:
     """Check that a result can be committed, before anything of it is.
 
@@ -271,11 +283,11 @@ def check_result(plan: StepPlan, result: StepResult, vocab_size: int) -> None:
         raise BadResultError(
             f"result of step {result.step} epoch {result.epoch}, in flight is {plan.step} epoch {plan.epoch}"
         )
-    rows = set(result.rows)
-    if len(rows) != len(result.rows) or not rows <= set(plan.rows):
-        raise BadResultError(f"step {plan.step}: the result names rows that the plan does not")
     if len(result.token_ids) != len(result.rows):
         raise BadResultError(f"step {plan.step}: {len(result.token_ids)} tokens for {len(result.rows)} sampled rows")
+    rows = _check_accepted(plan, result) if plan.drafts else result.rows
+    if len(set(rows)) != len(rows) or not set(rows) <= set(plan.rows):
+        raise BadResultError(f"step {plan.step}: the result names rows that the plan does not")
     if result.logprobs and len(result.logprobs) != len(result.rows):
         raise BadResultError(f"step {plan.step}: {len(result.logprobs)} log-probabilities for {len(result.rows)} rows")
     if result.token_ids and not (min(result.token_ids) >= 0 and max(result.token_ids) < vocab_size):

@@ -47,6 +47,31 @@ def test_a_result_that_does_not_fit_is_refused(wrong: dict[str, object]) -> None
         check_result(PLAN, msgspec.structs.replace(GOOD, **wrong), vocab_size=10)
 
 
+@pytest.mark.parametrize(
+    ("rows", "token_ids", "fits"),
+    [
+        ([4, 5, 5, 5], [1, 8, 9, 3], True),
+        ([4, 5, 5], [1, 8, 3], True),
+        ([4], [1], True),
+        ([5, 4], [1, 1], True),
+        ([4, 5, 5], [1, 9, 3], False),
+        ([4, 5, 5, 5, 5], [1, 8, 9, 3, 3], False),
+        ([5, 4, 5], [8, 1, 9], False),
+        ([4, 4, 5], [8, 1, 9], False),
+    ],
+)
+def test_a_row_gives_the_drafts_that_it_had_and_one_token_more(
+    rows: list[int], token_ids: list[int], fits: bool
+) -> None:
+    plan = msgspec.structs.replace(PLAN, num_tokens=[1, 3], drafts=[(5, [8, 9])])
+    result = msgspec.structs.replace(GOOD, rows=rows, token_ids=token_ids)
+    if fits:
+        check_result(plan, result, vocab_size=10)
+    else:
+        with pytest.raises(BadResultError):
+            check_result(plan, result, vocab_size=10)
+
+
 async def test_the_worker_lives_on_one_thread_and_the_loop_goes_on() -> None:
     executor = InProcessExecutor()
     worker = await executor.load(FakeEngineWorker)
