@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import cast
 
 import msgspec
+import numpy as np
 
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
@@ -121,6 +122,7 @@ class Bench:
         if plan.victims:
             self.check_victims(plan)
         self.check_groups(plan)
+        self.check_nobody_is_idle(plan)
         wire = plan.wire()
         launch(self.state, plan)
         check_invariants(self.state)
@@ -138,6 +140,21 @@ class Bench:
         for leader in forked.values():
             started = [fork.sequence for fork in plan.forks if fork.leader is leader]
             assert started == list(leader.followers)
+
+    def check_nobody_is_idle(self, plan: Plan) -> None:
+        """Whoever decodes gets a token in every step; and who waits beside budget and a row does so for a reason."""
+        if plan.victims:
+            return
+        slots, granted = self.state.slots, np.zeros_like(self.state.slots.planned)
+        granted[plan.rows] = plan.grants
+        left = np.where(slots.expected >= slots.stop_at, 0, slots.expected - slots.planned)
+        assert (granted[left == 1] >= 1).all(), "one that decodes was passed over"
+        waiting = [sequence for sequence in self.state.queue.in_order() if not sequence.num_stale]
+        started = [admission.sequence for admission in plan.admissions]
+        partial = int(np.count_nonzero((left > 1) & (granted < left)))
+        partial += sum(one.num_computed + one.num_tokens < one.sequence.num_tokens for one in plan.admissions)
+        if plan.budget > 0 and plan.free_rows and len(waiting) > len(started):
+            assert plan.bypassed or partial >= self.limits.max_partial_prefills, "somebody could have started"
 
     def check_victims(self, plan: Plan) -> None:
         """The oldest of the top class is none of them, and for priority nobody who is not low enough."""

@@ -15,7 +15,7 @@ from pawl_workers.plan import StepPlan
 from tests.fakes.scheduler_bench import Bench, make_limits, random_request
 
 
-@settings(max_examples=150)
+@settings(max_examples=600)
 @given(st.integers(0, 2**32))
 def test_batching_changes_nothing_and_nothing_leaks(seed: int) -> None:
     """Random arrivals, chunks, pools, depths, cache on or off, 30 % aborted: equal to the run alone, and all ends."""
@@ -132,5 +132,5 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.bench.check_output(handle)
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestScheduler = SchedulerMachine.TestCase

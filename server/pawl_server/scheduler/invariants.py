@@ -24,7 +24,7 @@ def _hold(condition: object, what: str) -> None:
 
 
 def check_invariants(state: SchedulerState) -> None:
-    """Verify blocks, tables, queues and the ledger (numbers 1-7, 9-13, 15, 19-21, 26, 27 of the design's list).
+    """Verify blocks, tables, queues and the ledger; `docs/invariants.md` has the list and all checks.
 
     Raises:
         InvariantError: naming the first thing that does not hold.
