@@ -17,11 +17,11 @@ def protected_row(slots: SlotTable, rows: IntArray) -> int:
 def by_cost(slots: SlotTable, rows: IntArray) -> list[int]:
     """Rows in the order in which they would be preempted.
 
-    Lowest class first, then the least to compute again, then the newest. What has to be computed again is what
-    was computed, less the published blocks, which stay cached.
+    Lowest class first, then the least computed, then the newest. Published blocks count as lost, too: they stay cached
+    for a while, but whoever is preempted is so because blocks are short, and then they are the next to be taken.
     """
-    lost = slots.computed[rows] - slots.published[rows] * slots.block_size
-    ordered: list[int] = rows[np.lexsort((-slots.order[rows], lost, slots.level[rows]))].tolist()
+    computed = slots.computed[rows]
+    ordered: list[int] = rows[np.lexsort((-slots.order[rows], computed, slots.level[rows]))].tolist()
     return ordered
 
 
