@@ -156,6 +156,41 @@ async def test_the_end_comes_where_nothing_else_can_and_not_before_the_least() -
             assert _text(all_of_it) == "abc"
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_each_sample_of_a_request_has_a_matcher_of_its_own(depth: int) -> None:
+    """And the first is what a request for one sample gives."""
+    async with running_engine(_spec(depth)) as running, running.link() as link:
+        _, single = _open(link, [8, 9, 10, 11, 12], regex="[ab]{2,9}c")
+        await ended(single)
+        samples = [Recorder() for _ in range(4)]
+        submit = submit_frame([8, 9, 10, 11, 12], 20, sample_handles=range(1, 4))
+        submit.eos_token_ids.append(EOS_ID)
+        submit.regex = "[ab]{2,9}c"
+        link.open_samples(submit, samples)
+        for recorder in samples:
+            assert (await ended(recorder)).reason == engine_pb2.END_REASON_EOS
+            assert re.fullmatch("[ab]{2,9}c", _text(recorder))
+        assert samples[0].token_ids == single.token_ids
+        assert len({_text(recorder) for recorder in samples}) > 1
+        await running.until_empty()
+
+
+async def test_a_bad_grammar_refuses_all_samples_and_one_may_leave_before() -> None:
+    gate = Gate()
+    async with running_engine(open_tokenizer=gate) as running, running.link() as link:
+        for regex, wanted in (("[ab]{3}", engine_pb2.END_REASON_EOS), ("(?=a)", engine_pb2.END_REASON_REFUSED)):
+            samples = [Recorder() for _ in range(3)]
+            submit = submit_frame([8, 9], 20, sample_handles=range(1, 3))
+            submit.eos_token_ids.append(EOS_ID)
+            submit.regex = regex
+            link.open_samples(submit, samples)
+            if wanted == engine_pb2.END_REASON_EOS:
+                await until(lambda: _waiting(running.engine) == 3.0)
+            gate.opened.set()
+            assert {(await ended(recorder)).reason for recorder in samples} == {wanted}
+        await running.until_empty()
+
+
 async def test_compiled_grammars_are_kept_and_no_more_than_told() -> None:
     spec = fake_spec()
     spec = _with(spec.engine, max_grammars=2)
