@@ -235,10 +235,9 @@ static void attend_split(const Tile *t, Scratch *s, int64_t first_key) {
         const char *keys = step->keys + (table[key / BLOCK] * step->kv_heads + t->head) * bytes;
         const char *values = step->values + (table[key / BLOCK] * step->kv_heads + t->head) * bytes, *next = values;
         if (key + BLOCK < num_keys) next = step->keys + (table[key / BLOCK + 1] * step->kv_heads + t->head) * bytes;
-        for (int64_t i = 0; i < bytes; i += 64) {
-            __builtin_prefetch(next + i, 0, 2);
-            __builtin_prefetch(values + i, 0, 2);
-        }
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+        if (rows == at_once) /* else there is more to compute than to read */
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
         const float *scales = format == BYTE ? (const float *)(keys + dims * BLOCK) : NULL;
         if (wide) widen(format, keys, dims * BLOCK, s->widened);
         for (int row = 0; row < rows; row += at_once) {

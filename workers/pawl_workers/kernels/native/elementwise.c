@@ -161,8 +161,6 @@ void pawl_place(const Place *place, int32_t threads) {
     place_part(place, &next, threads);
 }
 
-static v8 activated(int kind, v8 x) { return activate8(kind, x); }
-
 /* hidden [rows, n], or, gated, [rows, 2n]: y [rows, n] = activation(first half) * second half. Source: Shazeer, 2020. */
 void pawl_activate(const float *hidden, float *y, int64_t rows, int64_t n, int32_t kind, int32_t gated, int32_t threads) {
     int64_t width = gated ? 2 * n : n;

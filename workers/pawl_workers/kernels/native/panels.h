@@ -19,8 +19,6 @@ INLINE Panels panels_of(const Linear *l, int64_t bytes) {
     return (Panels){l, l->gated ? half : bytes, l->gated ? bytes : 2 * bytes};
 }
 
-static v8 activated(int activation, v8 x) { return activate8(activation, x); }
-
 INLINE void store_some(float *to, vw value, int64_t lanes) {
     if (lanes >= WIDTH) storew(to, value);
     else
@@ -47,7 +45,7 @@ static void store_tile(const Linear *l, int rows, int panels, int64_t row, int64
             for (int p = 0; p < panels; p += 2) {
                 int64_t column = (panel + p) / 2 * WIDTH;
                 vw gate = finish(l, sums[p], column, WIDTH), up = finish(l, sums[p + 1], l->n / 2 + column, WIDTH);
-                storew(y + column, eachw(gate, activated, l->activation) * up);
+                storew(y + column, activatew(l->activation, gate) * up);
             }
             continue;
         }
@@ -55,7 +53,7 @@ static void store_tile(const Linear *l, int rows, int panels, int64_t row, int64
             int64_t column = (panel + p) * WIDTH, lanes = l->n - column;
             if (lanes <= 0) break;
             vw result = finish(l, sums[p], column, lanes);
-            if (l->activation != NO_ACTIVATION) result = eachw(result, activated, l->activation);
+            if (l->activation != NO_ACTIVATION) result = activatew(l->activation, result);
             if (l->added) {
                 vw before = load_some(y + column, lanes);
                 result = l->factor == 1.0f ? before + result : fmaw(allw(l->factor), result, before);

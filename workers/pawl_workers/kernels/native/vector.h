@@ -231,6 +231,16 @@ INLINE vw odd_brainw(const uint32_t *p) {
 INLINE vw eachw(vw x, v8 (*function)(int, v8), int argument) { return function(argument, x); }
 #endif
 
+static inline v8 activated(int activation, v8 x) { return activate8(activation, x); }
+
+/* activate8 of each float, with the same bits. */
+INLINE vw activatew(int activation, vw x) {
+#if WIDTH == 16
+    if (activation == SILU) return x / (allw(1.0f) + exp16((vw)_mm512_min_ps((__m512)-x, _mm512_set1_ps(80.0f))));
+#endif
+    return eachw(x, activated, activation);
+}
+
 INLINE vw loadw(const float *p) {
     vw x;
     memcpy(&x, p, sizeof x);
