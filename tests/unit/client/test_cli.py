@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -241,3 +242,57 @@ def test_admin_flag_wins(run: Run, server: FakeServer, monkeypatch: pytest.Monke
     assert run("requests", "--admin-target", server.admin_target) == 0
     with AdminClient(server.admin_target) as admin:
         assert admin.requests() == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "sent"),
+    [
+        (("--choice", "yes", "--choice", "no"), {"choices": {"values": ["yes", "no"]}}),
+        (("--regex", "[a-z]+"), {"regex": "[a-z]+"}),
+        (("--json-schema", '{"type": "null"}'), {"json_schema": '{"type": "null"}'}),
+        (("--json-schema", "@schema.json"), {"json_schema": '{"type": "object"}'}),
+        (("--grammar", "@rules.lark"), {"grammar": 'start: "a"\n'}),
+    ],
+)
+def test_generate_under_a_constraint(
+    run: Run,
+    server: FakeServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    sent: dict[str, object],
+) -> None:
+    """The flags reach the server; @ reads a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    (tmp_path / "rules.lark").write_text('start: "a"\n')
+    assert run("generate", "Hi", *flags) == 0
+    request = server.calls[-1].fields["request"]
+    assert isinstance(request, dict)
+    assert request["sampling"] == sent
+
+
+def test_generate_takes_one_constraint_and_says_which_file_is_missing(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of them are a usage error; a file that is not there is named."""
+    with pytest.raises(SystemExit):
+        run("generate", "Hi", "--regex", "a", "--choice", "b")
+    assert "not allowed with" in capsys.readouterr().err
+    assert run("generate", "Hi", "--grammar", "@missing.lark") != 0
+    assert "missing.lark" in capsys.readouterr().err
+
+
+def test_the_fake_answers_with_a_choice_and_refuses_what_the_server_refuses(server: FakeServer) -> None:
+    """The first choice, unless its reply is one of them."""
+    with Client(server.target, retries=0) as client:
+        assert client.generate("Hi", choices=["yes", "no"]).text == "yes"
+        assert client.generate("Hi", choices=["yes", "You said: Hi"]).text == "You said: Hi"
+        for options, field in (
+            ({"choices": []}, "sampling.choices.values"),
+            ({"json_schema": "[1]"}, "sampling.json_schema"),
+            ({"regex": "a", "stop": "b"}, "stop.stop_strings"),
+        ):
+            with pytest.raises(pawl.InvalidRequest) as caught:
+                client.generate("Hi", **options)
+            assert [violation.field for violation in caught.value.violations] == [field]
