@@ -2,8 +2,8 @@
 
 A token's bits depend on its sequence alone: queries are cut into tiles and keys into splits at fixed absolute
 positions, so every product of a token has the same length in any batch and any chunk. That rows of MKL's
-batched products depend neither on the number of products nor on the number of rows, when that is a multiple
-of `_ROW_MULTIPLE`, is observed, not promised: the tests hold it.
+batched products depend neither on the number of products nor on the number of rows, when that is one of
+`padded_rows`, is observed, not promised: the tests hold it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch.nn import functional
 from pawl_workers.batch import AttentionLayout, AttentionShape, IntArray, SequenceArrays
 from pawl_workers.model.weights import AttentionRule
 
-__all__ = ["Layout", "attend", "lay_out"]
+__all__ = ["Layout", "attend", "lay_out", "padded_rows"]
 
 _TILE = 64
 """Queries are cut at absolute positions that are multiples of this, and the keys of a tile end with it."""
 _SPLIT = 512
 """Keys are taken in splits at absolute positions that are multiples of this, merged in order."""
-_ROW_MULTIPLE = 4  # MKL takes other kernels for one to three rows
+_ROW_MULTIPLE = 4  # MKL takes other kernels for one to three rows,
+_DIMS_PER_ROW = 16  # and, of scores, for fewer rows than about a twentieth of a head's dimensions
 _GATHERED_ELEMENTS = 1 << 19  # keys gathered for one product, 2 MiB: they are read back from the cache
 
 
@@ -39,7 +40,7 @@ class Group:
         splits: for each split of the keys, the cache rows (block * K + head) to gather, [N * K * blocks].
         positions: of each row's query, [N, 1, rows, 1]; padding counts as at 0.
         hidden: True where one of a tile's last `_TILE` keys lies after the query, [N, 1, rows, _TILE], with
-            rows = n * H/K padded to a multiple of `_ROW_MULTIPLE`.
+            rows = `padded_rows` of n * H/K.
     """
 
     token_rows: Tensor
@@ -65,6 +66,11 @@ class _Tiles:
     first_position: IntArray
     num_tokens: IntArray
     num_keys: IntArray  # a multiple of _TILE
+
+
+def padded_rows(num_rows: int, head_dim: int) -> int:
+    """Rows that a product is given to have the bits of any other number of them."""
+    return -(-max(num_rows, -(-head_dim // _DIMS_PER_ROW)) // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 def lay_out(sequences: SequenceArrays, shape: AttentionShape, block_size: int) -> Layout:
@@ -125,7 +131,7 @@ def _group(tiles: _Tiles, members: IntArray, tables: IntArray, shape: AttentionS
     in_tile = (tiles.first_position[members] % _TILE)[:, None] + nth  # [N, n]
     hidden = np.repeat(in_tile, group_size, axis=1)[:, :, None] < np.arange(_TILE)
     positions = np.repeat(tiles.first_position[members][:, None] + nth, group_size, axis=1)
-    num_padding = -hidden.shape[1] % _ROW_MULTIPLE
+    num_padding = padded_rows(hidden.shape[1], shape.head_dim) - hidden.shape[1]
     if num_padding:
         hidden = np.pad(hidden, ((0, 0), (0, num_padding), (0, 0)))
         positions = np.pad(positions, ((0, 0), (0, num_padding)))
