@@ -22,6 +22,7 @@ from tests.fakes.checkpoints import load_reference
 __all__ = ["FAMILIES", "MAX_POSITIONS", "Draft", "write_checkpoint"]
 
 MAX_POSITIONS = 192
+_MOST_WIDE_HEADS = 4
 _LEAST_WIDTH = 16  # of the stream: a norm over fewer values magnifies rounding beyond what is measured here
 _INNER = st.integers(5, 70) | st.sampled_from([16, 32, 48, 64])  # any, and those whose gates the cpu kernels fuse
 Values = dict[str, object]
@@ -97,11 +98,17 @@ def _even(draw: DrawFn, low: int, high: int) -> int:
 
 
 @st.composite
-def _common(draw: DrawFn, *, free_head_dim: bool = True, grouped: bool = True) -> Values:
-    """What all decoders share. Head dimensions are even, since all of it turns, and need not fit the hidden size."""
+def _common(draw: DrawFn, *, free_head_dim: bool | None = True, grouped: bool = True) -> Values:
+    """What all decoders share. Head dimensions are even, since all of it turns.
+
+    `free_head_dim`: the configuration names it, and it need not fit the hidden size; None = it may or may not.
+    """
     num_kv_heads = draw(st.integers(1, 3)) if grouped else 1
-    num_heads = num_kv_heads * draw(st.integers(1, 4))
+    num_heads = num_kv_heads * draw(st.integers(1, 4) | st.just(8))
+    free_head_dim = draw(st.booleans()) if free_head_dim is None else free_head_dim
     head_dim = _even(draw, -(-_LEAST_WIDTH // num_heads) if not free_head_dim else 4, 26)
+    if num_heads <= _MOST_WIDE_HEADS and draw(st.booleans()):
+        head_dim = draw(st.sampled_from([32, 40, 64, 80, 128] if free_head_dim else [32, 40]))
     values: Values = {
         "vocab_size": draw(st.integers(60, 300)),
         "num_attention_heads": num_heads,
@@ -165,6 +172,7 @@ def _llama(draw: DrawFn, kind: str) -> Values:
         "rope_parameters": draw(_rope((kind,))),
         "attention_bias": draw(st.booleans()),
         "mlp_bias": draw(st.booleans()),
+        "hidden_act": draw(st.sampled_from(["silu", "gelu", "gelu_pytorch_tanh", "relu"])),
     }
 
 
@@ -172,7 +180,7 @@ def _llama(draw: DrawFn, kind: str) -> Values:
 def _mistral(draw: DrawFn) -> Values:
     return draw(_common()) | {
         "sliding_window": draw(st.none() | _WINDOWS),
-        "rope_parameters": draw(_rope(("default",))),
+        "rope_parameters": draw(_rope(("default", "linear", "llama3", "yarn"))),
     }
 
 
@@ -187,7 +195,7 @@ def _mixtral(draw: DrawFn) -> Values:
 
 @st.composite
 def _qwen2(draw: DrawFn) -> Values:
-    values = draw(_common(free_head_dim=False)) | {"rope_parameters": draw(_rope(("default", "yarn")))}
+    values = draw(_common(free_head_dim=None)) | {"rope_parameters": draw(_rope(("default", "yarn")))}
     return values | draw(_upper_windows())
 
 
@@ -225,6 +233,7 @@ def _qwen3_moe(draw: DrawFn) -> Values:
 def _gemma2(draw: DrawFn) -> Values:
     return draw(_common()) | {
         "rms_norm_eps": draw(_EPSILONS),
+        "attention_bias": draw(st.booleans()),
         "hidden_activation": draw(st.sampled_from(["gelu_pytorch_tanh", "gelu", "silu"])),
         "query_pre_attn_scalar": draw(st.integers(4, 40)),
         "sliding_window": draw(_WINDOWS),
@@ -270,7 +279,11 @@ def _phi3(draw: DrawFn, *, long: bool) -> Values:
         pairs = int(head_dim * share) // 2
         factors = st.lists(st.floats(1.0, 6.0, width=16), min_size=pairs, max_size=pairs)
         rope |= {"rope_type": "longrope", "short_factor": draw(factors), "long_factor": draw(factors)}
-    return values | {"hidden_size": heads * head_dim, "rope_parameters": rope}
+    if not long and draw(st.booleans()):  # transformers checks long factors against hidden size over heads
+        values |= {"head_dim": head_dim, "hidden_size": heads * draw(st.integers(16, 24))}
+    else:
+        values |= {"hidden_size": heads * head_dim}
+    return values | {"rope_parameters": rope}
 
 
 @st.composite
@@ -310,13 +323,13 @@ def _gpt_neox(draw: DrawFn, *, parallel: bool) -> Values:
 
 @st.composite
 def _olmo2(draw: DrawFn) -> Values:
-    values = draw(_common(free_head_dim=False))
+    values = draw(_common(free_head_dim=None))
     return values | {"attention_bias": draw(st.booleans()), "rope_parameters": draw(_rope(("default", "yarn")))}
 
 
 @st.composite
 def _granite(draw: DrawFn) -> Values:
-    return draw(_common(free_head_dim=False)) | {
+    return draw(_common(free_head_dim=None)) | {
         "attention_bias": draw(st.booleans()),
         "mlp_bias": draw(st.booleans()),
         "embedding_multiplier": draw(st.sampled_from([0.5, 1.0, 12.0])),
@@ -329,7 +342,7 @@ def _granite(draw: DrawFn) -> Values:
 
 @st.composite
 def _smollm3(draw: DrawFn) -> Values:
-    values = draw(_common(free_head_dim=False)) | {
+    values = draw(_common(free_head_dim=None)) | {
         "num_hidden_layers": draw(st.integers(2, 4)),
         "no_rope_layer_interval": draw(st.integers(2, 3)),
         "attention_bias": draw(st.booleans()),
