@@ -132,6 +132,18 @@ def test_the_same_seed_gives_the_same_alone_and_among_others(server: RunningServ
             assert all(future.result().text for future in free)
 
 
+def test_every_sample_of_a_request_fits(server: RunningServer) -> None:
+    """Each has a matcher of its own; the first is what a request for one gives."""
+    with Client(server.target) as client:
+        one = client.generate("The fox", json_schema=PERSON, temperature=1.0, seed=9, max_tokens=300)
+        many = client.generate("The fox", json_schema=PERSON, temperature=1.0, seed=9, max_tokens=300, sample_count=4)
+        assert [sample.finish_reason for sample in many.samples] == [FinishReason.STOP] * 4
+        for sample in many.samples:
+            jsonschema.validate(json.loads(sample.text), PERSON)
+        assert many.samples[0].text == one.text
+        assert len({sample.text for sample in many.samples}) > 1
+
+
 def test_too_few_tokens_cut_it_and_say_so(server: RunningServer) -> None:
     with Client(server.target) as client:
         cut = client.generate("The fox", json_schema=PERSON, max_tokens=4, temperature=1.0, seed=2)
