@@ -89,7 +89,8 @@ def _preempt(state: SchedulerState, plan: Plan, victim: Victim) -> None:
     sequence.tokens_lost += record.num_lost
     sequence.preemptions += 1
     sequence.settled = sequence.preemptions >= state.limits.max_preemptions
-    state.lengths.raise_quantile(plan.now)
+    if victim.reason != "priority":  # which does not show that too little was kept free
+        state.lengths.raise_quantile(plan.now)
     state.requeue(sequence, plan.now)
 
 
