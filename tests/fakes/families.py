@@ -329,11 +329,17 @@ def _olmo2(draw: DrawFn) -> Values:
 
 @st.composite
 def _granite(draw: DrawFn) -> Values:
-    return draw(_common(free_head_dim=None)) | {
+    values = draw(_common(free_head_dim=None))
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    assert isinstance(hidden, int)
+    assert isinstance(heads, int)
+    head_dim = values.get("head_dim", hidden // heads)
+    assert isinstance(head_dim, int)
+    return values | {
         "attention_bias": draw(st.booleans()),
         "mlp_bias": draw(st.booleans()),
         "embedding_multiplier": draw(st.sampled_from([0.5, 1.0, 12.0])),
-        "attention_multiplier": draw(st.sampled_from([0.05, 0.3, 1.0])),
+        "attention_multiplier": draw(st.sampled_from([0.25, 1.5, 3.0])) * head_dim**-0.5,
         "residual_multiplier": draw(st.sampled_from([0.22, 1.0])),
         "logits_scaling": draw(st.sampled_from([0.7, 2.0])),
         "rope_parameters": draw(_rope(("default", "llama3"))),
