@@ -82,7 +82,8 @@ class SchedulerState:
 
     def submit(self, request: SequenceRequest, now: float) -> Refusal | None:
         """Take a sequence, or say why not."""
-        if len({*request.handles} - self.live.keys()) <= len(request.siblings):
+        handles = request.handles
+        if len({*handles}) < len(handles) or any(handle in self.live for handle in handles):
             return Refusal("already_exists", "REQUEST_ID_IN_USE", "", "the handle is in use", {})
         refusal = refuse(request, self.limits, self.num_waiting)
         if refusal is not None:
