@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from pawl_workers.kernels.reference import ReferenceLinear
 from pawl_workers.kernels.triton.one_row import multiply_row
+from pawl_workers.model.wrapped_linear import WrappedLinear
 
 __all__ = ["GpuLinear", "StrictLinear", "WideLinear"]
 
@@ -71,26 +73,8 @@ def _tile(num_rows: int, num_columns: int, dtype: torch.dtype) -> tuple[int, int
 
 
 @dataclass(frozen=True, slots=True)
-class StrictLinear:
+class StrictLinear(ReferenceLinear):
     """A linear layer as it was stored, [out, in]; each sum runs over the inner dimension in one order."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return self.weight.shape[0]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the weight takes."""
-        return self.weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias`, [T, in] -> [T, out]."""
@@ -113,10 +97,6 @@ class StrictLinear:
             )  # fmt: skip
         return y
 
-    def unpack(self) -> Tensor:
-        """Return the weight."""
-        return self.weight
-
 
 @dataclass(frozen=True, slots=True)
 class GpuLinear(StrictLinear):
@@ -134,35 +114,11 @@ class GpuLinear(StrictLinear):
 
 
 @dataclass(frozen=True, slots=True)
-class WideLinear:
+class WideLinear(WrappedLinear):
     """A linear layer whose results stay in float32: the head, of whose scores the difference counts."""
 
     linear: StrictLinear
 
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        return self.linear.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return self.linear.out_features
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias, [out]."""
-        return self.linear.bias
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the weight takes."""
-        return self.linear.num_bytes
-
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias`, [T, in] -> [T, out] float32."""
         return self.linear.to_float32(x)
-
-    def unpack(self) -> Tensor:
-        """Return the weight."""
-        return self.linear.unpack()
