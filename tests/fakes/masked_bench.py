@@ -24,7 +24,8 @@ from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import Committed, commit, launch, void
 from pawl_server.scheduler.invariants import check_invariants
-from pawl_server.scheduler.planner import Plan, plan_step
+from pawl_server.scheduler.plan import Plan
+from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import Ended, SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.model.source import resolve_checkpoint

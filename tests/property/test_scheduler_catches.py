@@ -9,7 +9,7 @@ import pytest
 
 from pawl_server.kv.block_pool import PoolError
 from pawl_server.kv.draft import BlockDraft
-from pawl_server.scheduler import committer, draft_grants, planner, priority
+from pawl_server.scheduler import committer, draft_grants, planner, priority, starts
 from pawl_server.scheduler.committer import StaleResultError
 from pawl_server.scheduler.fit import Room
 from pawl_server.scheduler.invariants import InvariantError, check_invariants
@@ -144,7 +144,7 @@ def _hold_nothing_more(num_tokens: int, block_size: int) -> int:
         (planner, "victims_in_order", _oldest_first),
         (priority, "_may_give_way", _anybody_gives_way),
         (Room, "fits", _anybody_fits),
-        (planner, "_max_hits", _all_hits),
+        (starts, "_max_hits", _all_hits),
         (Cursor, "__exit__", _keep_what_was_lifted),
         (SequenceState, "lose_kv", _keep_nothing),
         (BlockDraft, "fork", _no_copy),

@@ -11,7 +11,8 @@ from pawl_server.config import EngineSettings
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import commit, launch
-from pawl_server.scheduler.planner import Plan, plan_step
+from pawl_server.scheduler.plan import Plan
+from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.pending import PendingStep

@@ -34,7 +34,8 @@ from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget
 from pawl_server.scheduler.committer import Committed, commit, launch, void
 from pawl_server.scheduler.invariants import InvariantError, check_invariants
-from pawl_server.scheduler.planner import Plan, plan_step
+from pawl_server.scheduler.plan import Plan
+from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import Counts, SchedulerState, SequenceView
 from pawl_workers.plan import StepResult

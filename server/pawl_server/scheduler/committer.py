@@ -11,7 +11,7 @@ import numpy as np
 
 from pawl_server.scheduler.groups import Fork
 from pawl_server.scheduler.ledger import LedgerEntry, StaleResultError
-from pawl_server.scheduler.planner import Admission, Plan, Victim
+from pawl_server.scheduler.plan import Admission, Plan, Victim
 from pawl_server.scheduler.sequence import Ended, EndReason, Preemption, SequenceState, Status
 from pawl_server.scheduler.slots import BoolArray, IntArray
 from pawl_server.scheduler.state import SchedulerState

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
-    from pawl_server.scheduler.planner import Plan
+    from pawl_server.scheduler.plan import Plan
 
 __all__ = ["Decision", "DecisionRing", "decode"]
 

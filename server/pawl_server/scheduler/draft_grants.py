@@ -11,7 +11,7 @@ from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import LEAST_SAMPLES
 
 if TYPE_CHECKING:
-    from pawl_server.scheduler.planner import Plan
+    from pawl_server.scheduler.plan import Plan
 
 __all__ = ["grant_drafts"]
 

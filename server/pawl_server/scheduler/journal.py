@@ -17,7 +17,7 @@ from pawl_server.scheduler.admission import SchedulerLimits
 
 if TYPE_CHECKING:
     from pawl_server.scheduler.committer import Committed
-    from pawl_server.scheduler.planner import Plan
+    from pawl_server.scheduler.plan import Plan
     from pawl_server.scheduler.sequence import SequenceState
     from pawl_workers.plan import StepPlan, StepResult
 

@@ -14,7 +14,8 @@ from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler import journal
 from pawl_server.scheduler.budget import StepBudget
 from pawl_server.scheduler.committer import commit, launch, void
-from pawl_server.scheduler.planner import Plan, plan_step
+from pawl_server.scheduler.plan import Plan
+from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import SequenceRequest, SequenceState, Sibling
 from pawl_server.scheduler.speculation import Speculation
 from pawl_server.scheduler.state import SchedulerState

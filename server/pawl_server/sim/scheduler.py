@@ -17,7 +17,8 @@ from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import Refusal, SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget, StepLoad
 from pawl_server.scheduler.committer import Committed, commit, launch, void
-from pawl_server.scheduler.planner import Plan, plan_step
+from pawl_server.scheduler.plan import Plan
+from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import Ended, SequenceRequest, Sibling
 from pawl_server.scheduler.state import SchedulerState
 from pawl_server.sim.policies import Policy

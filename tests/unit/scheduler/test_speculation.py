@@ -9,7 +9,8 @@ import pytest
 
 from pawl_server.scheduler.budget import StepLoad
 from pawl_server.scheduler.committer import commit, launch
-from pawl_server.scheduler.planner import Plan, plan_step
+from pawl_server.scheduler.plan import Plan
+from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import SequenceState
 from pawl_server.scheduler.speculation import Speculation
 from pawl_workers.plan import StepResult
