@@ -135,7 +135,8 @@ _THETAS = st.sampled_from([100.0, 10000.0, 500000.0])
 
 
 @st.composite
-def _rope(draw: DrawFn, kinds: tuple[str, ...]) -> Values:
+def _rope(draw: DrawFn, kinds: tuple[str, ...], *, of_one_kind_of_layer: bool = False) -> Values:
+    """`of_one_kind_of_layer`: a section of its own; transformers 5.23 looks for `truncate` beside the sections."""
     kind = draw(st.sampled_from(kinds))
     rope: Values = {"rope_type": kind, "rope_theta": draw(_THETAS)}
     match kind:
@@ -156,7 +157,7 @@ def _rope(draw: DrawFn, kinds: tuple[str, ...]) -> Values:
                 ("attention_factor", st.sampled_from([0.7, 1.2])),
                 ("truncate", st.booleans()),
             ):
-                if draw(st.booleans()):
+                if draw(st.booleans()) and not (of_one_kind_of_layer and key == "truncate"):
                     rope[key] = draw(found)
             if draw(st.booleans()):
                 rope |= {"mscale": 0.8, "mscale_all_dim": 1.3}
@@ -226,6 +227,16 @@ def _qwen3_moe(draw: DrawFn) -> Values:
         "norm_topk_prob": draw(st.booleans()),
         "decoder_sparse_step": draw(st.integers(1, 2)),
         "mlp_only_layers": draw(st.lists(st.integers(0, 2), max_size=1)),
+    }
+
+
+@st.composite
+def _gemma(draw: DrawFn) -> Values:
+    return draw(_common()) | {
+        "rms_norm_eps": draw(_EPSILONS),
+        "attention_bias": draw(st.booleans()),
+        "hidden_act": draw(st.sampled_from(["gelu_pytorch_tanh", "gelu", "silu"])),
+        "rope_parameters": draw(_rope(("default",))),
     }
 
 
@@ -328,6 +339,25 @@ def _olmo2(draw: DrawFn) -> Values:
 
 
 @st.composite
+def _olmo3(draw: DrawFn) -> Values:
+    """Windows in all layers but every fourth, or where the configuration says so."""
+    values = draw(_common(free_head_dim=None)) | {"num_hidden_layers": draw(st.integers(2, 5))}
+    if draw(st.booleans()):
+        kinds = st.sampled_from(["full_attention", "sliding_attention"])
+        num_layers = draw(st.integers(2, 4))
+        layer_types = draw(st.lists(kinds, min_size=num_layers, max_size=num_layers))
+        values |= {"num_hidden_layers": num_layers, "layer_types": layer_types}
+    return values | {
+        "attention_bias": draw(st.booleans()),
+        "sliding_window": draw(_WINDOWS),
+        "rope_parameters": {
+            "full_attention": draw(_rope(("default", "linear", "llama3", "yarn"), of_one_kind_of_layer=True)),
+            "sliding_attention": draw(_rope(("default",))),
+        },
+    }
+
+
+@st.composite
 def _granite(draw: DrawFn) -> Values:
     values = draw(_common(free_head_dim=None))
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
@@ -376,6 +406,7 @@ FAMILIES: Mapping[str, SearchStrategy[Draft]] = {
     "qwen2": _family("Qwen2ForCausalLM", "Qwen2Config", _qwen2()),
     "qwen3": _family("Qwen3ForCausalLM", "Qwen3Config", _qwen3()),
     "qwen3-moe": _family("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _qwen3_moe()),
+    "gemma": _family("GemmaForCausalLM", "GemmaConfig", _gemma()),
     "gemma2": _family("Gemma2ForCausalLM", "Gemma2Config", _gemma2()),
     "gemma3": _family("Gemma3ForCausalLM", "Gemma3TextConfig", _gemma3()),
     "gemma3-vision": _family("Gemma3ForConditionalGeneration", "Gemma3Config", _gemma3_with_vision()),
@@ -385,6 +416,7 @@ FAMILIES: Mapping[str, SearchStrategy[Draft]] = {
     "gpt-neox-parallel": _family("GPTNeoXForCausalLM", "GPTNeoXConfig", _gpt_neox(parallel=True)),
     "gpt-neox-sequential": _family("GPTNeoXForCausalLM", "GPTNeoXConfig", _gpt_neox(parallel=False)),
     "olmo2": _family("Olmo2ForCausalLM", "Olmo2Config", _olmo2()),
+    "olmo3": _family("Olmo3ForCausalLM", "Olmo3Config", _olmo3()),
     "granite": _family("GraniteForCausalLM", "GraniteConfig", _granite()),
     "smollm3": _family("SmolLM3ForCausalLM", "SmolLM3Config", _smollm3()),
 }

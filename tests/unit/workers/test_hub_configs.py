@@ -31,6 +31,7 @@ NUM_PARAMETERS = {
     "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen3-0.6B": 596_049_920,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "google/gemma-2b": 2_506_172_416,
     "google/gemma-2-2b": 2_614_341_888,
     "google/gemma-3-1b-it": 999_885_952,
     "google/gemma-3-4b-it": 3_880_263_168,
@@ -40,6 +41,7 @@ NUM_PARAMETERS = {
     "openai-community/gpt2": 124_439_808,
     "EleutherAI/pythia-70m": 70_426_624,
     "allenai/OLMo-2-0425-1B": 1_484_916_736,
+    "allenai/Olmo-3-7B-Instruct": 7_298_011_136,
     "ibm-granite/granite-3.1-2b-instruct": 2_533_531_648,
     "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
 }
@@ -136,7 +138,9 @@ def test_qwen() -> None:
 
 
 def test_gemma() -> None:
-    two, three = read("google/gemma-2-2b"), read("google/gemma-3-1b-it")
+    first, two, three = (read(f"google/{name}") for name in ("gemma-2b", "gemma-2-2b", "gemma-3-1b-it"))
+    assert (first.head_dim, first.num_kv_heads, first.attention_scale, first.tied_head) == (256, 1, None, True)
+    assert (first.embedding_scale, first.activation) == (2048**0.5, Activation.GELU_TANH)  # it says "gelu"
     assert (two.attention_softcap, two.logit_softcap, two.attention_scale) == (50.0, 30.0, 1 / 16)
     assert two.layers[:2] == (LayerSpec(window=4096), LayerSpec())
     assert (two.embedding_scale, two.tied_head, two.activation) == (48.0, True, Activation.GELU_TANH)
@@ -180,6 +184,11 @@ def test_gpt() -> None:
 def test_olmo() -> None:
     spec = read("allenai/OLMo-2-0425-1B")
     assert (spec.query_key_norm, spec.rotaries[0].theta, spec.head_dim) == (QueryKeyNorm.WIDTH, 500000.0, 128)
+    three = read("allenai/Olmo-3-7B-Instruct")
+    local = LayerSpec(window=4096, rotary=1)
+    assert three.layers[:5] == (local, local, local, LayerSpec(rotary=0), local)
+    assert [(rotary.kind, rotary.factor) for rotary in three.rotaries] == [("yarn", 8.0), ("default", 1.0)]
+    assert (three.query_key_norm, three.max_context) == (QueryKeyNorm.WIDTH, 65536)
 
 
 def test_granite() -> None:
@@ -198,6 +207,8 @@ def test_smollm3() -> None:
     ("hub_id", "left_out"),
     [
         ("mistralai/Mistral-7B-v0.1", ["sliding_window"]),
+        ("google/gemma-2b", ["head_dim", "rope_theta", "hidden_act"]),
+        ("allenai/Olmo-3-7B-Instruct", ["sliding_window", "layer_types", "rope_theta"]),
         ("google/gemma-2-2b", ["sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "head_dim"]),
         ("google/gemma-3-1b-it", ["sliding_window_pattern", "rope_local_base_freq", "rope_theta"]),
         ("microsoft/Phi-3-mini-128k-instruct", ["original_max_position_embeddings"]),

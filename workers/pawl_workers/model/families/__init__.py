@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pawl_workers.errors import CheckpointError
-from pawl_workers.model.families import gemma, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi3, qwen, smollm3
+from pawl_workers.model.families import gemma, gpt2, gpt_neox, granite, llama, mistral, olmo, phi3, qwen, smollm3
 from pawl_workers.model.families.decoder import Family
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
 FAMILIES: Mapping[str, Family] = {
     name: family
-    for module in (llama, mistral, qwen, gemma, phi3, gpt2, gpt_neox, olmo2, granite, smollm3)
+    for module in (llama, mistral, qwen, gemma, phi3, gpt2, gpt_neox, olmo, granite, smollm3)
     for name, family in module.FAMILIES.items()
 }
 

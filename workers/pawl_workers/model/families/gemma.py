@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms before and after each block, scaled embeddings, gated GELU, local layers between global ones."""
+"""Gemma: scaled embeddings, gated GELU; 2 and 3: norms around each block, local layers between global ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows, read_rotary
-from pawl_workers.model.spec import LayerSpec, ModelSpec, QueryKeyNorm, TensorTarget
+from pawl_workers.model.spec import Activation, LayerSpec, ModelSpec, QueryKeyNorm, TensorTarget
 
 __all__ = ["FAMILIES"]
 
@@ -30,9 +30,21 @@ _NORMS = {
 }
 
 
-def _base(config: ConfigReader, architecture: str) -> ModelSpec:
+def _gemma(config: ConfigReader) -> ModelSpec:
+    _check_attention(config)
+    base = decoder_spec(config, "GemmaForCausalLM", head_dim=256, tied=True, activation="gelu_pytorch_tanh")
+    # The first checkpoints say "gelu" and mean the approximate one.
+    approximate = Activation.GELU_TANH if base.activation is Activation.GELU else base.activation
+    return replace(base, activation=approximate, embedding_scale=base.hidden_size**0.5)
+
+
+def _check_attention(config: ConfigReader) -> None:
     if config.flag("use_bidirectional_attention", False):
         raise CheckpointError("config.json: use_bidirectional_attention=true is not supported")
+
+
+def _base(config: ConfigReader, architecture: str) -> ModelSpec:
+    _check_attention(config)
     base = decoder_spec(
         config,
         architecture,
@@ -92,6 +104,10 @@ def _gemma3_with_vision(config: ConfigReader) -> ModelSpec:
     )  # capped in text models only
 
 
+def _gemma_names(model: ModelSpec) -> dict[str, TensorTarget]:
+    return decoder_names(model, norm_added=1.0)
+
+
 def _names(model: ModelSpec) -> dict[str, TensorTarget]:
     return decoder_names(model, norms=_NORMS, norm_added=1.0)  # norms store their distance from 1
 
@@ -101,6 +117,7 @@ def _text_names(model: ModelSpec) -> dict[str, TensorTarget]:
 
 
 FAMILIES = {
+    "GemmaForCausalLM": Family(_gemma, _gemma_names),
     "Gemma2ForCausalLM": Family(_gemma2, _names),
     "Gemma3ForCausalLM": Family(_gemma3, _names),
     "Gemma3ForConditionalGeneration": Family(  # text in, text out: images are not served
