@@ -30,6 +30,7 @@ class Recorder:
     prompt_logprobs: list[engine_pb2.PromptLogprobs] = field(default_factory=list)
     ends: list[engine_pb2.End] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    defects: list[Exception] = field(default_factory=list)
     done: asyncio.Event = field(default_factory=asyncio.Event)
     first_token: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -57,6 +58,11 @@ class Recorder:
     def on_lost(self, detail: str) -> None:
         """Note it."""
         self.lost.append(detail)
+        self.done.set()
+
+    def on_defect(self, error: Exception) -> None:
+        """Note it."""
+        self.defects.append(error)
         self.done.set()
 
     @property

@@ -72,6 +72,11 @@ class _Scored:
         text = f"the replica of this request was lost: {detail}"
         self._fail(Unavailable(text, reason="WORKER_LOST", retry_after=self._core.admission.retry_after()))
 
+    def on_defect(self, error: Exception) -> None:
+        """A defect of ours: the call fails, and logs the cause under its id."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
     def _fail(self, error: PawlError) -> None:
         if not self.done.done():
             self.done.set_exception(error)

@@ -137,7 +137,7 @@ class RequestStream:
             if self._engine is not None:
                 self._engine.abort(reason)
 
-    # What the link calls. Nothing may escape from here: the link would end the sequence without telling the reader.
+    # What the link calls. It tells `on_defect` of what escapes.
 
     def on_tokens(
         self, indices: Sequence[int], token_ids: Sequence[int], logprobs: Sequence[engine_pb2.PositionLogprobs]
@@ -145,27 +145,23 @@ class RequestStream:
         """New tokens."""
         if self._chosen is not None or self._mailbox.finished:
             return
-        try:
-            repeats = self.journal.accept(indices, token_ids)
-            self._show(token_ids[repeats:], logprobs[repeats:])
-        except Exception as error:
-            self._fail(error)
+        repeats = self.journal.accept(indices, token_ids)
+        self._show(token_ids[repeats:], logprobs[repeats:])
 
     def on_prompt_logprobs(self, frame: engine_pb2.PromptLogprobs) -> None:
         """Log-probabilities of a stretch of the prompt."""
         expected = len(self._prompt_logprobs) + 1
         skip = expected - frame.first_position
         if skip < 0:
-            self._fail(ValueError(f"prompt log-probabilities begin at {frame.first_position}, expected {expected}"))
-        else:
-            self._prompt_logprobs += frame.positions[skip:]
+            raise ValueError(f"prompt log-probabilities begin at {frame.first_position}, expected {expected}")
+        self._prompt_logprobs += frame.positions[skip:]
 
     def on_end(self, end: engine_pb2.End) -> None:
-        """The engine ended the sequence."""
+        """The engine ended the sequence, or has not said so in time."""
         try:
             self._settle(end)
-        except Exception as error:
-            self._fail(error)
+        except Exception as error:  # also called by timers, behind which nobody stands
+            self.on_defect(error)
 
     def on_lost(self, detail: str) -> None:
         """The engine is lost."""
@@ -181,6 +177,16 @@ class RequestStream:
                 retry_after=self._retry_after(),
             )
         )
+
+    def on_defect(self, error: Exception) -> None:
+        """A defect of ours or of the engine: end the request, log the cause once."""
+        if self._mailbox.finished:
+            return
+        log.error("request %s: the stream failed", self._request_id, exc_info=error)
+        text = "internal error; the server's log has the cause under this request id"
+        self._finish(ServerError(text, request_id=self._request_id))
+        if self._engine is not None:
+            self._engine.abort(engine_pb2.ABORT_REASON_INTERNAL)
 
     def _show(self, token_ids: Sequence[int], logprobs: Sequence[engine_pb2.PositionLogprobs]) -> None:
         """Hand new tokens to the reader, up to a stop token or a stop string."""
@@ -209,7 +215,10 @@ class RequestStream:
             self._end_early(_STOP, engine_pb2.ABORT_REASON_STOP_STRING)
 
     def _on_time_limit(self) -> None:
-        self._end_early(_TIME_LIMIT, engine_pb2.ABORT_REASON_TIME_LIMIT)
+        try:
+            self._end_early(_TIME_LIMIT, engine_pb2.ABORT_REASON_TIME_LIMIT)
+        except Exception as error:
+            self.on_defect(error)
 
     def _end_early(self, chosen: Ending, reason: engine_pb2.AbortReason.ValueType) -> None:
         """Choose the end here; the engine's own `End` then only brings its figures."""
@@ -278,16 +287,6 @@ class RequestStream:
             metadata={"output_tokens": str(self.num_tokens)},
             retry_after=self._retry_after(),
         )
-
-    def _fail(self, error: Exception) -> None:
-        """A defect of ours or of the engine: end the request, log the cause once."""
-        if self._mailbox.finished:
-            return
-        log.error("request %s: the stream failed", self._request_id, exc_info=error)
-        text = "internal error; the server's log has the cause under this request id"
-        self._finish(ServerError(text, request_id=self._request_id))
-        if self._engine is not None:
-            self._engine.abort(engine_pb2.ABORT_REASON_INTERNAL)
 
     def _finish(self, ending: Finish | PawlError) -> None:
         for timer in self._timers:

@@ -66,19 +66,35 @@ async def test_frames_of_unknown_handles_are_ignored() -> None:
         assert len(recorder.ends) == 1
 
 
-async def test_a_callback_that_raises_costs_its_own_stream_only() -> None:
-    class Broken(Recorder):
-        def on_tokens(self, *_: object) -> None:
-            raise ValueError("planted")
+def _raise(*_: object) -> None:
+    raise ValueError("planted")
 
+
+@pytest.mark.parametrize("callback", ["on_tokens", "on_prompt_logprobs", "on_end", "on_lost"])
+async def test_a_callback_that_raises_ends_its_own_stream_only(callback: str) -> None:
+    """It is told so, once and with the error; the engine is told to end the sequence unless it has."""
+    broken_type = type("Broken", (Recorder,), {callback: _raise})
     async with scripted_engine() as engine, engine.link() as link:
-        broken = link.open(submit_frame([1]), Broken())
+        broken_recorder = broken_type()
+        broken = link.open(submit_frame([1]), broken_recorder)
         whole, recorder = open_stream(link, [1])
-        engine.send(_tokens((broken.handle, 0, 5), (whole.handle, 0, 5)), _end(whole.handle))
+        frames = {
+            "on_tokens": _tokens((broken.handle, 0, 5)),
+            "on_prompt_logprobs": engine_pb2.ConnectResponse(
+                prompt_logprobs=engine_pb2.PromptLogprobs(handle=broken.handle, first_position=1)
+            ),
+            "on_end": _end(broken.handle),
+            "on_lost": _tokens((broken.handle, 3, 5)),  # a gap
+        }
+        engine.send(frames[callback], _tokens((whole.handle, 0, 5)), _end(broken.handle), _end(whole.handle))
         await ended(recorder)
         assert recorder.token_ids == [5]
-        await until(lambda: (broken.handle, engine_pb2.ABORT_REASON_INTERNAL) in engine.aborts)
+        (error,) = broken_recorder.defects
+        assert str(error) == "planted"
+        assert not broken_recorder.ends
         assert not link.closed.done()
+        if callback != "on_end":
+            await until(lambda: (broken.handle, engine_pb2.ABORT_REASON_INTERNAL) in engine.aborts)
 
 
 async def test_a_broken_stream_is_told_once_to_everyone_and_open_refuses() -> None:

@@ -298,13 +298,16 @@ class EngineLink:
     def _tell(
         self, stream: EngineStream, callback: Callable[Told, None], *told: Told.args, **named: Told.kwargs
     ) -> None:
-        """Call back. A callback that raises costs its own sequence, never the link."""
+        """Call back. A callback that raises ends its own sequence at once, never the link."""
         try:
             callback(*told, **named)
-        except Exception:
-            log.exception("sequence %d of engine %s: a callback failed", stream.handle, self.address)
+        except Exception as error:
             if self._streams.pop(stream.handle, None):
                 self._send_abort([stream.handle], engine_pb2.ABORT_REASON_INTERNAL)
+            try:
+                stream.events.on_defect(error)
+            except Exception:
+                log.exception("sequence %d of engine %s: nobody takes its failure", stream.handle, self.address)
 
     def _drop(self, stream: EngineStream, detail: str) -> None:
         """Give up a sequence whose tokens do not fit together."""

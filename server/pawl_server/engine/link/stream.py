@@ -13,9 +13,10 @@ Abort = Callable[[int, "engine_pb2.AbortReason.ValueType"], None]
 
 
 class StreamEvents(Protocol):
-    """What the caller of `EngineLink.open` is told. Called from the read loop: must neither block nor raise.
+    """What the caller of `EngineLink.open` is told. Called from the read loop: must not block.
 
-    After `on_end` or `on_lost`, of which there is exactly one, nothing follows.
+    After `on_end`, `on_lost` or `on_defect`, nothing follows. One of the first two comes, and only if a callback
+    raised, that one included, the third.
     """
 
     def on_tokens(
@@ -34,6 +35,9 @@ class StreamEvents(Protocol):
 
     def on_lost(self, detail: str) -> None:
         """The engine, or the thread of this sequence, was lost; `detail` says how."""
+
+    def on_defect(self, error: Exception) -> None:
+        """A callback of this sequence raised this: the engine is told to end it. Must not raise."""
 
 
 class EngineStream:
