@@ -60,6 +60,10 @@ class _Stream:
         self.failure = detail
         self.done.set()
 
+    def on_defect(self, error: Exception) -> None:
+        self.failure = repr(error)
+        self.done.set()
+
 
 async def measure_steps(num_streams: int, num_tokens: int, rounds: int, depth: int, num_threads: int) -> list[StepCost]:
     """Decode `num_streams` streams of `num_tokens` tokens of each kind, in turns.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 
@@ -20,8 +21,16 @@ from tests.fakes.scripted_engine import ScriptedEngine, scripted_engine
 RULES = StopRules(None, 0, (), (), include_stop=False, ignore_eos=False, max_duration_s=60.0)
 
 
-def _raise(*_: object) -> float:
+def _raise() -> NoReturn:
     raise ValueError("planted")
+
+
+def _nothing() -> None:
+    pass
+
+
+def _second() -> float:
+    return 1.0
 
 
 def _stream(submit: engine_pb2.Submit, *, planted: str) -> RequestStream:
@@ -34,9 +43,9 @@ def _stream(submit: engine_pb2.Submit, *, planted: str) -> RequestStream:
         request_id="the-request",
         path="",
         arrived=0.0,
-        on_first_token=_raise if planted == "on_first_token" else lambda: None,
+        on_first_token=_raise if planted == "on_first_token" else _nothing,
         on_tokens_made=lambda _: None,
-        retry_after=_raise if planted == "retry_after" else lambda: 1.0,
+        retry_after=_raise if planted == "retry_after" else _second,
     )
 
 
@@ -62,9 +71,7 @@ CASES: dict[str, tuple[str, Callable[[ScriptedEngine, int], None]]] = {
 
 
 @pytest.mark.parametrize("callback", CASES)
-async def test_a_callback_that_raises_ends_the_request_at_once(
-    callback: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_callback_that_raises_ends_the_request_at_once(callback: str, caplog: pytest.LogCaptureFixture) -> None:
     planted, act = CASES[callback]
     async with scripted_engine() as engine, engine.link() as link:
         submit = submit_frame([1, 2, 3])
