@@ -97,6 +97,7 @@ def _measure(case: str, options: argparse.Namespace, folder: Path, limits: GpuLi
                 if [len(ids) for ids in outcome.token_ids] != [one.output_tokens for one in requests]:
                     raise RuntimeError(f"{engine.name} generated other lengths than asked for")
                 row.rates[engine.name].append(outcome.tokens_per_s)
+                sys.stderr.write(f"round {number + 1}, {engine.name}: {outcome.tokens_per_s:.0f} tokens/s\n")
     del pawl, peer
     gc.collect()
     torch.cuda.empty_cache()
