@@ -142,7 +142,7 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
         shape=shape,
         max_context=min(spec.max_context, options.max_context or spec.max_context),
         available_bytes=available_bytes(device),
-        weight_bytes=reading.held_bytes(spec, kernels, dtype),
+        weight_bytes=reading.held_bytes(kernels, dtype),
         activation_bytes=activation_bytes(spec, options.max_batch_tokens, options.max_running, dtype.itemsize),
         block_bytes=spec.num_layers
         * kernels.cache_dtype(dtype).itemsize

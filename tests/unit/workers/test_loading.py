@@ -19,7 +19,8 @@ from pawl_workers.kernels.reference import ReferenceKernels
 from pawl_workers.model.loading import load_weights, read_config
 from pawl_workers.model.source import checkpoint_revision, resolve_checkpoint, weight_files
 from pawl_workers.model.weights import MlpWeights, Weights
-from tests.fakes.checkpoints import make_gpt2, make_llama
+from tests.fakes.checkpoints import load_reference, make_gpt2, make_llama
+from tests.fakes.logit_runner import LogitRunner
 
 CPU = torch.device("cpu")
 
@@ -121,6 +122,23 @@ def test_missing_left_over_and_misshapen_tensors_are_refused(tmp_path: Path) -> 
     change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48).to(torch.int8)}))
     with pytest.raises(CheckpointError, match="stored as I8"):
         load(folder)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "onednn", "cpu"])
+def test_a_head_that_is_stored_though_tied_is_what_transformers_takes(tmp_path: Path, kernels: str) -> None:
+    """The same as the embedding it is superfluous; another, as fine-tuning may leave it, is the head."""
+    folder = make_llama(tmp_path, tie_word_embeddings=True)
+    token_ids = [3, 1, 4, 1, 5]
+    tied = LogitRunner(folder, kernels, max_running=1).alone(token_ids)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    assert torch.equal(LogitRunner(folder, kernels, max_running=1).alone(token_ids), tied)
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.flip(0)}))
+    with torch.no_grad():
+        wanted = load_reference(folder)(torch.tensor([token_ids])).logits[0]
+    found = LogitRunner(folder, kernels, max_running=1).alone(token_ids)
+    assert (found - wanted).abs().max() < 1e-4
+    assert (found - tied).abs().max() > 0.1
 
 
 def test_memory_is_checked_before_reading(tmp_path: Path) -> None:

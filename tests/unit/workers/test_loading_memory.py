@@ -63,7 +63,7 @@ def test_no_more_than_packed_weights_and_one_tensor(
         lambda: load_weights(config, kernels, CPU, torch.float32, 1 << 40, reading=reading), tmp_path
     )
     assert weights.num_bytes <= peak <= weights.num_bytes + max(sizes.values()) + waiting + SLACK_BYTES
-    assert weights.num_bytes == reading.held_bytes(config.spec, kernels, torch.float32)
+    assert weights.num_bytes == reading.held_bytes(kernels, torch.float32)
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
@@ -76,5 +76,5 @@ def test_what_will_be_held_is_known_before_it_is_read(
     config = read_config(make(tmp_path, dtype=stored))
     reading = plan_reading(config, folder_headers(tmp_path))
     weights = load_weights(config, packer(), CPU, torch.float32, 1 << 40)
-    assert reading.held_bytes(config.spec, packer(), torch.float32) == weights.num_bytes
+    assert reading.held_bytes(packer(), torch.float32) == weights.num_bytes
     assert reading.num_parameters == weights.num_parameters

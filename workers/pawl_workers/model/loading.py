@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -117,9 +117,9 @@ class Reading:
             sizes[name] = sizes.get(name, 0) + entry.stored.num_bytes
         return tuple(sorted(sizes, key=lambda name: -sizes[name]))
 
-    def held_bytes(self, spec: ModelSpec, packer: Packer, dtype: torch.dtype) -> int:
+    def held_bytes(self, packer: Packer, dtype: torch.dtype) -> int:
         """Bytes that the packed weights will take: exact for 16-bit weights, else the most."""
-        return held_bytes(self.slots, packer, dtype, tied_head=spec.tied_head)
+        return held_bytes(self.slots, packer, dtype)
 
 
 def plan_reading(config: CheckpointConfig, stored: Sequence[StoredTensor]) -> Reading:
@@ -129,7 +129,7 @@ def plan_reading(config: CheckpointConfig, stored: Sequence[StoredTensor]) -> Re
         CheckpointError: tensors are missing, left over, stored twice, or of the wrong shape or type.
     """
     shapes = slot_shapes(config.spec)
-    names = config.family.names(config.spec)
+    names = _names(config, {tensor.name for tensor in stored})
     prefix, ignored, other_parts = config.family.prefix, config.family.ignored, config.family.other_parts
     entries: list[_Entry] = []
     left_over: list[str] = []
@@ -141,7 +141,7 @@ def plan_reading(config: CheckpointConfig, stored: Sequence[StoredTensor]) -> Re
             entries.append(_Entry(tensor, target))
         elif tensor.name.startswith(other_parts):
             continue
-        elif not (tensor.name.endswith(ignored) or (config.spec.tied_head and tensor.name == "lm_head.weight")):
+        elif not tensor.name.endswith(ignored):
             left_over.append(tensor.name)
     found = {(entry.target.slot, entry.target.row) for entry in entries}
     missing = [name for name, target in names.items() if (target.slot, target.row) not in found]
@@ -154,6 +154,14 @@ def plan_reading(config: CheckpointConfig, stored: Sequence[StoredTensor]) -> Re
     if len(found) < len(entries):
         raise CheckpointError(f"{config.folder}: a tensor is stored twice")
     return Reading(tuple(entries), _slots(entries, shapes))
+
+
+def _names(config: CheckpointConfig, stored: Set[str]) -> Mapping[str, TensorTarget]:
+    """What is to be read; of a tied head, too, where it is stored: it need not be the embedding, whatever is said."""
+    untied = config.family.names(replace(config.spec, tied_head=False))
+    if any(target.slot == "head.weight" and name in stored for name, target in untied.items()):
+        return untied
+    return config.family.names(config.spec)
 
 
 def plan_dummy(config: CheckpointConfig, kind: str = "BF16") -> Reading:
@@ -211,7 +219,7 @@ def load_weights(
     """
     if reading is None:
         reading = plan_reading(config, folder_headers(config.folder))
-    needed = reading.held_bytes(config.spec, packer, dtype)
+    needed = reading.held_bytes(packer, dtype)
     if needed > available_bytes:
         raise OutOfMemoryError(
             f"{config.folder}: the weights need {needed / 1e9:.2f} GB as {dtype}, "

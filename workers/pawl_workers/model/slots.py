@@ -96,14 +96,13 @@ def _waiting_dtype(name: str, slot: Slot, packer: Packer, dtype: torch.dtype) ->
     return dtype
 
 
-def held_bytes(slots: Mapping[str, Slot], packer: Packer, dtype: torch.dtype, *, tied_head: bool) -> int:
+def held_bytes(slots: Mapping[str, Slot], packer: Packer, dtype: torch.dtype) -> int:
     """Bytes that the weights of these slots will take, packed: exact for 16-bit weights, else the most.
 
     Args:
-        slots: all that will be filled.
+        slots: all that will be filled; without a head the embedding is packed as one, too.
         packer: the kernel backend.
         dtype: the model's type.
-        tied_head: the embedding is packed, too, as the head.
     """
     total = 0
     for name, slot in slots.items():
@@ -111,7 +110,7 @@ def held_bytes(slots: Mapping[str, Slot], packer: Packer, dtype: torch.dtype, *,
             total += packer.packed_bytes(slot.shape, slot.stored, dtype)
         else:
             total += math.prod(slot.shape) * _waiting_dtype(name, slot, packer, dtype).itemsize
-        if name == "embedding" and tied_head:
+        if name == "embedding" and "head.weight" not in slots:
             total += packer.packed_bytes(slot.shape, slot.stored, dtype)
     return total
 
@@ -157,11 +156,12 @@ class Slots:
         """Put the slots together; every slot must be filled."""
         embedding = self._tensors["embedding"]
         layers = tuple(self._layer(spec, i) for i in range(spec.num_layers))
-        head = self._tied_head(embedding) if spec.tied_head else self._linears["head"]
+        is_tied = "head" not in self._linears
+        head = self._tied_head(embedding) if is_tied else self._linears["head"]
         final_norm = self._norm(spec, "final_norm")
         if final_norm is None:
             raise AssertionError("every family has a final norm")
-        packed = list(self._linears.values()) + ([head] if spec.tied_head else [])
+        packed = list(self._linears.values()) + ([head] if is_tied else [])
         biases = [linear.bias for linear in packed if linear.bias is not None]
         kept = [*self._tensors.values(), *biases]
         return Weights(

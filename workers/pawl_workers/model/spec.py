@@ -112,7 +112,7 @@ class ModelSpec:
     vocab_size: int  # V
     max_context: int  # positions
     norm_epsilon: float
-    tied_head: bool
+    tied_head: bool  # the head is the embedding, unless a checkpoint stores one
     rotaries: tuple[RotarySpec, ...]  # none: learned position embeddings
     norm: NormKind = NormKind.RMS
     activation: Activation = Activation.SILU
