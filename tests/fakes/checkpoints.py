@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 __all__ = ["NAMED", "add_tokenizer", "load_reference", "make_gpt2", "make_llama"]
 
@@ -120,9 +121,8 @@ def add_tokenizer(folder: Path) -> None:
 
 def load_reference(folder: Path) -> PreTrainedModel:
     """Load a checkpoint with transformers in float32, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
+    architecture: type[PreTrainedModel] = getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
+    model = architecture.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     return model.eval()

@@ -67,7 +67,8 @@ def write_checkpoint(folder: Path, draft: Draft) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * _spread(name, parameter) + _mean(name, draft.architecture))
+            spread = _spread(name, parameter, is_transposed=_is_transposed(name, draft.architecture))
+            parameter.copy_(noise * spread + _mean(name, draft.architecture))
     model.to(draft.dtype).save_pretrained(folder)
     return load_reference(folder)
 
@@ -81,14 +82,17 @@ def _mean(name: str, architecture: str) -> float:
     return 1.0 if _is_norm(name) and name.endswith("weight") and not architecture.startswith("Gemma") else 0.0
 
 
-def _spread(name: str, parameter: torch.Tensor) -> float:
+def _is_transposed(name: str, architecture: str) -> bool:
+    return architecture.startswith("GPT2") and any(part in name for part in ("c_attn", "c_proj", "c_fc"))
+
+
+def _spread(name: str, parameter: torch.Tensor, *, is_transposed: bool) -> float:
     if _is_norm(name) or name.endswith("bias"):
         return 0.3
     if "wpe" in name:
         return 0.5
     if any(part in name for part in ("embed_tokens", "embed_in", "wte", "lm_head", "embed_out")):
         return 2.0 / math.sqrt(parameter.shape[1])
-    is_transposed = "c_attn" in name or "c_proj" in name or "c_fc" in name
     inputs = parameter.shape[0] if is_transposed else parameter.shape[-1]
     return 1.0 / math.sqrt(inputs)
 
@@ -377,6 +381,88 @@ def _granite(draw: DrawFn) -> Values:
 
 
 @st.composite
+def _starcoder2(draw: DrawFn) -> Values:
+    return draw(_common(free_head_dim=None)) | {
+        "sliding_window": draw(st.none() | _WINDOWS),
+        "use_bias": draw(st.booleans()),
+        "norm_epsilon": draw(_EPSILONS),
+        "hidden_act": draw(st.sampled_from(["gelu_pytorch_tanh", "gelu", "relu"])),
+        "rope_parameters": draw(_rope(("default", "yarn"))),
+    }
+
+
+@st.composite
+def _partly_turned(draw: DrawFn, *, free_head_dim: bool = False) -> Values:
+    """Heads of which a share turns."""
+    values = draw(_common(free_head_dim=free_head_dim))
+    heads = values["num_attention_heads"]
+    assert isinstance(heads, int)
+    head_dim, share = draw(st.sampled_from([(16, 0.25), (16, 0.5), (20, 0.4), (20, 0.5), (24, 0.75), (18, 1.0)]))
+    width = heads * draw(st.integers(16, 24)) if free_head_dim else heads * head_dim
+    rope: Values = {"rope_type": "default", "rope_theta": draw(_THETAS), "partial_rotary_factor": share}
+    values |= {"hidden_size": width, "rope_parameters": rope}
+    return values | {"head_dim": head_dim} if free_head_dim else values
+
+
+@st.composite
+def _phi(draw: DrawFn) -> Values:
+    return draw(_partly_turned()) | {
+        "layer_norm_eps": draw(_EPSILONS),
+        "hidden_act": draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
+    }
+
+
+@st.composite
+def _stablelm(draw: DrawFn, *, parallel: bool) -> Values:
+    return draw(_partly_turned()) | {
+        "layer_norm_eps": draw(_EPSILONS),
+        "use_qkv_bias": draw(st.booleans()),
+        "use_parallel_residual": parallel,
+    }
+
+
+@st.composite
+def _cohere(draw: DrawFn) -> Values:
+    return draw(_common(free_head_dim=None)) | draw(_cohere_flags())
+
+
+@st.composite
+def _cohere_flags(draw: DrawFn) -> Values:
+    return {
+        "attention_bias": draw(st.booleans()),
+        "layer_norm_eps": draw(_EPSILONS),
+        "logit_scale": draw(st.sampled_from([0.25, 0.7, 1.5])),
+        "rope_parameters": draw(_rope(("default", "dynamic", "linear"))),
+    }
+
+
+@st.composite
+def _cohere2(draw: DrawFn) -> Values:
+    """Only layers with a window turn."""
+    values = draw(_common(free_head_dim=False)) | draw(_cohere_flags()) | {"num_hidden_layers": draw(st.integers(2, 4))}
+    return values | {"sliding_window": draw(_WINDOWS), "sliding_window_pattern": draw(st.integers(2, 4))}
+
+
+@st.composite
+def _glm(draw: DrawFn) -> Values:
+    return draw(_partly_turned(free_head_dim=True)) | {
+        "attention_bias": draw(st.booleans()),
+        "rms_norm_eps": draw(_EPSILONS),
+    }
+
+
+@st.composite
+def _mistral3(draw: DrawFn) -> Values:
+    """A text part between the parts that see, which take no part."""
+    vision: Values = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {
+        "text_config": draw(_mistral()) | {"model_type": "mistral"},
+        "vision_config": vision | {"model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_size": 14},
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+
+
+@st.composite
 def _smollm3(draw: DrawFn) -> Values:
     values = draw(_common(free_head_dim=None)) | {
         "num_hidden_layers": draw(st.integers(2, 4)),
@@ -418,6 +504,15 @@ FAMILIES: Mapping[str, SearchStrategy[Draft]] = {
     "olmo2": _family("Olmo2ForCausalLM", "Olmo2Config", _olmo2()),
     "olmo3": _family("Olmo3ForCausalLM", "Olmo3Config", _olmo3()),
     "granite": _family("GraniteForCausalLM", "GraniteConfig", _granite()),
+    "starcoder2": _family("Starcoder2ForCausalLM", "Starcoder2Config", _starcoder2()),
+    "phi": _family("PhiForCausalLM", "PhiConfig", _phi()),
+    "stablelm": _family("StableLmForCausalLM", "StableLmConfig", _stablelm(parallel=False)),
+    "stablelm-parallel": _family("StableLmForCausalLM", "StableLmConfig", _stablelm(parallel=True)),
+    "cohere": _family("CohereForCausalLM", "CohereConfig", _cohere()),
+    "cohere2": _family("Cohere2ForCausalLM", "Cohere2Config", _cohere2()),
+    "glm": _family("GlmForCausalLM", "GlmConfig", _glm()),
+    "glm4": _family("Glm4ForCausalLM", "Glm4Config", _glm()),
+    "mistral3-vision": _family("Mistral3ForConditionalGeneration", "Mistral3Config", _mistral3()),
     "smollm3": _family("SmolLM3ForCausalLM", "SmolLM3Config", _smollm3()),
 }
 """Variants by name: each draws a checkpoint."""

@@ -25,6 +25,9 @@ _BEFORE = {
     "ln_2": "mlp norm",
 }
 _AFTER = {**_BEFORE, **_AROUND, "post_attention_layernorm": "attention output norm"}
+_FOUR = {**_BEFORE, "post_self_attn_layernorm": "attention output norm", "post_mlp_layernorm": "mlp output norm"}
+_PARALLEL = ("phi", "cohere", "cohere2")
+_INTERLEAVED = ("cohere", "cohere2", "glm", "glm4")
 
 Found = dict[str, Tensor]
 
@@ -47,24 +50,34 @@ def trace_reference(model: PreTrainedModel, token_ids: list[int]) -> Stages:
     return {name: value.float() for name, value in _merged(model, found).items()}
 
 
+def _text_part(model: PreTrainedModel) -> nn.Module:
+    found = getattr(model.base_model, "language_model", model.base_model)
+    assert isinstance(found, nn.Module)
+    return found
+
+
 def _hooks(model: PreTrainedModel, found: Found) -> Iterator[RemovableHandle]:
-    base = getattr(model.base_model, "language_model", model.base_model)
+    base = _text_part(model)
     layers = _child(base, "layers", "h")
     assert isinstance(layers, nn.ModuleList)
     yield _before(layers[0], found, "embedding")
-    yield _after(_child(base, "norm", "final_layer_norm", "ln_f"), found, "final norm")
+    yield _after(_child(base, "norm", "final_layer_norm", "final_layernorm", "ln_f"), found, "final norm")
+    is_parallel = getattr(model.config, "use_parallel_residual", model.config.model_type in _PARALLEL)
     for i, layer in enumerate(layers):
         at = f"layer {i}: "
-        yield from _layer_hooks(layer, found, at, is_parallel=getattr(model.config, "use_parallel_residual", False))
+        yield from _layer_hooks(layer, found, at, is_parallel=is_parallel)
         yield _after(layer, found, at + "residual after mlp")
 
 
 def _layer_hooks(layer: nn.Module, found: Found, at: str, *, is_parallel: bool) -> Iterator[RemovableHandle]:
     norms = _AFTER if hasattr(layer, "post_feedforward_layernorm") else _BEFORE
+    norms = _FOUR if hasattr(layer, "post_self_attn_layernorm") else norms
     modules = {norms[name]: module for name, module in layer.named_children() if name in norms}
     for name, module in modules.items():
         yield _after(module, found, at + name)
     mlp = _child(layer, "mlp")
+    if is_parallel and "mlp norm" not in modules:  # one norm for both
+        yield _after(modules["attention norm"], found, at + "mlp norm")
     if not is_parallel:
         yield _before(modules.get("mlp norm", mlp), found, at + "residual after attention")
     yield _after(mlp, found, at + "mlp")
@@ -109,7 +122,7 @@ Attention = Callable[..., tuple[Tensor, Tensor]]
 @contextmanager
 def _recorded_attention(model: PreTrainedModel, found: Found) -> Iterator[None]:
     """Keep what the attention function of the model's own file gets and gives."""
-    file = sys.modules[type(model).__module__]
+    file = sys.modules[type(_text_part(model)).__module__]
     attend: Attention = file.eager_attention_forward
 
     def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> object:
@@ -126,6 +139,8 @@ def _recorded_attention(model: PreTrainedModel, found: Found) -> Iterator[None]:
 
 def _merged(model: PreTrainedModel, found: Found) -> Found:
     """Put the projections of each layer together as ours are: queries, then keys, then values."""
+    if model.config.model_type in _INTERLEAVED:
+        found = {name: _apart(model, name, value) for name, value in found.items()}
     stages: Found = {}
     for name, value in found.items():
         at, _, part = name.rpartition(": ")
@@ -143,3 +158,14 @@ def _merged(model: PreTrainedModel, found: Found) -> Found:
             case _:
                 stages[name] = value
     return stages
+
+
+def _apart(model: PreTrainedModel, name: str, value: Tensor) -> Tensor:
+    """Queries and keys in the order of ours: the first of each pair of dimensions that turn, then the second."""
+    if not name.endswith(("q_proj", "k_proj", "turned")):
+        return value
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    turned = torch.arange(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
+    order = torch.cat([turned[::2], turned[1::2], torch.arange(len(turned), head_dim)])
+    return value.view(len(value), -1, head_dim)[..., order].reshape(value.shape)

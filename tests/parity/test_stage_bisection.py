@@ -78,6 +78,9 @@ MOE = draft(
 )
 NEOX = draft("GPTNeoXForCausalLM", "GPTNeoXConfig", num_key_value_heads=4)
 OLMO2 = draft("Olmo2ForCausalLM", "Olmo2Config")
+COHERE = draft("CohereForCausalLM", "CohereConfig", logit_scale=0.25)
+PHI = draft("PhiForCausalLM", "PhiConfig", num_key_value_heads=4)
+GLM4 = draft("Glm4ForCausalLM", "Glm4Config", head_dim=12)
 SMOLLM3 = draft("SmolLM3ForCausalLM", "SmolLM3Config", no_rope_layer_interval=2)
 GPT2 = Draft(
     "GPT2LMHeadModel",
@@ -187,6 +190,24 @@ FAULTS: dict[str, tuple[Draft, Plant, str, int]] = {
         "layer 0: residual after attention",
         0,
     ),
+    "pairs left side by side": (
+        COHERE,
+        in_names("self_attn.q_proj.weight", lambda target: replace(target, interleaved=None)),
+        "layer 0: query-key-value projection",
+        0,
+    ),
+    "pairs apart by half a head": (
+        GLM4,
+        in_names(
+            "k_proj.weight",
+            lambda t: replace(t, interleaved=t.interleaved and replace(t.interleaved, rotary_dim=12)),
+        ),
+        "layer 0: query-key-value projection",
+        0,
+    ),
+    "one norm for two": (PHI, in_spec(lambda s: replace(s, norm_epsilon=1e-2)), "layer 0: attention norm", 0),
+    "wrong scale of logits": (COHERE, in_spec(lambda s: replace(s, logit_divisor=2.0)), "logits", 0),
+    "SiLU for GELU": (PHI, in_spec(lambda s: replace(s, activation=Activation.SILU)), "layer 0: mlp", 0),
     "norm before its block": (
         OLMO2,
         in_names("post_attention_layernorm.weight", lambda t: replace(t, slot=t.slot.replace("_output", ""))),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 
 from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
@@ -38,6 +39,14 @@ NUM_PARAMETERS = {
     "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
     "microsoft/Phi-3-mini-128k-instruct": 3_821_079_552,
     "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": 23_572_403_200,
+    "bigcode/starcoder2-3b": 3_030_371_328,
+    "microsoft/phi-2": 2_779_683_840,
+    "stabilityai/stablelm-2-1_6b": 1_644_515_328,
+    "CohereLabs/aya-expanse-8b": 8_028_033_024,
+    "CohereLabs/c4ai-command-r7b-12-2024": 8_028_033_024,
+    "zai-org/glm-4-9b-chat-hf": 9_399_951_360,
+    "zai-org/GLM-4-9B-0414": 9_400_279_040,
     "openai-community/gpt2": 124_439_808,
     "EleutherAI/pythia-70m": 70_426_624,
     "allenai/OLMo-2-0425-1B": 1_484_916_736,
@@ -57,9 +66,8 @@ def reference(hub_id: str, folder: Path) -> PreTrainedModel:
     (folder / "config.json").write_text(json.dumps(dict(HUB_CONFIGS[hub_id])))
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        if config.model_type == "gemma3":
-            return Gemma3ForConditionalGeneration(config)
-        return AutoModelForCausalLM.from_config(config)
+        made: PreTrainedModel = getattr(transformers, config.architectures[0])(config)
+        return made
 
 
 def text_part(model: PreTrainedModel) -> PreTrainedModel:
@@ -74,7 +82,7 @@ def test_sizes_are_those_of_the_published_model(hub_id: str, tmp_path: Path) -> 
     num_parameters = sum(math.prod(shapes[slot]) for slot in {target.slot for target in names.values()})
     assert num_parameters == NUM_PARAMETERS[hub_id]
     left_out = 0
-    if spec.architecture == "Gemma3ForConditionalGeneration":
+    if spec.architecture.endswith("ForConditionalGeneration"):
         left_out = sum(
             parameter.numel()
             for name, parameter in model.named_parameters()
@@ -181,6 +189,57 @@ def test_gpt() -> None:
     assert (neox.activation, neox.qkv_bias, neox.tied_head) == (Activation.GELU, True, False)
 
 
+def test_mistral_with_vision_is_read_for_its_text() -> None:
+    spec = read("mistralai/Mistral-Small-3.1-24B-Instruct-2503")
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size) == (32, 8, 128, 131072)
+    assert (spec.rotaries[0].theta, spec.max_context, spec.tied_head, set(spec.layers)) == (
+        1e9,
+        131072,
+        False,
+        {LayerSpec()},
+    )
+    names = FAMILIES[spec.architecture].names(spec)
+    assert all(name.startswith(("language_model.model.", "language_model.lm_head.")) for name in names)
+
+
+def test_starcoder() -> None:
+    spec = read("bigcode/starcoder2-3b")
+    assert (spec.norm, spec.gated_mlp, spec.mlp_bias, spec.tied_head) == (NormKind.LAYER, False, True, True)
+    assert set(spec.layers) == {LayerSpec(window=4096)}
+
+
+def test_phi_with_parallel_blocks() -> None:
+    spec = read("microsoft/phi-2")
+    assert (spec.norm, spec.parallel_blocks, spec.head_bias, spec.rotaries[0].rotary_dim) == (
+        NormKind.LAYER,
+        True,
+        True,
+        32,
+    )
+
+
+def test_stablelm() -> None:
+    spec = read("stabilityai/stablelm-2-1_6b")
+    assert (spec.norm, spec.qkv_bias, spec.attention_output_bias) == (NormKind.LAYER, True, False)
+    assert (spec.parallel_blocks, spec.rotaries[0].rotary_dim) == (False, 16)
+
+
+def test_cohere() -> None:
+    aya, command = read("CohereLabs/aya-expanse-8b"), read("CohereLabs/c4ai-command-r7b-12-2024")
+    assert (aya.parallel_blocks, aya.logit_divisor, aya.tied_head, aya.norm) == (True, 8.0, True, NormKind.LAYER)
+    local = LayerSpec(window=4096)
+    assert command.layers[:5] == (local, local, local, LayerSpec(rotary=None), local)
+    assert (command.logit_divisor, command.rotaries[0].theta) == (4.0, 50000.0)
+
+
+def test_glm() -> None:
+    older, four = read("zai-org/glm-4-9b-chat-hf"), read("zai-org/GLM-4-9B-0414")
+    for spec in (older, four):
+        assert (spec.head_dim, spec.rotaries[0].rotary_dim, spec.num_kv_heads) == (128, 64, 2)
+        assert (spec.qkv_bias, spec.attention_output_bias, spec.tied_head) == (True, False, False)
+    assert len(FAMILIES["Glm4ForCausalLM"].names(four)) == len(FAMILIES["GlmForCausalLM"].names(older)) + 2 * 40
+
+
 def test_olmo() -> None:
     spec = read("allenai/OLMo-2-0425-1B")
     assert (spec.query_key_norm, spec.rotaries[0].theta, spec.head_dim) == (QueryKeyNorm.WIDTH, 500000.0, 128)
@@ -215,6 +274,22 @@ def test_smollm3() -> None:
         ("microsoft/Phi-4-mini-instruct", ["rms_norm_eps", "rope_theta"]),
         ("EleutherAI/pythia-70m", ["rotary_pct", "rotary_emb_base", "use_parallel_residual"]),
         ("HuggingFaceTB/SmolLM3-3B", ["no_rope_layers", "layer_types"]),
+        (
+            "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+            ["image_token_index", "vision_config"],
+        ),
+        ("bigcode/starcoder2-3b", ["hidden_act", "norm_epsilon", "num_key_value_heads", "use_bias"]),
+        ("microsoft/phi-2", ["hidden_act", "layer_norm_eps", "num_key_value_heads", "rope_theta"]),
+        (
+            "stabilityai/stablelm-2-1_6b",
+            ["layer_norm_eps", "num_key_value_heads", "partial_rotary_factor", "rope_theta"],
+        ),
+        ("CohereLabs/aya-expanse-8b", ["layer_norm_eps", "use_qk_norm"]),
+        ("CohereLabs/c4ai-command-r7b-12-2024", ["head_dim", "sliding_window", "sliding_window_pattern"]),
+        (
+            "zai-org/glm-4-9b-chat-hf",
+            ["attention_bias", "head_dim", "num_key_value_heads", "partial_rotary_factor", "rms_norm_eps"],
+        ),
         ("mistralai/Mixtral-8x7B-v0.1", ["rope_theta", "num_local_experts", "num_experts_per_tok"]),
     ],
 )
@@ -261,6 +336,11 @@ def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: 
         ("Qwen/Qwen2.5-0.5B", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 24 layers"),
         ("microsoft/Phi-4-mini-instruct", {"partial_rotary_factor": 0.5}, "short_factor has 48 entries; 32 pairs turn"),
         ("openai-community/gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", {"text_config": None}, "text_config"),
+        ("microsoft/phi-2", {"qk_layernorm": True}, "qk_layernorm"),
+        ("stabilityai/stablelm-2-1_6b", {"qk_layernorm": True}, "qk_layernorm"),
+        ("CohereLabs/aya-expanse-8b", {"use_qk_norm": True}, "use_qk_norm"),
+        ("CohereLabs/aya-expanse-8b", {"logit_scale": 0.0}, "logit_scale must be above 0"),
     ],
 )
 def test_what_is_not_supported_is_named(hub_id: str, changes: dict[str, object], named: str) -> None:

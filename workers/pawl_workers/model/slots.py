@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pawl_workers.model.spec import ModelSpec, QueryKeyNorm, TensorTarget
+from pawl_workers.model.spec import Interleaved, ModelSpec, QueryKeyNorm, TensorTarget
 from pawl_workers.model.weights import (
     AttentionRule,
     AttentionWeights,
@@ -44,6 +44,7 @@ def slot_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         "final_norm.weight": (hidden,),
         "final_norm.bias": (hidden,),
         "head.weight": (spec.vocab_size, hidden),
+        "head.bias": (spec.vocab_size,),
     }
     wide = spec.query_key_norm is QueryKeyNorm.WIDTH
     for i, layer in enumerate(spec.layers):
@@ -80,6 +81,13 @@ class Slot:
 
     shape: tuple[int, ...]
     stored: torch.dtype
+
+
+def _apart(tensor: Tensor, rows: Interleaved) -> Tensor:
+    """Of each head the even ones of the rows that turn, then the odd ones, then the rest: scores stay what they are."""
+    turned = torch.arange(rows.rotary_dim)
+    order = torch.cat([turned[::2], turned[1::2], torch.arange(rows.rotary_dim, rows.head_dim)])
+    return tensor.view(-1, rows.head_dim, *tensor.shape[1:])[:, order].reshape(tensor.shape)
 
 
 def _is_linear(name: str) -> bool:
@@ -141,6 +149,8 @@ class Slots:
             tensor = tensor.t()
         if target.heads:  # [heads, (q, k, v), head_dim] -> [(q, k, v), heads, head_dim]
             tensor = tensor.view(target.heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+        if target.interleaved is not None:
+            tensor = _apart(tensor, target.interleaved)
         part = whole[target.row : target.row + num_rows].copy_(tensor)
         if target.added:
             part += target.added
@@ -148,7 +158,7 @@ class Slots:
         name, _, kind = slot.rpartition(".")
         if kind in {"weight", "bias"} and name.rpartition(".")[2] in _LINEARS:
             weight, bias = f"{name}.weight", f"{name}.bias"
-            if self._missing_rows[weight] == 0 and self._missing_rows.get(bias, 0) == 0:
+            if self._missing_rows.get(weight) == 0 and self._missing_rows.get(bias, 0) == 0:
                 pack = self._packer.pack_head if name == "head" else self._packer.pack_linear
                 self._linears[name] = pack(self._tensors.pop(weight), self._tensors.pop(bias, None))
 
@@ -176,7 +186,7 @@ class Slots:
 
     def _tied_head(self, embedding: Tensor) -> PackedLinear:
         dtype = self._packer.linear_dtype(embedding.dtype, self._dtype)
-        return self._packer.pack_head(embedding.to(dtype), None)
+        return self._packer.pack_head(embedding.to(dtype), self._tensors.pop("head.bias", None))
 
     def _layer(self, spec: ModelSpec, index: int) -> LayerWeights:
         at, layer = f"layers.{index}.", spec.layers[index]
@@ -200,6 +210,8 @@ class Slots:
         else:
             mlp = self._mlp(spec, at)
         before, after, mlp_before, mlp_after = (self._norm(spec, at + name) for name in _NORMS)
+        if spec.parallel_blocks and mlp_before is None:
+            mlp_before = self._norm(spec, at + "attention_norm")
         return LayerWeights(
             before, attention, after, mlp_before, mlp, mlp_after, spec.parallel_blocks, spec.residual_scale
         )

@@ -11,6 +11,7 @@ from enum import Enum
 __all__ = [
     "Activation",
     "ExpertSpec",
+    "Interleaved",
     "LayerSpec",
     "ModelSpec",
     "NormKind",
@@ -120,7 +121,8 @@ class ModelSpec:
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
-    parallel_blocks: bool = False  # attention and MLP read the same stream
+    head_bias: bool = False
+    parallel_blocks: bool = False  # attention and MLP read the same stream, through one norm unless it has two
     query_key_norm: QueryKeyNorm | None = None
     experts: ExpertSpec | None = None
     attention_scale: float | None = None  # None: head_dim ** -0.5
@@ -146,12 +148,21 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Interleaved:
+    """Rows that lie head after head, `head_dim` each, whose first `rotary_dim` are pairs that turn, side by side."""
+
+    head_dim: int
+    rotary_dim: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorTarget:
     """Where one checkpoint tensor goes: a slot, and which rows of it when several are merged.
 
     Slots are named `embedding`, `positions`, `final_norm.weight`, `head.weight`, `layers.0.qkv.weight` and
     so on (`slots.slot_shapes` has them all). `row` and `num_rows` count output features; `transposed` marks
     tensors stored as [in, out]; `heads` those whose rows lie head after head, each with its query, key and value;
+    `interleaved` those of queries and keys whose pairs are brought half of what turns apart, where kernels turn them;
     `added` is added to every value (norms that store their distance from 1).
     """
 
@@ -160,4 +171,5 @@ class TensorTarget:
     num_rows: int = 0  # 0 = all
     transposed: bool = False
     heads: int = 0
+    interleaved: Interleaved | None = None
     added: float = 0.0

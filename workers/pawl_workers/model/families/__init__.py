@@ -5,16 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pawl_workers.errors import CheckpointError
-from pawl_workers.model.families import gemma, gpt2, gpt_neox, granite, llama, mistral, olmo, phi3, qwen, smollm3
+from pawl_workers.model.families import (
+    cohere,
+    gemma,
+    glm,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo,
+    phi,
+    phi3,
+    qwen,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from pawl_workers.model.families.decoder import Family
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
-FAMILIES: Mapping[str, Family] = {
-    name: family
-    for module in (llama, mistral, qwen, gemma, phi3, gpt2, gpt_neox, olmo, granite, smollm3)
-    for name, family in module.FAMILIES.items()
-}
+_MODULES = (
+    *(llama, mistral, qwen, gemma, phi, phi3, gpt2, gpt_neox),
+    *(olmo, granite, smollm3, starcoder2, stablelm, cohere, glm),
+)
+
+FAMILIES: Mapping[str, Family] = {name: family for module in _MODULES for name, family in module.FAMILIES.items()}
 
 
 def find_family(architectures: object) -> tuple[str, Family]:

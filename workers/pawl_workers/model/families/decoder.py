@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
-from pawl_workers.model.spec import LayerSpec, ModelSpec, RotarySpec, TensorTarget
+from pawl_workers.model.spec import Interleaved, LayerSpec, ModelSpec, RotarySpec, TensorTarget
 
 __all__ = ["NORMS", "Family", "add_linear", "decoder_names", "decoder_spec", "layer_windows", "read_rotary"]
 
@@ -182,11 +182,18 @@ def layer_windows(
 
 
 def add_linear(
-    found: dict[str, TensorTarget], source: str, slot: str, *, bias: bool, row: int = 0, num_rows: int = 0
+    found: dict[str, TensorTarget],
+    source: str,
+    slot: str,
+    *,
+    bias: bool,
+    row: int = 0,
+    num_rows: int = 0,
+    interleaved: Interleaved | None = None,
 ) -> None:
     """Map a linear layer's weight and, if it has one, its bias."""
     for part in ("weight", "bias") if bias else ("weight",):
-        found[f"{source}.{part}"] = TensorTarget(f"{slot}.{part}", row, num_rows)
+        found[f"{source}.{part}"] = TensorTarget(f"{slot}.{part}", row, num_rows, interleaved=interleaved)
 
 
 def decoder_names(
@@ -194,10 +201,15 @@ def decoder_names(
     *,
     norms: Mapping[str, str] = NORMS,
     norm_added: float = 0.0,
-    merged: bool = False,
+    norm_bias: bool = False,
+    final_norm: str = "norm",
+    merged_qkv: bool = False,
+    interleaved: bool = False,
+    attention_output: str = "o_proj",
+    mlp_parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
     router: str = "mlp.gate",
     expert: str = "mlp.experts.{}.",
-    expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    expert_parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
 ) -> dict[str, TensorTarget]:
     """Map tensor names to slots.
 
@@ -205,51 +217,62 @@ def decoder_names(
         model: the spec.
         norms: the norms of a block, by their names in a checkpoint.
         norm_added: what is added to every norm's weight.
-        merged: whether queries, keys and values, and gate and up, are stored merged.
+        norm_bias: whether the norms of blocks and the last have biases.
+        final_norm: the norm after the last block.
+        merged_qkv: whether queries, keys and values are stored merged.
+        interleaved: whether the pairs of dimensions that turn lie side by side.
+        attention_output: the projection after attention.
+        mlp_parts: gate, up and down; or up, merged with the gate where there is one, and down.
         router: of a routed layer.
         expert: name of an expert, with a place for its number.
-        expert_parts: gate, up and down of an expert.
+        expert_parts: as `mlp_parts`, of an expert.
     """
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    inner = model.intermediate_size
-    found = {
-        "model.embed_tokens.weight": TensorTarget("embedding"),
-        "model.norm.weight": TensorTarget("final_norm.weight", added=norm_added),
-    }
+    pairs = Interleaved(model.head_dim, model.rotaries[0].rotary_dim) if interleaved else None
+    found = {"model.embed_tokens.weight": TensorTarget("embedding")}
+    _add_norm(found, f"model.{final_norm}", "final_norm", norm_added, bias=norm_bias)
     if not model.tied_head:
         found["lm_head.weight"] = TensorTarget("head.weight")
+    if model.head_bias:
+        found["lm_head.bias"] = TensorTarget("head.bias")
     for i, layer in enumerate(model.layers):
         source, slot = f"model.layers.{i}.", f"layers.{i}."
         for name, norm in norms.items():
-            found[f"{source}{name}.weight"] = TensorTarget(f"{slot}{norm}.weight", added=norm_added)
+            _add_norm(found, source + name, slot + norm, norm_added, bias=norm_bias)
         if model.query_key_norm is not None:
             for part in ("q_norm", "k_norm"):
-                found[f"{source}self_attn.{part}.weight"] = TensorTarget(f"{slot}{part}.weight", added=norm_added)
-        if merged:
+                _add_norm(found, f"{source}self_attn.{part}", slot + part, norm_added, bias=False)
+        if merged_qkv:
             add_linear(found, f"{source}self_attn.qkv_proj", f"{slot}qkv", bias=model.qkv_bias)
         else:
             for part, row, rows in (("q", 0, queries), ("k", queries, keys), ("v", queries + keys, keys)):
-                name = f"{source}self_attn.{part}_proj"
-                add_linear(found, name, f"{slot}qkv", bias=model.qkv_bias, row=row, num_rows=rows)
-        output_bias = model.attention_output_bias
-        add_linear(found, f"{source}self_attn.o_proj", f"{slot}attention_output", bias=output_bias)
+                name, turned = f"{source}self_attn.{part}_proj", None if part == "v" else pairs
+                add_linear(found, name, f"{slot}qkv", bias=model.qkv_bias, row=row, num_rows=rows, interleaved=turned)
+        name, output_bias = f"{source}self_attn.{attention_output}", model.attention_output_bias
+        add_linear(found, name, f"{slot}attention_output", bias=output_bias)
         if layer.routed and model.experts is not None:
             add_linear(found, source + router, f"{slot}router", bias=False)
             for e in range(model.experts.num_experts):
-                at = f"{slot}experts.{e}."
                 parts = tuple(source + expert.format(e) + part for part in expert_parts)
-                _add_mlp(found, parts, at, model.experts.intermediate_size, bias=False)
-        elif merged:
-            add_linear(found, f"{source}mlp.gate_up_proj", f"{slot}up", bias=model.mlp_bias)
-            add_linear(found, f"{source}mlp.down_proj", f"{slot}down", bias=model.mlp_bias)
+                _add_mlp(found, parts, f"{slot}experts.{e}.", model.experts.intermediate_size, bias=False)
         else:
-            parts = tuple(f"{source}mlp.{part}_proj" for part in ("gate", "up", "down"))
-            _add_mlp(found, parts, slot, inner, bias=model.mlp_bias)
+            parts = tuple(f"{source}mlp.{part}" for part in mlp_parts)
+            _add_mlp(found, parts, slot, model.intermediate_size, bias=model.mlp_bias)
     return found
 
 
+def _add_norm(found: dict[str, TensorTarget], source: str, slot: str, added: float, *, bias: bool) -> None:
+    found[f"{source}.weight"] = TensorTarget(f"{slot}.weight", added=added)
+    if bias:
+        found[f"{source}.bias"] = TensorTarget(f"{slot}.bias")
+
+
 def _add_mlp(found: dict[str, TensorTarget], parts: tuple[str, ...], at: str, inner: int, *, bias: bool) -> None:
-    gate, up, down = parts
-    add_linear(found, gate, f"{at}up", bias=bias, num_rows=inner)
-    add_linear(found, up, f"{at}up", bias=bias, row=inner, num_rows=inner)
+    *gates, up, down = parts
+    for gate in gates:
+        add_linear(found, gate, f"{at}up", bias=bias, num_rows=inner)
+    if gates:
+        add_linear(found, up, f"{at}up", bias=bias, row=inner, num_rows=inner)
+    else:
+        add_linear(found, up, f"{at}up", bias=bias)
     add_linear(found, down, f"{at}down", bias=bias)

@@ -19,7 +19,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
 
 def _names(model: ModelSpec) -> dict[str, TensorTarget]:
-    return decoder_names(model, merged=True)
+    return decoder_names(model, merged_qkv=True, mlp_parts=("gate_up_proj", "down_proj"))
 
 
 FAMILIES = {"Phi3ForCausalLM": Family(_spec, _names)}
