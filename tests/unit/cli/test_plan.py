@@ -79,6 +79,18 @@ def test_alternatives_differ_as_their_types_do(tmp_path: Path) -> None:
     assert wide.weight_bytes == 2 * narrow.weight_bytes
 
 
+def test_every_type_of_weights_is_among_the_alternatives(tmp_path: Path) -> None:
+    """The smaller the groups that share a scale, the more scales there are; each takes what its worker would hold."""
+    model = str(make_llama(tmp_path, hidden_size=128, intermediate_size=256))
+    plan = plan_model(Config().replace(model=model, device="cpu", max_context=128, max_running=4))
+    found = {a.weight_dtype: a for a in plan.alternatives if (a.kernels, a.kv_dtype) == ("cpu", "auto")}
+    assert set(found) == {"auto", "int8", "int8_g32", "int8_g64", "int8_g128"}
+    sizes = [found[dtype].weight_bytes for dtype in ("int8", "int8_g128", "int8_g64", "int8_g32", "auto")]
+    assert sizes == sorted(set(sizes))
+    options = WorkerOptions(model, max_running=4, max_context=128, most_kv_bytes=262144, weight_dtype="int8_g32")
+    assert Worker.load(options).facts.weight_bytes == found["int8_g32"].weight_bytes
+
+
 def test_where_the_model_does_not_fit_the_smaller_types_that_do_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
