@@ -4,8 +4,9 @@ Makes a checkpoint of a named shape with random weights, and measures two things
 linear layer of the shape at several numbers of rows, and whole steps, split into linears, attention, norms with the
 placing of keys and values, the head with the final norm, sampling, the preparing of the batch, and the rest, which is
 Python. Beside each stands the fraction of its limit: the bytes that it has to read or the operations that it has to
-do, whichever takes longer at what the machine was measured to do in fused multiply-adds. Matrix tiles can go beyond
-that. Run it on an idle machine.
+do, whichever takes longer at what the machine was measured to do in the instructions that the kernels use (see
+PAWL_CPU_INSTRUCTIONS): matrix tiles for linear layers where there are any, registers for attention. Run it on an idle
+machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from pawl_loadtest.arguments import positive
 from pawl_loadtest.peers.bounds import MachineLimits
 from pawl_loadtest.peers.checkpoint import WEIGHTS, make_checkpoint
-from pawl_loadtest.peers.machine import measure_machine
+from pawl_loadtest.peers.machine import instructions, measure_machine
 from pawl_loadtest.peers.shapes import SHAPES
 from pawl_loadtest.peers.shapes import Shape as ModelShape
 from pawl_loadtest.steps import Driver, Shape, TimedStep
@@ -75,16 +76,18 @@ def limits_of_step(
 ) -> dict[str, float]:
     """Least seconds of a step's parts that bytes or operations bound; every row samples one token."""
 
-    def least(num_bytes: float, operations: float) -> float:
-        return max(num_bytes / can.read_bytes, operations / can.flops)
+    def least(num_bytes: float, operations: float, flops: float) -> float:
+        return max(num_bytes / can.read_bytes, operations / flops)
 
     pairs = sum(new * before + new * (new + 1) // 2 for new, before in zip(step.tokens, step.before, strict=True))
     contexts = sum(step.tokens) + sum(step.before)
     layer, head = model.layer_weights, model.head_weights
     return {
-        "linears": least(layer * weight_bytes, 2 * layer * sum(step.tokens)),
-        "attention": least(contexts * model.kv_per_token * kv_bytes, pairs * model.attention_per_pair),
-        "head": least(head * weight_bytes, 2 * head * len(step.tokens)),
+        "linears": least(layer * weight_bytes, 2 * layer * sum(step.tokens), can.flops),
+        "attention": least(
+            contexts * model.kv_per_token * kv_bytes, pairs * model.attention_per_pair, can.attention_flops
+        ),
+        "head": least(head * weight_bytes, 2 * head * len(step.tokens), can.flops),
     }
 
 
@@ -201,8 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, dtype = SHAPES[options.shape], WEIGHTS[options.weights]
     weight_bytes = (model.layer_weights + model.head_weights) * dtype.itemsize
     machine = measure_machine(options.threads, weight_bytes, quick=options.quick)
-    can = machine.limits(max(machine.peaks, key=lambda peak: machine.peaks[peak]))
-    for line in machine.lines():
+    peak = instructions(options.weights)
+    can = machine.limits(peak)
+    for line in (*machine.lines(), f"limits are those of {peak}"):
         _write(line)
     with tempfile.TemporaryDirectory(prefix="pawl-kernels-") as folder:
         checkpoint = make_checkpoint(model, options.folder or Path(folder), weights=options.weights)

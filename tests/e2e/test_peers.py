@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pawl_loadtest.peers.__main__ import main
 from tests.fakes.servers import ROOT, environment
 
 DEADLINE_S = 150.0
@@ -34,10 +35,13 @@ def test_pawl_and_transformers_agree_and_are_timed(tmp_path: Path) -> None:
         assert row["failure"] is None
         assert row["agreement"] == {"share": 1.0, "first_difference": None, "margin": None, "agrees": True}
         assert set(row["rates"]) == {"2 x 16/4", "prefill 2 x 32"}
-        assert all(len(rates) == 1 and rates[0] > 0 for rates in row["rates"].values())
+        assert all(list(rates) == ["0"] and rates["0"] > 0 for rates in row["rates"].values())
     machine = run["machine"]
     assert all(rate > 1e9 for rate in (*machine["peaks"].values(), *machine["read"].values(), machine["gemm"]))
     assert "== exact: fp32 KV, exact weights; ratios are pawl / the row's" in done.stdout
+    both = tmp_path / "both.json"
+    assert main(["--join", str(figures), str(figures), "--json", str(both)]) == 0
+    assert json.loads(both.read_text())["rounds"] == 2
 
 
 @pytest.mark.parametrize(
@@ -46,10 +50,9 @@ def test_pawl_and_transformers_agree_and_are_timed(tmp_path: Path) -> None:
         (("--peers", "nobody"), "peer 'nobody' is not known"),
         (("--workloads", "16"), "REQUESTSxPROMPT/OUTPUT"),
         (("--plot", "x.svg"), "give both"),
+        (("--join", "missing.json"), "must be a file that --json wrote"),
     ],
 )
 def test_wrong_usage_is_told_apart(flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from pawl_loadtest.peers.__main__ import main
-
     assert main(flags) == 2
     assert message in capsys.readouterr().err

@@ -17,18 +17,25 @@ __all__ = ["Bound", "MachineLimits", "Part", "Precision", "bound"]
 
 @dataclass(frozen=True, slots=True)
 class MachineLimits:
-    """What was measured: fp32 operations per second in registers, and bytes per second read."""
+    """Rates per second: fp32 operations of linear layers and of attention, and bytes read."""
 
     flops: float
     read_bytes: float
+    attention_flops: float
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Bytes that a weight and a number of the KV cache take as the engine stores them."""
+    """Bytes that a weight and a number of the KV cache take as the engine stores them.
+
+    Attributes:
+        tile_products: products of bfloat16 that one of linear layers takes in matrix tiles. An fp32 input is the sum of
+            three bfloat16, so three where that is multiplied exactly; one where inputs are rounded.
+    """
 
     weight_bytes: float
     kv_bytes: float
+    tile_products: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,4 +113,4 @@ def _attention(
     shape: Shape, requests: int, tokens_read: int, pairs: int, kv_token_bytes: float, limits: MachineLimits
 ) -> Part:
     bytes_s = requests * tokens_read * kv_token_bytes / limits.read_bytes
-    return Part(requests * pairs * shape.attention_per_pair / limits.flops, bytes_s)
+    return Part(requests * pairs * shape.attention_per_pair / limits.attention_flops, bytes_s)

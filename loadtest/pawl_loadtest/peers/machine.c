@@ -1,4 +1,4 @@
-/* What this machine can do at most: fused multiply-adds in registers, and reading from memory.
+/* What this machine can do at most: fused multiply-adds in registers, products of matrix tiles, and reading from memory.
 
    Run as `machine READ_BYTES`, with OMP_NUM_THREADS set; prints JSON. Each figure is the best of several runs, since
    a limit is what can be reached, not what usually is. */
@@ -8,6 +8,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 enum { REPEATS = 7, CHAINS = 12 };
 static const long ITERATIONS = 20000000;
@@ -52,6 +54,75 @@ static volatile float sink;
 
 PEAK(peak_avx2, "avx2,fma", __m256, _mm256_set1_ps, _mm256_fmadd_ps, 8, _mm256_cvtss_f32)
 PEAK(peak_avx512, "avx512f", __m512, _mm512_set1_ps, _mm512_fmadd_ps, 16, _mm512_cvtss_f32)
+
+/* Compilers before these know no AMX. */
+#if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+
+enum { TILE_CHAINS = 6, TILE_OPERATIONS = 2 * 16 * 16 * 32, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+static const long TILE_ITERATIONS = 1000000;
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} TileConfig;
+
+/* Six chains of sums, two tiles of 16 x 32 bfloat16 that are multiplied; none of the numbers is 0. */
+__attribute__((target("amx-tile,amx-bf16"), noinline)) static void tile_chains(void)
+{
+    TileConfig config = {.palette = 1};
+    _Alignas(64) uint16_t numbers[2 * 16 * 32];
+    for (int i = 0; i < 2 * 16 * 32; i++) numbers[i] = (uint16_t)(0x3c00 + i % 512 + i % 2 * 0x8000);
+    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+    __asm__ volatile("" : : "r"(&config), "r"(numbers) : "memory"); /* GCC 12 does not see that all of both is read */
+    _tile_loadconfig(&config);
+    _tile_loadd(6, numbers, 64);
+    _tile_loadd(7, numbers + 16 * 32, 64);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    for (long i = 0; i < TILE_ITERATIONS; i++) {
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_dpbf16ps(3, 6, 7);
+        _tile_dpbf16ps(4, 6, 7);
+        _tile_dpbf16ps(5, 6, 7);
+    }
+    _tile_release();
+}
+
+static int has_tiles(void)
+{
+    unsigned int a = 7, b, c = 0, d;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    int known = (d >> 22 & 1) && (d >> 24 & 1); /* AMX-BF16, AMX-TILE */
+    return known && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+static double peak_tiles(void)
+{
+    double best = 0;
+    for (int repeat = 0; repeat < REPEATS; repeat++) {
+        double started = omp_get_wtime(), threads = 0;
+#pragma omp parallel reduction(+ : threads)
+        {
+            tile_chains();
+            threads += 1;
+        }
+        double rate = threads * TILE_ITERATIONS * TILE_CHAINS * TILE_OPERATIONS / (omp_get_wtime() - started);
+        if (rate > best) best = rate;
+    }
+    return best;
+}
+
+#else
+static int has_tiles(void) { return 0; }
+static double peak_tiles(void) { return 0; }
+#endif
 
 __attribute__((target("avx2"))) static uint64_t xor_all(const __m256i *from, const __m256i *to)
 {
@@ -108,6 +179,7 @@ int main(int argc, char **argv)
     }
     printf("{\"threads\": %d, \"fma_avx2\": %.6g, ", omp_get_max_threads(), peak_avx2());
     if (__builtin_cpu_supports("avx512f")) printf("\"fma_avx512\": %.6g, ", peak_avx512());
+    if (has_tiles()) printf("\"tiles_bf16\": %.6g, ", peak_tiles());
     printf("\"read\": {");
     for (int i = 1; i < argc; i++)
         printf("%s\"%s\": %.6g", i > 1 ? ", " : "", argv[i], read_rate(strtoull(argv[i], NULL, 10)));

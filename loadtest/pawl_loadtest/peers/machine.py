@@ -1,7 +1,7 @@
-"""What this machine can do: multiply-adds in registers, matrix products, reading. Measured, never looked up.
+"""What this machine can do: multiply-adds in registers, matrix tiles, reading. Measured, never looked up.
 
-A C program (`machine.c`) measures the first and the last; where it cannot be built, torch stands in, which is further
-from the true limit and said so.
+A C program (`machine.c`) measures them; where it cannot be built, torch stands in, which is further from the true limit
+and said so.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from typing import TypeVar
 import msgspec
 
 from pawl_loadtest.peers.bounds import MachineLimits
+from pawl_workers.kernels.native.build import instruction_flags
 
-__all__ = ["Machine", "measure_machine"]
+__all__ = ["TILES", "Machine", "instructions", "measure_machine"]
+
+TILES = "AMX"
+"""The peak that is measured in products of bfloat16."""
+_FLAGS = {TILES: "-mamx-bf16", "AVX-512": "-mavx512f", "AVX2": "-mavx2"}
 
 _SOURCE = Path(__file__).with_name("machine.c")
 _TIMEOUT_S = 300.0
@@ -53,8 +58,8 @@ class Machine:
 
     Attributes:
         threads: how many measured together.
-        peaks: fp32 operations per second by what computed them: `AVX2` and `AVX-512` in registers, or `gemm` where
-            those could not be measured.
+        peaks: operations per second by what computed them: `AVX2` and `AVX-512` in registers, of fp32; `AMX` in matrix
+            tiles, of bfloat16; or `gemm` where none could be measured.
         gemm: of torch's product of two 2048 x 2048 fp32 matrices.
         read: bytes per second by bytes read over and over.
         note: how it was measured.
@@ -66,9 +71,26 @@ class Machine:
     read: Mapping[str, float]
     note: str
 
-    def limits(self, peak: str) -> MachineLimits:
-        """The limits that bounds are worked out with: one of the peaks, and the fastest reading seen."""
-        return MachineLimits(self.peaks[peak], max(self.read.values()))
+    def limits(self, peak: str, tile_products: int = 3) -> MachineLimits:
+        """The limits that bounds are worked out with: one of the peaks, and the fastest reading seen.
+
+        Attention multiplies fp32 with fp32, of which tiles take six products and more: no more than registers do, so
+        that their peak is the limit there whatever linear layers compute in.
+
+        Args:
+            peak: that linear layers compute at; torch's matrix product stands in for one that was not measured.
+            tile_products: see `Precision`.
+        """
+        registers = max((rate for name, rate in self.peaks.items() if name != TILES), default=self.gemm)
+        if peak == TILES:
+            return MachineLimits(self.peaks[TILES] / tile_products, max(self.read.values()), registers)
+        rate = self.peaks.get(peak, self.gemm)
+        return MachineLimits(rate, max(self.read.values()), rate)
+
+    def highest(self, weights: str, count: int = 1) -> list[str]:
+        """The highest peaks at which such weights can be multiplied with nothing lost, the highest first."""
+        exact = {name: self.limits(name).flops for name in self.peaks if name != TILES or weights == "bfloat16"}
+        return sorted(exact, key=exact.__getitem__, reverse=True)[:count]
 
     def better(self, other: Machine) -> Machine:
         """What the machine could do at the better of two times, limit by limit: noise only ever takes away."""
@@ -78,7 +100,11 @@ class Machine:
 
     def lines(self) -> list[str]:
         """For a reader."""
-        peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in self.peaks.items())
+        peaks = ", ".join(
+            f"{name} {self.limits(name).flops / 1e9:.0f}"
+            + (f" (a third of {rate / 1e9:.0f} of bf16)" if name == TILES else "")
+            for name, rate in self.peaks.items()
+        )
         read = ", ".join(f"{rate / 1e9:.1f} GB/s of {int(size) / 1e6:.0f} MB" for size, rate in self.read.items())
         return [
             f"peak, GFLOP/s fp32: {peaks} ({self.note}); torch sgemm 2048: {self.gemm / 1e9:.0f}",
@@ -95,6 +121,7 @@ class _FromC(msgspec.Struct):
     fma_avx2: float
     read: dict[str, float]
     fma_avx512: float | None = None
+    tiles_bf16: float | None = None
 
 
 _Measured = TypeVar("_Measured", _FromTorch, _FromC)
@@ -124,7 +151,16 @@ def measure_machine(threads: int, working_set_bytes: int, *, quick: bool = False
     peaks = {"AVX2": native.fma_avx2}
     if native.fma_avx512 is not None:
         peaks["AVX-512"] = native.fma_avx512
-    return Machine(threads, peaks, torch.gemm, native.read, "fused multiply-adds in registers")
+    if native.tiles_bf16 is not None:
+        peaks[TILES] = native.tiles_bf16
+    return Machine(threads, peaks, torch.gemm, native.read, "in registers and tiles alone")
+
+
+def instructions(weights: str) -> str:
+    """What pawl's own linear layers compute such weights in, as PAWL_CPU_INSTRUCTIONS allows; a name of a peak."""
+    flags = instruction_flags()
+    known = (name for name, flag in _FLAGS.items() if flag in flags and (name != TILES or weights == "bfloat16"))
+    return next(known, "gemm")
 
 
 def _run(command: list[str], environment: Mapping[str, str], result: type[_Measured]) -> _Measured:

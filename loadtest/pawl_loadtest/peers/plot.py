@@ -24,10 +24,11 @@ def main() -> None:
     figure, panels = plt.subplots(1, len(workloads), figsize=(5 * len(workloads), height), squeeze=False)
     for panel, (name, workload) in zip(panels[0], workloads.items(), strict=True):
         rows = [row for row in run["variants"] if row["rates"].get(name)]
-        medians = [statistics.median(row["rates"][name]) for row in rows]
+        rates = [list(row["rates"][name].values()) for row in rows]
+        medians = [statistics.median(of_row) for of_row in rates]
         whiskers = [
-            [middle - min(row["rates"][name]) for row, middle in zip(rows, medians, strict=True)],
-            [max(row["rates"][name]) - middle for row, middle in zip(rows, medians, strict=True)],
+            [middle - min(of_row) for of_row, middle in zip(rates, medians, strict=True)],
+            [max(of_row) - middle for of_row, middle in zip(rates, medians, strict=True)],
         ]
         colours = [_OURS if row["name"].startswith("pawl") else _COLOURS[row["table"]] for row in rows]
         panel.barh(range(len(rows)), medians, xerr=whiskers, color=colours)

@@ -1,52 +1,20 @@
-"""Tables and JSON of what was measured: medians, spread, ratios round by round, shares of the machine's limit."""
+"""Tables of what was measured: medians, spread, ratios round by round, shares of the machine's limit."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 
-from pawl_loadtest.peers.bounds import Bound, bound
-from pawl_loadtest.peers.machine import Machine
 from pawl_loadtest.peers.rounds import Agreement, Outcome
-from pawl_loadtest.peers.shapes import Shape
+from pawl_loadtest.peers.runs import Piece, Run
 from pawl_loadtest.peers.variants import BASE, TABLES
 from pawl_loadtest.peers.workloads import Workload
 
-__all__ = ["Run", "as_json", "as_tables", "base_of", "spread"]
+__all__ = ["as_tables", "base_of", "spread"]
 
 _SAME_ENGINE = "pawl"
+_SERVED = "pawl over gRPC"
 _MOST_OTHERS = 0.1  # cores
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Everything that was measured, and on what."""
-
-    shape: Shape
-    weights: str
-    rounds: int
-    workloads: Sequence[Workload]
-    tables: Sequence[str]
-    before: Machine
-    after: Machine
-    load_average: float
-    outcomes: Sequence[Outcome]
-
-    @property
-    def machine(self) -> Machine:
-        """The better of what was measured before the first round and after the last."""
-        return self.before.better(self.after)
-
-    def least(self, outcome: Outcome, workload: Workload, peak: str) -> Bound:
-        """The least time that the variant's own bytes and operations take."""
-        return bound(self.shape, workload, outcome.variant.precision(self.weights), self.machine.limits(peak))
-
-    def limit_share(self, outcome: Outcome, workload: Workload, peak: str) -> float:
-        """The least seconds over those it took (median)."""
-        least = self.least(outcome, workload, peak).seconds
-        return least * statistics.median(outcome.rates[workload.name]) / workload.counted_tokens
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -67,13 +35,16 @@ def base_of(outcomes: Sequence[Outcome], table: str) -> Outcome | None:
 
 def as_tables(run: Run) -> str:
     """One table for each precision, one part for each workload; whoever did not run is named with the reason."""
+    first = run.pieces[0]
     lines = [
-        f"{run.shape.name}, random weights exact in {run.weights}, greedy, exact lengths;"
-        f" {run.machine.threads} threads, {run.rounds} rounds, taking turns; median (min-max)",
-        *(f"before: {line}" for line in run.before.lines()),
-        *(f"after:  {line}" for line in run.after.lines()),
-        "limits are worked out with the better of the two; (x): what takes most of the least time there is",
-        f"load average at the start: {run.load_average:.2f}" + (" (not idle!)" if run.load_average > 0.5 else ""),
+        f"{run.shape.name}, random weights exact in {run.weights}, greedy, exact lengths; {first.before.threads} "
+        f"threads of {first.processor}, {run.rounds} rounds, taking turns; median (min-max)",
+    ]
+    for piece in run.pieces:
+        lines += _when(piece, several=len(run.pieces) > 1)
+    lines += [
+        "limits are worked out with the best of these; (x): what takes most of the least time there is",
+        f"pawl's own multiply in {run.instructions}; the peak of attention is that of registers",
     ]
     for table in run.tables:
         rows = [outcome for outcome in run.outcomes if _belongs(outcome, table)]
@@ -86,7 +57,49 @@ def as_tables(run: Run) -> str:
         for workload in run.workloads:
             lines += ["", *_part(run, rows, base, workload)]
         lines += _failures(rows)
-    return "\n".join(lines)
+    return "\n".join([*lines, *run.notes, "", *_summary(run)])
+
+
+def _when(piece: Piece, *, several: bool) -> list[str]:
+    rounds = f"{piece.rounds} rounds, " if several else ""
+    return [
+        f"{rounds}{piece.started} to {piece.ended}, pawl's code {piece.code}, load average at the start "
+        f"{piece.load_average:.2f}" + (" (not idle!)" if piece.load_average > 0.5 else ""),
+        *(f"  before: {line}" for line in piece.before.lines()),
+        *(f"  after:  {line}" for line in piece.after.lines()),
+    ]
+
+
+def _summary(run: Run) -> list[str]:
+    """Pawl by each table and workload: over the best peer, what serving keeps of it, and its share of the limit."""
+    lines = [["in short", "pawl", "best peer", "pawl / it", "over gRPC", f"of {run.instructions} limit"]]
+    for table in run.tables:
+        rows = [outcome for outcome in run.outcomes if _belongs(outcome, table)]
+        base = base_of(rows, table)
+        for workload in run.workloads if base is not None else ():
+            timed = [row for row in rows if row.rates.get(workload.name) and row.failure is None]
+            if base is None or base not in timed:
+                continue
+            peers = [row for row in timed if row.variant.environment != _SAME_ENGINE]
+            best = max(peers, key=lambda row: _middle(row, workload), default=None)
+            served = next(
+                (row for row in timed if row.variant.name == base.variant.name.replace("pawl", _SERVED)), None
+            )
+            lines.append(
+                [
+                    f"  {workload.name}, {table}",
+                    f"{_middle(base, workload):.1f}",
+                    "none" if best is None else f"{best.variant.name} {_middle(best, workload):.1f}",
+                    "" if best is None else _ratio(best, base, workload),
+                    "" if served is None else _ratio(served, base, workload),
+                    _of_limit(run, base, workload, run.instructions),
+                ]
+            )
+    return _aligned(lines)
+
+
+def _middle(row: Outcome, workload: Workload) -> float:
+    return statistics.median(row.rates[workload.name].values())
 
 
 def _belongs(outcome: Outcome, table: str) -> bool:
@@ -102,17 +115,17 @@ def _failures(rows: Sequence[Outcome]) -> list[str]:
 
 
 def _part(run: Run, rows: Sequence[Outcome], base: Outcome | None, workload: Workload) -> list[str]:
-    peaks = list(run.machine.peaks)
+    peaks = run.machine.highest(run.weights, 2)
     head = [f"{workload.name}, {workload.unit}", "median (min-max)", "ratio", *(f"of {peak} limit" for peak in peaks)]
-    table = [[*head, "same tokens", "others' cores"]]
+    table = [[*head, "same tokens", "others' cores", "rounds"]]
     for row in rows:
         rates = row.rates.get(workload.name)
         if row.failure is not None or not rates:
             continue
         name = f"  {row.variant.name}"
         limits = [_of_limit(run, row, workload, peak) for peak in peaks]
-        others = _others(row.others.get(workload.name, ()))
-        table.append([name, spread(rates), _ratio(row, base, workload), *limits, describe(row.agreement), others])
+        beside = [describe(row.agreement), _others(row.others.get(workload.name, {})), str(len(rates))]
+        table.append([name, spread(list(rates.values())), _ratio(row, base, workload), *limits, *beside])
     return _aligned(table)
 
 
@@ -130,18 +143,22 @@ def _of_limit(run: Run, row: Outcome, workload: Workload, peak: str) -> str:
     return f"{100 * run.limit_share(row, workload, peak):.0f} % ({run.least(row, workload, peak).binds})"
 
 
-def _others(cores: Sequence[float]) -> str:
+def _others(cores: Mapping[int, float]) -> str:
     """The most that processes beside the engine's took while it was timed."""
     if not cores:
         return ""
-    return f"{max(cores):.2f}" + (" DISTURBED" if max(cores) > _MOST_OTHERS else "")
+    most = max(cores.values())
+    return f"{most:.2f}" + (" DISTURBED" if most > _MOST_OTHERS else "")
 
 
 def _ratio(row: Outcome, base: Outcome | None, workload: Workload) -> str:
+    """Of the rounds in which both were timed."""
     if base is None or row is base:
         return "-"
-    ours, theirs = base.rates[workload.name], row.rates[workload.name]
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ours, theirs = base.rates.get(workload.name, {}), row.rates[workload.name]
+    ratios = [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
+    if not ratios:
+        return "no common round"
     if row.variant.environment == _SAME_ENGINE:
         return f"{100 / statistics.median(ratios):.0f} % of it"
     return spread(ratios, 2)
@@ -156,56 +173,3 @@ def describe(agreement: Agreement | None) -> str:
         text += f", from {agreement.first_difference}"
         text += f" ({agreement.margin:.1g})" + ("" if agreement.agrees else " DIFFERS")
     return text
-
-
-def as_json(run: Run, settings: Mapping[str, str]) -> str:
-    """All figures, every round's."""
-    rows = []
-    for outcome in run.outcomes:
-        shares = {
-            workload.name: {peak: run.limit_share(outcome, workload, peak) for peak in run.machine.peaks}
-            for workload in run.workloads
-            if outcome.rates.get(workload.name)
-        }
-        binds = {
-            name: {peak: run.least(outcome, workload, peak).binds for peak in run.machine.peaks}
-            for name, workload in ((workload.name, workload) for workload in run.workloads)
-            if name in shares
-        }
-        rows.append(
-            {
-                "name": outcome.variant.name,
-                "table": outcome.variant.table,
-                "settings": dict(outcome.variant.settings),
-                "precision": asdict(outcome.variant.precision(run.weights)),
-                "facts": dict(outcome.facts),
-                "failure": outcome.failure,
-                "agreement": None if outcome.agreement is None else asdict(outcome.agreement),
-                "rates": outcome.rates,
-                "others": outcome.others,
-                "limit_shares": shares,
-                "binds": binds,
-            }
-        )
-    figures = {
-        "shape": run.shape.name,
-        "weights": run.weights,
-        "rounds": run.rounds,
-        "settings": dict(settings),
-        "machine": _machine(run.machine) | {"load_average": run.load_average},
-        "machine_before": _machine(run.before),
-        "machine_after": _machine(run.after),
-        "workloads": {workload.name: asdict(workload) | {"unit": workload.unit} for workload in run.workloads},
-        "variants": rows,
-    }
-    return json.dumps(figures, indent=2) + "\n"
-
-
-def _machine(machine: Machine) -> dict[str, object]:
-    return {
-        "threads": machine.threads,
-        "peaks": dict(machine.peaks),
-        "gemm": machine.gemm,
-        "read": dict(machine.read),
-        "note": machine.note,
-    }

@@ -58,13 +58,18 @@ class Agreement:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a variant did. `failure` says why it did no more."""
+    """What a variant did. `failure` says why it did no more.
+
+    Attributes:
+        rates: tokens per second by workload, by number of the round.
+        others: cores that others took meanwhile, likewise.
+    """
 
     variant: Variant
     facts: Mapping[str, object] = field(default_factory=dict)
     agreement: Agreement | None = None
-    rates: dict[str, list[float]] = field(default_factory=dict)  # by workload, by round
-    others: dict[str, list[float]] = field(default_factory=dict)  # cores that others took meanwhile, likewise
+    rates: dict[str, dict[int, float]] = field(default_factory=dict)
+    others: dict[str, dict[int, float]] = field(default_factory=dict)
     failure: str | None = None
 
 
@@ -171,8 +176,8 @@ def _run_round(course: Course, outcome: Outcome, reference: Reference, number: i
             prompts = workload.prompts(course.vocab_size, seed=10 + number)
             with others_cores(driver.process_id) as others:
                 _, seconds = _generate(driver, prompts, workload.output_tokens)
-            outcome.rates.setdefault(workload.name, []).append(workload.counted_tokens / seconds)
-            outcome.others.setdefault(workload.name, []).append(others.cores)
+            outcome.rates.setdefault(workload.name, {})[number] = workload.counted_tokens / seconds
+            outcome.others.setdefault(workload.name, {})[number] = others.cores
 
 
 def _generate(driver: Driver, prompts: list[list[int]], output_tokens: int) -> tuple[list[list[int]], float]:

@@ -35,17 +35,28 @@ class Variant:
     weight_bytes: float | None = None  # None: as many as the checkpoint's
     settings: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)  # of the environment of its process
+    rounds_inputs: bool = False  # of linear layers, to 16 bits or 8
 
     def precision(self, weights: str) -> Precision:
         """Bytes of a weight and of a number in the KV cache, for a checkpoint with such weights."""
         narrow = 2.0 if weights == "bfloat16" else 4.0
-        return Precision(narrow if self.weight_bytes is None else self.weight_bytes, self.kv_bytes)
+        weight_bytes = narrow if self.weight_bytes is None else self.weight_bytes
+        return Precision(weight_bytes, self.kv_bytes, 1 if self.rounds_inputs else 3)
 
 
 def _llama_cpp(weights: str, kv: str, table: str, weight_bytes: float) -> Variant:
     settings = {"weights": weights, "kv": kv, "flash": "-1"}
     kv_bytes = 4 if kv == "f32" else 2
-    return Variant(f"llama.cpp {weights}", "llama.cpp", "llama_cpp_engine.py", table, kv_bytes, weight_bytes, settings)
+    return Variant(
+        f"llama.cpp {weights}",
+        "llama.cpp",
+        "llama_cpp_engine.py",
+        table,
+        kv_bytes,
+        weight_bytes,
+        settings,
+        rounds_inputs=weights == "q8_0",
+    )
 
 
 _EXACT_OPENVINO = {"weights": "f32", "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -75,8 +86,17 @@ VARIANTS = (
     ),
     Variant("pawl int8", "pawl", "pawl_engine.py", "coarse", 2, 1, _FP16_KV | {"weight_dtype": "int8"}),
     _llama_cpp("q8_0", "f16", "coarse", 34 / 32),
-    Variant("openvino int8", "openvino", "openvino_engine.py", "coarse", 1, 1, {"weights": "int8"}),
-    Variant("vllm bf16", "vllm", "vllm_engine.py", "coarse", 2, 2, {"type": "bfloat16", "eager": "no"}),
+    Variant("openvino int8", "openvino", "openvino_engine.py", "coarse", 1, 1, {"weights": "int8"}, rounds_inputs=True),
+    Variant(
+        "vllm bf16",
+        "vllm",
+        "vllm_engine.py",
+        "coarse",
+        2,
+        2,
+        {"type": "bfloat16", "eager": "no"},
+        rounds_inputs=True,
+    ),
 )
 """All of them, pawl's own first."""
 

@@ -24,12 +24,16 @@ def test_steps_are_read_as_written() -> None:
 def test_limits_are_bytes_or_operations() -> None:
     """The tiny shape by hand: 2 layers of 64 x (2 * 128 + 2 * 64) + 3 * 64 * 128 weights, a head of 512 x 64."""
     tiny, layer, head = SHAPES["tiny"], 2 * (64 * (2 * 128 + 2 * 64) + 3 * 64 * 128), 512 * 64
-    reading = limits_of_step(tiny, parse_step("2x3@10"), 2, 4, MachineLimits(flops=1e18, read_bytes=1.0))
+    reading = limits_of_step(
+        tiny, parse_step("2x3@10"), 2, 4, MachineLimits(flops=1e18, read_bytes=1.0, attention_flops=1e18)
+    )
     kv = 2 * 2 * 2 * 32  # keys and values, 2 layers, 2 heads of 32
     assert reading == {"linears": layer * 2, "head": head * 2, "attention": 2 * 13 * kv * 4}
-    computing = limits_of_step(tiny, parse_step("2x3@10"), 2, 4, MachineLimits(flops=1.0, read_bytes=1e18))
+    computing = limits_of_step(
+        tiny, parse_step("2x3@10"), 2, 4, MachineLimits(flops=1.0, read_bytes=1e18, attention_flops=0.5)
+    )
     pairs = 2 * (11 + 12 + 13)
-    assert computing == {"linears": 6 * 2 * layer, "head": 2 * 2 * head, "attention": pairs * 4 * 2 * 4 * 32}
+    assert computing == {"linears": 6 * 2 * layer, "head": 2 * 2 * head, "attention": 2 * pairs * 4 * 2 * 4 * 32}
 
 
 def test_the_parts_of_a_step_add_up() -> None:

@@ -1,0 +1,277 @@
+"""What was measured, in one piece or several, as JSON and back.
+
+Pieces of one machine can be joined: more rounds of the same, other workloads, other engines. Each round keeps its
+number, so that ratios are those of figures that were taken in the same round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+
+from pawl_loadtest.peers.bounds import Bound, bound
+from pawl_loadtest.peers.machine import Machine
+from pawl_loadtest.peers.rounds import Agreement, Outcome
+from pawl_loadtest.peers.shapes import SHAPES, Shape
+from pawl_loadtest.peers.variants import TABLES, VARIANTS
+from pawl_loadtest.peers.workloads import Workload
+
+__all__ = ["JoinError", "Piece", "Run", "as_json", "code_digest", "join", "processor", "read_run"]
+
+_SOURCES = ("pawl", "pawl_server", "pawl_workers")
+_SUFFIXES = {".py", ".c", ".h"}
+
+
+class JoinError(ValueError):
+    """Pieces that are not of one benchmark."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One stretch of measuring.
+
+    Attributes:
+        started: when, UTC, ISO 8601; `ended` likewise.
+        processor: its name.
+        instructions: what pawl's linear layers computed in, a name of a peak.
+        code: a digest of pawl's sources.
+        load_average: of the minute before.
+        before: what the machine could do before the first round, and `after` the last.
+    """
+
+    started: str
+    ended: str
+    rounds: int
+    processor: str
+    instructions: str
+    code: str
+    load_average: float
+    before: Machine
+    after: Machine
+
+    @property
+    def machine(self) -> Machine:
+        """The better of the two."""
+        return self.before.better(self.after)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything that was measured, and on what; `notes` are what a reader must know beside it."""
+
+    shape: Shape
+    weights: str
+    workloads: Sequence[Workload]
+    tables: Sequence[str]
+    pieces: Sequence[Piece]
+    outcomes: Sequence[Outcome]
+    notes: Sequence[str] = ()
+
+    @property
+    def rounds(self) -> int:
+        """Of all pieces."""
+        return sum(piece.rounds for piece in self.pieces)
+
+    @property
+    def machine(self) -> Machine:
+        """The best that was measured before or after any piece."""
+        return reduce(Machine.better, (piece.machine for piece in self.pieces))
+
+    @property
+    def instructions(self) -> str:
+        """The peak that pawl's own linear layers are held to."""
+        return self.pieces[0].instructions
+
+    def least(self, outcome: Outcome, workload: Workload, peak: str) -> Bound:
+        """The least time that the variant's own bytes and operations take."""
+        precision = outcome.variant.precision(self.weights)
+        return bound(self.shape, workload, precision, self.machine.limits(peak, precision.tile_products))
+
+    def limit_share(self, outcome: Outcome, workload: Workload, peak: str) -> float:
+        """The least seconds over those it took (median)."""
+        least = self.least(outcome, workload, peak).seconds
+        return least * statistics.median(outcome.rates[workload.name].values()) / workload.counted_tokens
+
+
+def processor() -> str:
+    """The name of this machine's processor, as Linux gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def code_digest() -> str:
+    """Changes when a source of the client, the server or the workers does."""
+    digest = hashlib.sha256()
+    for package in _SOURCES:
+        spec = find_spec(package)
+        for folder in [] if spec is None else spec.submodule_search_locations or []:
+            for source in sorted(path for path in Path(folder).rglob("*") if path.suffix in _SUFFIXES):
+                digest.update(f"{package}/{source.relative_to(folder)}".encode() + source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def join(runs: Sequence[Run]) -> Run:
+    """One run of several, rounds numbered on.
+
+    Raises:
+        JoinError: they differ in shape, weights, processor, threads, or what pawl computed in.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        for name, ours, theirs in zip(_IDENTITY, _identity(first), _identity(run), strict=True):
+            if ours != theirs:
+                raise JoinError(f"{name} differs: {ours} and {theirs}; join pieces of one machine and one model")
+    outcomes: dict[str, Outcome] = {}
+    notes: list[str] = []
+    done = 0
+    for run in runs:
+        notes += run.notes
+        for outcome in run.outcomes:
+            name = outcome.variant.name
+            if outcome.failure is not None:
+                notes.append(f"{name} did not run in {_rounds(done, run.rounds)}: {outcome.failure}")
+            outcomes[name] = _merged(outcomes.get(name), outcome, done)
+        done += run.rounds
+    failed = {outcome.variant.name for outcome in outcomes.values() if outcome.failure is not None}
+    return Run(
+        shape=first.shape,
+        weights=first.weights,
+        workloads=list(dict.fromkeys(workload for run in runs for workload in run.workloads)),
+        tables=[table for table in TABLES if any(table in run.tables for run in runs)],
+        pieces=[piece for run in runs for piece in run.pieces],
+        outcomes=[outcomes[variant.name] for variant in VARIANTS if variant.name in outcomes],
+        notes=[note for note in dict.fromkeys(notes) if note.partition(" did not run")[0] not in failed],
+    )
+
+
+_IDENTITY = ("shape", "weights", "processor", "threads", "instructions")
+
+
+def _identity(run: Run) -> tuple[object, ...]:
+    piece = run.pieces[0]
+    return run.shape.name, run.weights, piece.processor, piece.before.threads, piece.instructions
+
+
+def _rounds(done: int, count: int) -> str:
+    return f"round {done + 1}" if count == 1 else f"rounds {done + 1} to {done + count}"
+
+
+def _merged(before: Outcome | None, new: Outcome, done: int) -> Outcome:
+    """What did not fail counts; of what was compared with the reference, the worst."""
+    shifted = Outcome(new.variant, new.facts, new.agreement, failure=new.failure)
+    if new.failure is None:
+        for ours, theirs in ((shifted.rates, new.rates), (shifted.others, new.others)):
+            ours |= {name: {done + number: value for number, value in by.items()} for name, by in theirs.items()}
+    if before is None or before.failure is not None:
+        return shifted
+    if shifted.failure is not None:
+        return before
+    for ours, theirs in ((shifted.rates, before.rates), (shifted.others, before.others)):
+        for name, by in theirs.items():
+            ours[name] = by | ours.get(name, {})
+    compared = [found for found in (before.agreement, new.agreement) if found is not None]
+    shifted.agreement = min(compared, key=lambda found: (found.agrees, found.share), default=None)
+    return shifted
+
+
+def as_json(run: Run, settings: Mapping[str, str]) -> str:
+    """All figures, every round's, and what follows from them."""
+    machine = run.machine
+    rows = []
+    for outcome in run.outcomes:
+        timed = [workload for workload in run.workloads if outcome.rates.get(workload.name)]
+        rows.append(
+            {
+                "name": outcome.variant.name,
+                "table": outcome.variant.table,
+                "settings": dict(outcome.variant.settings),
+                "precision": asdict(outcome.variant.precision(run.weights)),
+                "facts": dict(outcome.facts),
+                "failure": outcome.failure,
+                "agreement": None if outcome.agreement is None else asdict(outcome.agreement),
+                "rates": outcome.rates,
+                "others": outcome.others,
+                "limit_shares": {
+                    workload.name: {peak: run.limit_share(outcome, workload, peak) for peak in machine.peaks}
+                    for workload in timed
+                },
+                "binds": {
+                    workload.name: {peak: run.least(outcome, workload, peak).binds for peak in machine.peaks}
+                    for workload in timed
+                },
+            }
+        )
+    figures = {
+        "shape": run.shape.name,
+        "weights": run.weights,
+        "rounds": run.rounds,
+        "instructions": run.instructions,
+        "settings": dict(settings),
+        "tables": list(run.tables),
+        "machine": asdict(machine),
+        "pieces": [asdict(piece) for piece in run.pieces],
+        "workloads": {workload.name: asdict(workload) | {"unit": workload.unit} for workload in run.workloads},
+        "variants": rows,
+        "notes": list(run.notes),
+    }
+    return json.dumps(figures, indent=2) + "\n"
+
+
+class _Row(msgspec.Struct):
+    name: str
+    facts: dict[str, object]
+    failure: str | None
+    agreement: Agreement | None
+    rates: dict[str, dict[int, float]]
+    others: dict[str, dict[int, float]]
+
+
+class _Figures(msgspec.Struct):
+    shape: str
+    weights: str
+    tables: list[str]
+    pieces: list[Piece]
+    workloads: dict[str, Workload]
+    variants: list[_Row]
+    notes: list[str]
+
+
+def read_run(path: Path) -> Run:
+    """A run as `as_json` wrote it.
+
+    Raises:
+        JoinError: the file cannot be read, or holds something else.
+    """
+    try:
+        figures = msgspec.json.decode(path.read_bytes(), type=_Figures)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise JoinError(f"{path}: {error}; must be a file that --json wrote") from error
+    known = {variant.name: variant for variant in VARIANTS}
+    unknown = sorted({row.name for row in figures.variants} - set(known))
+    if unknown or figures.shape not in SHAPES or not figures.pieces:
+        raise JoinError(f"{path}: knows {', '.join(unknown) or figures.shape}, of another version of this benchmark")
+    outcomes = [
+        Outcome(known[row.name], row.facts, row.agreement, row.rates, row.others, row.failure)
+        for row in figures.variants
+    ]
+    return Run(
+        shape=SHAPES[figures.shape],
+        weights=figures.weights,
+        workloads=list(figures.workloads.values()),
+        tables=figures.tables,
+        pieces=figures.pieces,
+        outcomes=outcomes,
+        notes=figures.notes,
+    )
