@@ -82,7 +82,7 @@ class SharesWhatItTook(BlockDraft):
 
     def take(self, count: int) -> list[int] | None:
         blocks = super().take(count)
-        self._evicted.clear()
+        self._nameless.clear()
         return blocks
 
 

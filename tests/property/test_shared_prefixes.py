@@ -122,6 +122,20 @@ def test_readers_of_a_prefix_that_fails_start_again() -> None:
         assert bench.ended[handle].preemption_count == 0
 
 
+def test_what_a_victim_did_not_live_to_compute_is_not_shared() -> None:
+    """Its row fails when it is gone, and nobody would be told that a block is wrong."""
+    bench = Bench(limits(num_blocks=6, output_quantile=0.5, preempt_below=1), depth=2)
+    bench.worker.fault = lambda plan: [0] if plan.step == 1 else []
+    bench.submit(bench.request(PROMPT[:20], 2))
+    bench.step()
+    bench.submit(bench.request(PROMPT[:20], 2, priority=1))
+    bench.run()
+    assert bench.ended[0].preemption_count == 1, "nobody gave way: nothing is tested"
+    for handle in (0, 1):
+        assert bench.ended[handle].reason is EndReason.MAX_TOKENS
+        bench.check_output(handle)
+
+
 def test_what_a_failing_row_computed_is_not_cached() -> None:
     bench = Bench(limits(num_blocks=32, max_batch_tokens=64, max_prefill_chunk=8))
     bench.submit(bench.request(PROMPT, 2))

@@ -26,8 +26,20 @@ class BlockDraft:
     """
 
     __slots__ = (
-        "_announced", "_changes", "_evicted", "_freed", "_freed_plain", "_hits", "_host", "_num_available", "_pending",
-        "_pool", "_released", "_taken", "_walk", "copies",
+        "_announced",
+        "_changes",
+        "_freed",
+        "_freed_plain",
+        "_hits",
+        "_host",
+        "_nameless",
+        "_num_available",
+        "_pending",
+        "_pool",
+        "_released",
+        "_taken",
+        "_walk",
+        "copies",
     )  # fmt: skip
 
     def __init__(self, pool: BlockPool) -> None:
@@ -40,7 +52,7 @@ class BlockDraft:
         self._freed: deque[int] = deque()  # freed by the releases and cached: taken after the pool's
         self._hits: list[int] = []
         self._taken: list[int] = []
-        self._evicted: set[int] = set()  # those taken that the pool still knows a name of
+        self._nameless: set[int] = set()  # those taken or given up that the pool still knows a name of
         self._pending: dict[bytes, int] = {}
         self._announced: list[tuple[int, HashChain, int, int]] = []
         self._host = None if pool.host is None else HostDraft(pool.host)
@@ -70,8 +82,8 @@ class BlockDraft:
         Finds also what launched steps and this draft itself have announced, and not what this draft has taken.
         """
         hits = self._pool.find(chain)[:max_blocks]
-        if self._evicted and not self._evicted.isdisjoint(hits):
-            hits = hits[: next(place for place, block in enumerate(hits) if block in self._evicted)]
+        if self._nameless and not self._nameless.isdisjoint(hits):
+            hits = hits[: next(place for place, block in enumerate(hits) if block in self._nameless)]
         if self._pending:
             end = min(max_blocks, len(chain))
             while len(hits) < end and (block := self._lookup(chain.names[len(hits)])) is not None:
@@ -82,7 +94,7 @@ class BlockDraft:
         block = self._pending.get(name)
         if block is None:
             block = self._pool.lookup(name)
-            if block in self._evicted:
+            if block in self._nameless:
                 return None
         return block
 
@@ -127,7 +139,7 @@ class BlockDraft:
             block = self._next()
             self._changes[block] = self._changes.get(block, 0) + 1
             if self._pool.has_name(block):
-                self._evicted.add(block)
+                self._nameless.add(block)
                 if self._host is not None and (name := self._pool.hash_of(block)) is not None:
                     self._host.save(block, name)
             blocks.append(block)
@@ -161,10 +173,12 @@ class BlockDraft:
             self._changes[block] = self._changes.get(block, 0) - 1
             if not self._count(block):
                 self._num_available += 1
-                if not self._pool.has_name(block):
-                    self._freed_plain.append(block)
-                else:
+                if self._pool.hash_of(block) is not None:
                     self._freed.append(block)
+                    continue
+                self._freed_plain.append(block)
+                if self._pool.has_name(block):  # its step is not done, and who would tell a reader that it failed?
+                    self._nameless.add(block)
 
     def fork(self, blocks: Sequence[int], num_tokens: int, block_size: int, own: int) -> list[int]:
         """The blocks of a new sequence that begins with the first `num_tokens` tokens of another.
