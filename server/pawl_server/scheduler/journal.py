@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from pawl_workers.plan import StepPlan, StepResult
 
 __all__ = [
-    "Aborted", "Began", "Event", "Flushed", "Journal", "Launched", "Measured", "Named", "Reset", "Settled", "Submitted",
-    "Voided", "fingerprint", "read_events",
+    "VERSION", "Aborted", "Began", "Event", "Flushed", "Journal", "Launched", "Measured", "Named", "Reset", "Settled",
+    "Submitted", "Voided", "fingerprint", "read_events",
 ]  # fmt: skip
 
-_VERSION: Final = 1
+VERSION: Final = 2
 
 
 class _Event(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -83,13 +83,13 @@ class Launched(_Event, frozen=True):
     Attributes:
         now: when it was planned.
         fingerprint: of the plan.
-        drafts: (row, number) of the drafts that were proposed, which rests on token ids.
+        drafts: (row, number) of the drafts that were proposed in each attempt at the plan, which rests on token ids.
         limits: that it was planned under, where they were not the replica's own.
     """
 
     now: float
     fingerprint: bytes
-    drafts: list[tuple[int, int]]
+    drafts: list[list[tuple[int, int]]]
     limits: SchedulerLimits | None
 
 
@@ -191,7 +191,7 @@ class Journal:
         self._tenants: dict[str, int] = {}
         self._namespaces: dict[bytes, int] = {}
         self._names: dict[bytes, int] = {}
-        self._write(Began(_VERSION, epoch, limits, target_gap_s))
+        self._write(Began(VERSION, epoch, limits, target_gap_s))
 
     @property
     def full(self) -> bool:
@@ -245,7 +245,8 @@ class Journal:
 
     def launched(self, plan: Plan) -> None:
         """A plan is launched."""
-        drafts = [] if plan.proposals is None else plan.proposals.found
+        attempts = plan.attempts or ([] if plan.proposals is None else [plan.proposals])
+        drafts = [proposals.found for proposals in attempts]
         limits = None if plan.limits == self._limits else plan.limits
         self._write(Launched(plan.now, fingerprint(plan.wire()), drafts, limits))
 

@@ -60,6 +60,7 @@ class Plan:
         bypassed: waiting sequences that did not fit, each with `num_overtaking` when it was considered.
         num_overtaking: admissions that count as overtaking those: all that are not backfilled.
         proposals: drafts that rows compute beside their token, and who was asked for some in vain; None = nobody was.
+        attempts: what was proposed in each attempt at a step, of which this one was chosen; empty = in this one alone.
         num_decodes: of `rows`, the first so many want one token and sample.
         num_drafts: tokens of all drafts.
         num_draft_blocks: blocks that hold nothing but drafts.
@@ -78,6 +79,7 @@ class Plan:
     rows: IntArray = field(default_factory=lambda: _NO_ROWS)
     grants: IntArray = field(default_factory=lambda: _NO_ROWS)
     proposals: Proposals | None = None
+    attempts: list[Proposals] = field(default_factory=list)
     num_decodes: int = 0
     num_drafts: int = 0
     num_draft_blocks: int = 0

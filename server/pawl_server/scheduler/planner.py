@@ -66,7 +66,9 @@ def _with_way_made(
     forced = [Victim(victim, "priority", way.num_short) for victim in way.victims]
     other = _attempt(state, limits, now, budget, forced, way.to)
     started = [admission.sequence for admission in other.admissions]
-    return other if started == [way.to] else plan
+    chosen = other if started == [way.to] else plan
+    chosen.attempts = [one.proposals for one in (plan, other) if one.proposals is not None]
+    return chosen
 
 
 def _attempt(

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler import journal
-from pawl_server.scheduler.budget import StepBudget
+from pawl_server.scheduler.budget import StepBudget, StepLoad
 from pawl_server.scheduler.committer import commit, launch, void
 from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import SequenceRequest, SequenceState, Sibling
-from pawl_server.scheduler.speculation import Speculation
+from pawl_server.scheduler.slots import IntArray, SlotTable
+from pawl_server.scheduler.speculation import Proposals, Speculation
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import PromptLogprobs, RowFailure, SamplingSpec, StepResult, TokenLogprobs
 
@@ -44,16 +46,35 @@ class Replayed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Recorded:
+class _RecordedProposer:
     """Proposes as many drafts as the journal says that the sequence's row got."""
 
     sequence: SequenceState
-    drafts: dict[int, int]  # by row, of the step that is planned
+    drafts: dict[int, int]  # by row, of the attempt that is made
 
     def propose(self, tokens: array[int], most: int) -> list[int]:
         """So many tokens; which ones does not matter."""
         del tokens
         return [_STOP] * min(most, self.drafts.get(self.sequence.row, 0))
+
+
+class _Recorded(Speculation):
+    """Drafts as many as the journal says, attempt by attempt."""
+
+    def __init__(self, most_drafts: int) -> None:
+        self._drafts: dict[int, int] = {}
+        self._attempts: deque[list[tuple[int, int]]] = deque()
+        super().__init__(most_drafts, lambda sequence: _RecordedProposer(sequence, self._drafts))
+
+    def expect(self, attempts: Sequence[list[tuple[int, int]]]) -> None:
+        """The next step is planned in so many attempts, with (row, number) of the drafts of each."""
+        self._attempts = deque(attempts)
+
+    def propose(self, slots: SlotTable, rows: IntArray, load: StepLoad, most: int) -> Proposals:
+        """As in the attempt that is the next."""
+        self._drafts.clear()
+        self._drafts.update(self._attempts.popleft() if self._attempts else ())
+        return super().propose(slots, rows, load, most)
 
 
 class _Player:
@@ -67,10 +88,8 @@ class _Player:
         self.num_steps = 0
         self.num_sequences = 0
         self._names = names
-        self._drafts: dict[int, int] = {}
-        if began.limits.max_drafts:
-            make = lambda sequence: _Recorded(sequence, self._drafts)  # noqa: E731 (a closure of one line)
-            self.state.speculation = Speculation(began.limits.max_drafts, make)
+        self._speculation = _Recorded(began.limits.max_drafts) if began.limits.max_drafts else None
+        self.state.speculation = self._speculation
         self._in_flight: deque[Plan] = deque()
         self._settled: Plan | None = None
 
@@ -134,8 +153,8 @@ class _Player:
 
     def _launch(self, event: journal.Launched) -> None:
         self.num_steps += 1
-        self._drafts.clear()
-        self._drafts.update(event.drafts)
+        if self._speculation is not None:
+            self._speculation.expect(event.drafts)
         plan = plan_step(self.state, event.limits or self.limits, event.now, self.budget)
         if plan is None:
             raise ReplayError(f"launch {self.num_steps}: nothing is planned")
@@ -186,6 +205,8 @@ def replay(data: bytes) -> Replayed:
     events = journal.read_events(data)
     if not events or not isinstance(began := events[0], journal.Began):
         raise ReplayError("the journal does not begin with the beginning of a scheduler")
+    if began.version != journal.VERSION:
+        raise ReplayError(f"the journal has version {began.version}, and {journal.VERSION} can be replayed")
     names: dict[int, list[int]] = {}
     for event in events:
         if isinstance(event, journal.Named):
