@@ -57,6 +57,7 @@ class Bench:
             self.state.speculation = Speculation(limits.max_drafts, Prophet)
         self.worker = ShadowWorker(limits.block_size)
         self.num_drafts = self.num_accepted = self.num_mixed = 0
+        self.num_late = self.num_requeued = self.num_shared_pending = 0
         self.requests: dict[int, SequenceRequest] = {}
         self.output: dict[int, list[int]] = {}
         self.scored: dict[int, int] = {}
@@ -127,6 +128,8 @@ class Bench:
         wire = plan.wire()
         launch(self.state, plan)
         check_invariants(self.state)
+        hits = [block for admission in plan.admissions for block in admission.hits]
+        self.num_shared_pending += sum(map(self.state.pool.is_pending, hits))
         self.log.append(wire)
         self.in_flight.append((plan, self.worker.execute(wire)))
         members = [cast("int", request.handle) for request in plan.members(self.state.slots)]
@@ -174,6 +177,7 @@ class Bench:
         plan, result = self.in_flight.popleft()
         owners = self.owners.popleft()
         ended = set(self.ended)
+        late = {sequence.request.handle for sequence in self.state.ledger[0].stale.values()}
         committed = commit(self.state, plan, result, self.now)
         dropped = cast("set[int]", set(committed.requeued))
         live = Counter(owners[row] for row in result.rows if owners[row] not in ended | dropped | {_NOBODY})
@@ -184,6 +188,8 @@ class Bench:
             given[handle] == count or (handle in stopped and given[handle] < count) for handle, count in live.items()
         )
         self.num_accepted += committed.num_accepted
+        self.num_late += sum(handle in late for handle in committed.handles)
+        self.num_requeued += len(committed.requeued)
         for later in self.owners:  # what they rely on failed, so that nothing more comes of these steps for them
             for row in [row for row, handle in later.items() if handle in dropped]:
                 later[row] = _NOBODY

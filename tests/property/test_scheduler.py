@@ -10,43 +10,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pawl_server.scheduler.decisions import decode
 from pawl_server.scheduler.invariants import check_invariants
-from pawl_server.scheduler.sequence import EndReason
 from pawl_workers.plan import StepPlan
 from tests.fakes.scheduler_bench import Bench, make_limits, random_request
+from tests.fakes.scheduler_traces import play
 
 
-@settings(max_examples=600)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32))
 def test_batching_changes_nothing_and_nothing_leaks(seed: int) -> None:
-    """Random arrivals, chunks, pools, depths, cache on or off, 30 % aborted: equal to the run alone, and all ends."""
-    draw = random.Random(seed)
-    bench = Bench(make_limits(draw), depth=draw.randint(1, 3))
-    for _ in range(draw.randint(1, 20)):
-        bench.submit(random_request(bench, draw))
-        for _ in range(draw.randint(0, 3)):
-            bench.step()
-        if bench.requests and draw.random() < 0.3:
-            ended = bench.state.abort(draw.choice(list(bench.requests)), "cancelled", bench.now)
-            if ended is not None:
-                bench.finish(ended)
-        check_invariants(bench.state)
-    bench.run()
-    assert set(bench.ended) == set(bench.requests)
-    for handle, request in bench.requests.items():
-        bench.check_output(handle)
-        ended = bench.ended[handle]
-        if ended.reason is EndReason.MAX_TOKENS:
-            assert ended.output_tokens == request.max_output_tokens == len(bench.output[handle])
-        elif ended.reason is EndReason.EOS:
-            assert bench.output[handle][-1] == 5
-            assert 5 not in bench.output[handle][:-1]
-        if request.prompt_logprobs >= 0 and ended.reason is not EndReason.ABORTED:
-            assert bench.scored.get(handle, 1) == len(request.prompt_ids)
-        assert min(ended.prefill_s, ended.decode_s, ended.stalled_s) >= 0
-    counts = bench.state.counts()
-    assert counts.free_blocks + counts.cached_blocks == bench.limits.num_blocks
-    assert (counts.running, counts.waiting, counts.used_blocks) == (0, 0, 0)
-    assert not bench.state.live
+    """Random seeds of the traces of which `test_traces` plays the first 2,000."""
+    play(seed)
 
 
 @settings(max_examples=25)
