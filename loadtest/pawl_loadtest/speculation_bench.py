@@ -161,7 +161,7 @@ class Runner:
             committed = commit(state, plan, self._worker.execute(plan.wire()), 0.0)
             seconds = time.perf_counter() - began
             if state.speculation is not None and plan.kind == "decode":
-                state.speculation.observe(plan.load, seconds, drafted=plan.num_drafts > 0)
+                state.speculation.observe(plan.load, seconds)
             if plan.num_decodes == num_requests:
                 run.num_decoded += len(committed.token_ids)
                 run.decode_s += time.perf_counter() - began

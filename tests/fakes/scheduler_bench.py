@@ -13,7 +13,9 @@ import numpy as np
 
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
+from pawl_server.scheduler.budget import StepLoad
 from pawl_server.scheduler.committer import Committed, commit, launch, void
+from pawl_server.scheduler.guess import Guess
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
@@ -35,13 +37,13 @@ class Prophet:
         self._namespace = sequence.request.sampling.seed
         self._draw = random.Random(sequence.order)
 
-    def propose(self, tokens: array[int], most: int) -> list[int]:
+    def propose(self, tokens: array[int], most: int) -> Guess:
         """At most `most` tokens."""
         drafts = isolated_output(tokens, self._namespace, self._draw.randint(0, most))
         if drafts and self._draw.random() < 0.5:
             place = self._draw.randrange(len(drafts))
             drafts[place] = (drafts[place] + 1) % 32
-        return drafts
+        return Guess(drafts)
 
 
 class Bench:
@@ -54,7 +56,9 @@ class Bench:
         self.owners: deque[dict[int, int]] = deque()  # handle by row, of each step in flight
         self.state = SchedulerState(limits, CacheRoot("model", "float32", limits.block_size))
         if limits.max_drafts:
-            self.state.speculation = Speculation(limits.max_drafts, Prophet)
+            self.state.speculation = drafter = Speculation(limits.max_drafts, Prophet)
+            for num_tokens in range(1, 9):  # as if tokens cost nothing, so that all that is found is computed
+                drafter.observe(StepLoad(num_tokens, num_tokens, num_tokens), 1.0)
         self.worker = ShadowWorker(limits.block_size)
         self.num_drafts = self.num_accepted = self.num_mixed = 0
         self.num_late = self.num_requeued = self.num_shared_pending = 0

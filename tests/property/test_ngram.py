@@ -35,7 +35,9 @@ def test_it_proposes_what_a_scan_finds(parts: list[list[int]], shortest: int, mo
     seen: set[tuple[int, ...]] = set()
     for part in parts:
         tokens.extend(part)
-        found = index.propose(tokens, most)
+        guess = index.propose(tokens, most)
+        found = guess.token_ids
+        assert not found or shortest <= guess.evidence <= shortest + more
         wanted = scan(tokens.tolist(), most, shortest + more, shortest)
         seen.add(tuple(found))
         assert found == wanted or (found and found in tails(tokens.tolist(), most, shortest))
@@ -65,11 +67,11 @@ def test_a_long_sequence_takes_bounded_memory_and_is_still_followed(step: int) -
         tokens.extend(text[begin : min(begin + step, 40)])
         if begin + step >= 4:
             at = min(begin + step, 40)
-            assert index.propose(tokens, 4) == text[at : at + 4]
+            assert index.propose(tokens, 4).token_ids == text[at : at + 4]
     assert index.num_entries <= 3 << 14
 
 
 def test_sizes_are_checked() -> None:
-    with pytest.raises(ValueError, match="from 3 to 2 tokens"):
+    with pytest.raises(ValueError, match="of 3 to 2 tokens"):
         NgramIndex(2, 3)
-    assert NgramIndex().propose(array("i", [1]), 3) == []
+    assert NgramIndex().propose(array("i", [1]), 3).token_ids == []

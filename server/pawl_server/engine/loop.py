@@ -300,7 +300,7 @@ class EngineLoop:
         if self.budget is not None:
             self.budget.observe(plan.load, worker_s)
         if self.state.speculation is not None and plan.kind == "decode":
-            self.state.speculation.observe(plan.load, elapsed_s, drafted=plan.num_drafts > 0)
+            self.state.speculation.observe(plan.load, elapsed_s)
         self.meter.step(
             StepRecord(
                 kind=plan.kind,

@@ -1,9 +1,9 @@
 """How many prompt tokens a step may take, so that those who decode get their next token in time.
 
-A step's time is fitted as c0 + c1 * tokens + c2 * pairs + c3 * KV read, where pairs are (query, key) pairs of the
-attention, by recursive least squares with forgetting over measured steps. Decodes read as much KV as they have
-pairs; a chunk of a prompt has that many pairs for each of its tokens and reads the KV once. Pure: times come in as
-numbers.
+A step's time is fitted as c0 + c1 * tokens + c2 * pairs + c3 * KV read, and c4 more if it has drafts, by recursive
+least squares with forgetting over measured steps. Pairs are (query, key) pairs of the attention: decodes read as much
+KV as they have pairs; a chunk of a prompt has that many pairs for each of its tokens and reads the KV once. Pure: times
+come in as numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 __all__ = ["StepBudget", "StepLoad", "StepTimeModel"]
 
-_SCALES = np.array([1.0, 1e-2, 1e-5, 1e-5])  # brings the terms near each other, for a well-conditioned fit
+_SCALES = np.array([1.0, 1e-2, 1e-5, 1e-5, 1.0])  # brings the terms near each other, for a well-conditioned fit
 _LEAST_STEPS = 8  # measured before the fit is trusted
 _DAMPING = 1e-12  # relative: steps of microseconds, all of them decodes, leave the matrix singular otherwise
 _LEAST_INFORMATION = 1e-4  # in every direction, for what is believed: steps that are all alike unteach nothing else
@@ -30,11 +30,13 @@ class StepLoad:
         num_tokens: of all its sequences.
         num_pairs: (query, key) pairs: for each token those up to and including itself.
         num_read: tokens whose KV is read, for each sequence once.
+        has_drafts: whether drafts are among its tokens.
     """
 
     num_tokens: int
     num_pairs: int
     num_read: int
+    has_drafts: bool = False
 
 
 class StepTimeModel:
@@ -58,8 +60,17 @@ class StepTimeModel:
     @property
     def coefficients(self) -> tuple[float, float, float, float]:
         """Seconds of a step, of a token, of a pair, and of a token's KV read; never negative."""
-        step, token, pair, read = np.maximum(0.0, self._coefficients * _SCALES).tolist()
+        step, token, pair, read, _ = np.maximum(0.0, self._coefficients * _SCALES).tolist()
         return step, token, pair, read
+
+    @property
+    def drafts_s(self) -> float:
+        """Seconds that a step with drafts takes longer, however few they are; never negative.
+
+        Without a CUDA graph, or with a few rows more than a kernel takes at once, the first draft costs more than the
+        next. Believed ever less while no step has drafts, for else one that was held up could end them for good.
+        """
+        return max(0.0, float(self._coefficients[-1] * _SCALES[-1]))
 
     @property
     def trusted(self) -> bool:
@@ -69,14 +80,17 @@ class StepTimeModel:
     def predict(self, load: StepLoad) -> float:
         """Seconds that such a step takes."""
         step, token, pair, read = self.coefficients
-        return step + token * load.num_tokens + pair * load.num_pairs + read * load.num_read
+        seconds = step + token * load.num_tokens + pair * load.num_pairs + read * load.num_read
+        return seconds + self.drafts_s if load.has_drafts else seconds
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from a measured step."""
         unit = max(seconds, 1e-7)
         if self.trusted:
             unit = max(unit, 0.25 * self.predict(load))
-        x = np.array([1.0, load.num_tokens, load.num_pairs, load.num_read]) * _SCALES / unit
+        if not load.has_drafts:
+            self._coefficients[-1] *= self._keep
+        x = np.array([1.0, load.num_tokens, load.num_pairs, load.num_read, load.has_drafts]) * _SCALES / unit
         error = seconds / unit - float(self._coefficients @ x)
         lost = (1.0 - self._keep) * _LEAST_INFORMATION
         self._information = self._keep * self._information + np.outer(x, x) + np.diag([lost] * len(_SCALES))

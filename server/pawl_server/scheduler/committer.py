@@ -274,7 +274,7 @@ def _click_several(
     """
     slots = state.slots
     given = Counter(result.rows)
-    drafted = [(slots.owner(row), count, given[row] - 1) for row, count in entry.drafts.items() if owned[row]]
+    drafted = [(slots.owner(row), given[row] - 1) for row in entry.drafts if owned[row]]
     rows, token_ids = np.array(result.rows, dtype=np.int64), np.array(result.token_ids, dtype=np.int64)
     places = np.arange(len(rows))
     first = np.concatenate([[True], rows[1:] != rows[:-1]])[: len(rows)]
@@ -291,10 +291,10 @@ def _click_several(
         later = np.flatnonzero((offsets == offset + 1) & owned[rows])
         _advance(state, committed, rows[later], np.ones(len(later), dtype=np.int64))
     committed.logprobs = logprobs
-    for sequence, num_drafts, num_accepted in drafted:
+    for sequence, num_accepted in drafted:
         committed.num_accepted += max(0, num_accepted)
-        if state.speculation is not None:
-            state.speculation.settled(sequence, num_drafts, num_accepted)
+        if num_accepted < 0 and state.speculation is not None:
+            state.speculation.broke(sequence)
 
 
 def _append(state: SchedulerState, committed: Committed, rows: IntArray, token_ids: IntArray, now: float) -> None:

@@ -83,7 +83,7 @@ class Launched(_Event, frozen=True):
     Attributes:
         now: when it was planned.
         fingerprint: of the plan.
-        drafts: (row, number) of the drafts that were proposed in each attempt at the plan, which rests on token ids.
+        drafts: (row, number) of the drafts that it was to have, in each attempt at the plan, which rests on token ids.
         limits: that it was planned under, where they were not the replica's own.
     """
 
@@ -246,7 +246,7 @@ class Journal:
     def launched(self, plan: Plan) -> None:
         """A plan is launched."""
         attempts = plan.attempts or ([] if plan.proposals is None else [plan.proposals])
-        drafts = [proposals.found for proposals in attempts]
+        drafts = [proposals.chosen for proposals in attempts]
         limits = None if plan.limits == self._limits else plan.limits
         self._write(Launched(plan.now, fingerprint(plan.wire()), drafts, limits))
 

@@ -10,6 +10,8 @@ from array import array
 
 import numpy as np
 
+from pawl_server.scheduler.guess import MOST_EVIDENCE, NOTHING, Guess
+
 __all__ = ["NgramIndex"]
 
 _MOST_ENTRIES = 1 << 14  # of a table: older n-grams of a longer sequence are overwritten
@@ -25,15 +27,15 @@ class NgramIndex:
     Memory is bounded whatever the length of the sequence.
 
     Args:
-        longest: tokens of the n-grams looked up first.
+        longest: tokens of the n-grams looked up first; at most MOST_EVIDENCE.
         shortest: of those looked up last; at least 1.
     """
 
     __slots__ = ("_bits", "_longest", "_num_indexed", "_shortest", "_slots", "_tables")
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
-        if not 1 <= shortest <= longest:
-            raise ValueError(f"n-grams from {shortest} to {longest} tokens: the shortest is at least 1, and no longer")
+        if not 1 <= shortest <= longest <= MOST_EVIDENCE:
+            raise ValueError(f"n-grams of {shortest} to {longest} tokens: 1 <= shortest <= longest <= {MOST_EVIDENCE}")
         self._longest, self._shortest = longest, shortest
         self._num_indexed = 0  # n-grams that end before this token are in the tables
         self._slots: list[int] = []  # of the n-grams that end with the last token seen, in each table
@@ -45,10 +47,11 @@ class NgramIndex:
         """Entries of all tables, used or not."""
         return sum(len(table) for table in self._tables)
 
-    def propose(self, tokens: array[int], most: int) -> list[int]:
-        """Tokens that may follow, at most `most`; none when the last ones never stood there before.
+    def propose(self, tokens: array[int], most: int) -> Guess:
+        """Guess at most `most` tokens; none when the last ones never stood there before.
 
-        What followed up to the end of the sequence is taken to repeat. Takes O(tokens since the last call).
+        What followed up to the end of the sequence is taken to repeat. The evidence is the length of the n-gram. Takes
+        O(tokens since the last call).
 
         Args:
             tokens: of the sequence, which has only grown since the last call.
@@ -63,8 +66,8 @@ class NgramIndex:
                 period = length - begin
                 while len(found) < most:
                     found += found[len(found) - period : len(found) - period + most - len(found)]
-                return found
-        return []
+                return Guess(found, size)
+        return NOTHING
 
     def _index(self, tokens: array[int]) -> None:
         """Enter the n-grams that end before the last token."""

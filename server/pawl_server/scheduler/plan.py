@@ -107,7 +107,7 @@ class Plan:
     @property
     def load(self) -> StepLoad:
         """What the step computes, as far as its time depends on it."""
-        return StepLoad(self.num_tokens, self.num_pairs, self.num_read)
+        return StepLoad(self.num_tokens, self.num_pairs, self.num_read, self.num_drafts > 0)
 
     @property
     def kind(self) -> str:

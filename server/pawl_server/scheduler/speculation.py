@@ -1,84 +1,112 @@
-"""How many drafts each sequence gets: as many as are expected to pay for the time that they add to the step.
+"""How many drafts each sequence gets: as many as make the step give most tokens a second, often none.
 
-The j-th draft of a sequence is accepted with probability p^j, where p is how often its drafts were right so far. It
-adds a token's cost to the step, and is worth it when p^j tokens for that cost are more than the step gives without
-drafts: its tokens / its seconds. Both come from a model of the step's time that is fitted as the steps go by. A
-sequence whose drafts do not pay is tried again, ever more seldom while it fails.
+A guess costs nothing until it is computed, and whether it was right is seen when the tokens have come, computed or not.
+So while drafts do not pay nothing is risked to find out whether they would: guesses are still made, now and then, and
+only compared. What a draft costs, and a step with drafts, comes from a model of the step's time that is fitted as the
+steps go by.
 """
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
+from pawl_server.scheduler.acceptance import Acceptance
 from pawl_server.scheduler.budget import StepLoad, StepTimeModel
+from pawl_server.scheduler.draft_choice import FloatArray, choose_drafts
+from pawl_server.scheduler.guess import NOTHING, Guess, Proposer
 from pawl_server.scheduler.ngram import NgramIndex
 from pawl_server.scheduler.sequence import SequenceState
 from pawl_server.scheduler.slots import NEVER, IntArray, SlotTable
 
-__all__ = ["Drafting", "Proposals", "Proposer", "Speculation"]
+__all__ = ["Drafter", "Drafting", "Proposals", "Speculation"]
 
-_WEIGHT = 0.15  # of one draft's outcome in what is believed of its sequence
-_COMMON_WEIGHT = 0.02  # and in what is believed of a new one
-_LEAST_BELIEF, _MOST_BELIEF = 0.02, 0.98
+_WINDOW, _COMMON_WINDOW = 7.0, 50.0  # tries after which one weighs 1/e, of one sequence and of all
 _MOST_WAIT_FOUND_NOTHING = 4  # tokens until the next look, after as many that found nothing
+_MOST_WAIT = 16  # tokens until the next look, while what is found would not pay
+_LEAST_STEPS = 3  # measured before anything is drafted
 _FIRST_STEPS, _MEASURED_STEPS = 32, 8  # with drafts and without: learning takes time, too
-_LEAST_WAIT, _MOST_WAIT = 16, 256  # tokens until drafts that do not pay are tried again
-
-
-class Proposer(Protocol):
-    """Guesses how one sequence goes on."""
-
-    def propose(self, tokens: array[int], most: int) -> list[int]:
-        """Tokens that may follow, at most `most`; none when it has no idea. `tokens` only grow from call to call."""
-        ...
 
 
 @dataclass(slots=True)
 class Drafting:
-    """What is known of one sequence's drafts.
+    """What is known of one sequence's guesses.
 
     Attributes:
         proposer: of this sequence.
-        belief: probability that a draft is right when the one before it was.
+        acceptance: how often it was right.
+        guess: the last one, until it is compared with what came.
+        made_at: length of the sequence that it continues.
         num_missed: looks in a row that found nothing.
-        wait: tokens between two tries while drafts do not pay; 0 = the next one is made at once.
-        try_at: length from which on drafts that do not seem to pay are tried again.
+        wait: tokens until the next look, after one whose guess was hopeless.
+        barred: whether its drafts broke a step.
     """
 
     proposer: Proposer
-    belief: float
+    acceptance: Acceptance
+    guess: Guess = NOTHING
+    made_at: int = 0
     num_missed: int = 0
-    wait: int = 0
-    try_at: int = 0
+    wait: int = 1
+    barred: bool = False
 
 
 @dataclass(slots=True)
 class Proposals:
-    """Drafts for a step, and who is not to be asked again for a while.
+    """Drafts for a step, and what else was looked for.
 
     Attributes:
         drafts: token ids by row.
-        found: (row, number) of what was proposed, before anything of it was cut.
+        chosen: (row, number) of them, before anything was cut for want of blocks.
+        guesses: what was found, by row, whether any of it is computed or not.
         missed: rows for which nothing was found.
-        declined: rows whose drafts would not pay.
+        hopeless: rows whose guess would not pay if the step had drafts of others, either.
     """
 
     drafts: dict[int, list[int]] = field(default_factory=dict)
-    found: list[tuple[int, int]] = field(default_factory=list)
+    chosen: list[tuple[int, int]] = field(default_factory=list)
+    guesses: dict[int, Guess] = field(default_factory=dict)
     missed: list[int] = field(default_factory=list)
-    declined: list[int] = field(default_factory=list)
+    hopeless: set[int] = field(default_factory=set)
+
+
+class Drafter(Protocol):
+    """Decides who drafts what."""
+
+    def propose(self, slots: SlotTable, rows: IntArray, load: StepLoad, most: int) -> Proposals:
+        """Draft for a step that may not be launched.
+
+        Args:
+            slots: the running sequences.
+            rows: of those that may draft: they decode, and all their tokens are known.
+            load: of the step without drafts, in which everybody gives one token.
+            most: tokens that all drafts together may have.
+        """
+        ...
+
+    def launched(self, slots: SlotTable, proposals: Proposals) -> None:
+        """A step with these proposals is launched."""
+        ...
+
+    def broke(self, sequence: SequenceState) -> None:
+        """A step came to nothing for a sequence because of its drafts."""
+        ...
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Learn from a measured step in which nobody was in mid-prompt."""
+        ...
 
 
 class Speculation:
-    """Decides who drafts how much. `propose` changes nothing; `launched`, `settled` and `observe` do.
+    """The `Drafter` of a served replica. Until some steps are measured nothing is drafted.
 
     Args:
         most_drafts: of one sequence in one step.
-        make_proposer: called once for each sequence that drafts.
+        make_proposer: called once for each sequence that is asked for guesses.
     """
 
     def __init__(
@@ -88,96 +116,99 @@ class Speculation:
             raise ValueError(f"most_drafts = {most_drafts}: must be at least 1")
         self.most_drafts = most_drafts
         self.model = StepTimeModel()
-        self._make_proposer = make_proposer
+        self.make_proposer = make_proposer
         self._num_steps = [0, 0]  # without drafts and with some
-        self._common = 0.5  # belief in the drafts of a sequence of which nothing is known
+        self._common = Acceptance(_COMMON_WINDOW)
 
     def propose(self, slots: SlotTable, rows: IntArray, load: StepLoad, most: int) -> Proposals:
-        """Draft for a step.
-
-        Args:
-            slots: the running sequences.
-            rows: of those that may draft: they decode, and all their tokens are known.
-            load: of the step without drafts, in which everybody gives one token.
-            most: tokens that all drafts together may have.
-        """
+        """Draft for a step. What has become of earlier guesses is learnt, whether the step is launched or not."""
         proposals = Proposals()
-        rows = rows[slots.length[rows] >= slots.draft_at[rows]]
-        if not len(rows) or most < 1:
-            return proposals
-        rate = load.num_tokens / seconds if (seconds := self.model.predict(load)) > 0 else 0.0
-        _, token, pair, read = self.model.coefficients
-        for row in rows.tolist():
+        for row in rows[slots.length[rows] >= slots.draft_at[rows]].tolist():
             length, sequence = int(slots.length[row]), slots.owner(row)
-            drafting = sequence.drafting or self._begin(sequence)
-            number = self._number(drafting.belief, rate * (token + read + pair * length))
-            if length < drafting.try_at and (not number or drafting.try_at == NEVER):
-                proposals.declined.append(row)
-                continue
-            number = min(max(number, 1), most, int(slots.stop_at[row]) - length - 1)
-            ids = drafting.proposer.propose(sequence.tokens, number) if number > 0 else []
-            if ids:
-                proposals.drafts[row] = ids
-                proposals.found.append((row, len(ids)))
-                most -= len(ids)
+            drafting, tokens = sequence.drafting or self._begin(sequence), sequence.tokens
+            self._compare(drafting, tokens)
+            number = min(self.most_drafts, int(slots.stop_at[row]) - length - 1)
+            guess = drafting.proposer.propose(tokens, number) if number > 0 and not drafting.barred else NOTHING
+            if guess.token_ids:
+                proposals.guesses[row] = guess
             else:
                 proposals.missed.append(row)
+        if proposals.guesses and self.model.num_steps >= _LEAST_STEPS:
+            self._choose(proposals, slots, load, most)
         return proposals
 
     def _begin(self, sequence: SequenceState) -> Drafting:
-        sequence.drafting = Drafting(self._make_proposer(sequence), self._common)
+        sequence.drafting = Drafting(self.make_proposer(sequence), Acceptance(_WINDOW, self._common))
         return sequence.drafting
 
-    def _number(self, belief: float, cost: float) -> int:
-        """Drafts of which each is expected to give more than `cost` tokens."""
-        if cost >= belief:
-            return 0
-        return min(self.most_drafts, int(math.log(cost) / math.log(belief))) if cost > 0 else self.most_drafts
+    def _compare(self, drafting: Drafting, tokens: array[int]) -> None:
+        """See what became of the last guess, computed or not, as far as the tokens have come."""
+        guess, drafting.guess = drafting.guess, NOTHING
+        come = tokens[drafting.made_at : drafting.made_at + len(guess.token_ids)].tolist()
+        if come:
+            right = [token_id == guessed for token_id, guessed in zip(come, guess.token_ids, strict=False)]
+            num_right = [*right, False].index(False)
+            wrong = num_right < len(come)
+            drafting.acceptance.learn(guess.evidence, num_right, wrong=wrong)
+            self._common.learn(guess.evidence, num_right, wrong=wrong)
+            if not wrong:
+                drafting.wait = 1
+
+    def _choose(self, proposals: Proposals, slots: SlotTable, load: StepLoad, most: int) -> None:
+        rows, chances = list(proposals.guesses), self._chances(proposals, slots)
+        _, token, pair, read = self.model.coefficients
+        seconds: FloatArray = token + read + pair * slots.length[rows].astype(np.float64)
+        step_s = self.model.predict(load)
+        counts = choose_drafts(
+            chances, seconds, num_tokens=load.num_tokens, step_s=step_s, fixed_s=self.model.drafts_s, most=most
+        )
+        hopeless = chances[:, 0] * step_s < seconds * load.num_tokens
+        for row, count, is_hopeless in zip(rows, counts.tolist(), hopeless.tolist(), strict=True):
+            if count:
+                proposals.drafts[row] = proposals.guesses[row].token_ids[:count]
+                proposals.chosen.append((row, count))
+            elif is_hopeless:
+                proposals.hopeless.add(row)
+
+    def _chances(self, proposals: Proposals, slots: SlotTable) -> FloatArray:
+        """Probability that each token of each guess is accepted, [G, most_drafts]."""
+        first, later = np.zeros(len(proposals.guesses)), np.zeros(len(proposals.guesses))
+        lengths = np.zeros(len(proposals.guesses))
+        for place, (row, guess) in enumerate(proposals.guesses.items()):
+            drafting = slots.owner(row).drafting
+            if drafting is not None:
+                first[place], later[place] = drafting.acceptance.first(guess.evidence), drafting.acceptance.later()
+                lengths[place] = len(guess.token_ids)
+        places = np.arange(self.most_drafts)
+        chances = first[:, None] * later[:, None] ** places
+        chances[places >= lengths[:, None]] = 0.0
+        return chances
 
     def launched(self, slots: SlotTable, proposals: Proposals) -> None:
-        """A step with these proposals is launched."""
+        """A step with these proposals is launched: who was asked in vain is not asked again for a while."""
         for row in proposals.missed:
             drafting = slots.owner(row).drafting
             if drafting is not None:
                 drafting.num_missed = min(drafting.num_missed + 1, _MOST_WAIT_FOUND_NOTHING)
-                slots.draft_at[row] = slots.length[row] + drafting.num_missed
-        for row in proposals.declined:
+                slots.draft_at[row] = NEVER if drafting.barred else slots.length[row] + drafting.num_missed
+        for row, guess in proposals.guesses.items():
             drafting = slots.owner(row).drafting
-            if drafting is not None:
-                slots.draft_at[row] = drafting.try_at
+            if drafting is None:
+                continue
+            drafting.guess, drafting.made_at, drafting.num_missed = guess, int(slots.length[row]), 0
+            if row in proposals.hopeless:
+                slots.draft_at[row] = slots.length[row] + drafting.wait
+                drafting.wait = min(2 * drafting.wait, _MOST_WAIT)
+            else:
+                drafting.wait = 1
 
-    def settled(self, sequence: SequenceState, num_drafts: int, num_accepted: int) -> None:
-        """A step with drafts of a sequence is committed.
+    def broke(self, sequence: SequenceState) -> None:
+        """A step came to nothing for a sequence because of its drafts: it gets none any more."""
+        if sequence.drafting is not None:
+            sequence.drafting.barred = True
 
-        Args:
-            sequence: may have ended with it.
-            num_drafts: how many there were.
-            num_accepted: how many of them; -1 where the step came to nothing for this sequence.
-        """
-        drafting = sequence.drafting
-        if drafting is None:
-            return
-        if num_accepted < 0:  # its drafts broke the step: never again
-            drafting.try_at = NEVER
-            return
-        drafting.num_missed = 0
-        hits, misses = num_accepted, int(num_accepted < num_drafts)
-        drafting.belief = _learn(drafting.belief, hits, misses, _WEIGHT)
-        self._common = _learn(self._common, hits, misses, _COMMON_WEIGHT)
-        if misses and not hits:
-            drafting.wait = min(max(_LEAST_WAIT, 2 * drafting.wait), _MOST_WAIT)
-        elif not misses:
-            drafting.wait = 0
-        drafting.try_at = sequence.num_tokens + drafting.wait
-
-    def observe(self, load: StepLoad, seconds: float, *, drafted: bool) -> None:
-        """Learn from a measured step in which nobody was in mid-prompt: the first ones, and then every eighth."""
-        self._num_steps[drafted] += 1
-        if self._num_steps[drafted] <= _FIRST_STEPS or self._num_steps[drafted] % _MEASURED_STEPS == 0:
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Learn from a measured step: the first ones with drafts and without, and then every eighth."""
+        self._num_steps[load.has_drafts] += 1
+        if self._num_steps[load.has_drafts] <= _FIRST_STEPS or self._num_steps[load.has_drafts] % _MEASURED_STEPS == 0:
             self.model.observe(load, seconds)
-
-
-def _learn(belief: float, hits: int, misses: int, weight: float) -> float:
-    """Belief after so many drafts that were right, and one or none that was not."""
-    belief = 1.0 - (1.0 - belief) * (1.0 - weight) ** hits
-    return min(max(belief * (1.0 - weight) ** misses, _LEAST_BELIEF), _MOST_BELIEF)

@@ -26,7 +26,7 @@ from pawl_server.scheduler.output_lengths import OutputLengths
 from pawl_server.scheduler.queues import WaitingQueue
 from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest, SequenceState, Status
 from pawl_server.scheduler.slots import SlotTable
-from pawl_server.scheduler.speculation import Speculation
+from pawl_server.scheduler.speculation import Drafter, Speculation
 
 __all__ = ["Counts", "SchedulerState", "SequenceView"]
 
@@ -65,7 +65,7 @@ class SchedulerState:
         self.journal: Journal | None = None  # is told of everything that happens
         self.lengths = OutputLengths(limits.output_quantile)
         self.queue = WaitingQueue(self.accounts, limits.ageing_s)
-        self.speculation = Speculation(limits.max_drafts) if limits.max_drafts else None
+        self.speculation: Drafter | None = Speculation(limits.max_drafts) if limits.max_drafts else None
         self.ledger: deque[LedgerEntry] = deque()  # launched steps, oldest first
         self.live: dict[Hashable, SequenceState] = {}
         self.running: dict[int, SequenceState] = {}  # by order of arrival, in the order of admission

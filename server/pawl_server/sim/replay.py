@@ -6,7 +6,6 @@ sequence stops where it did.
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import SequenceRequest, SequenceState, Sibling
 from pawl_server.scheduler.slots import IntArray, SlotTable
-from pawl_server.scheduler.speculation import Proposals, Speculation
+from pawl_server.scheduler.speculation import Proposals
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import PromptLogprobs, RowFailure, SamplingSpec, StepResult, TokenLogprobs
 
@@ -45,36 +44,30 @@ class Replayed:
     decisions: list[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class _RecordedProposer:
-    """Proposes as many drafts as the journal says that the sequence's row got."""
+class _Recorded:
+    """Drafts as many as the journal says, attempt by attempt: how many pay depends on tokens, which are not in it."""
 
-    sequence: SequenceState
-    drafts: dict[int, int]  # by row, of the attempt that is made
-
-    def propose(self, tokens: array[int], most: int) -> list[int]:
-        """So many tokens; which ones does not matter."""
-        del tokens
-        return [_STOP] * min(most, self.drafts.get(self.sequence.row, 0))
-
-
-class _Recorded(Speculation):
-    """Drafts as many as the journal says, attempt by attempt."""
-
-    def __init__(self, most_drafts: int) -> None:
-        self._drafts: dict[int, int] = {}
+    def __init__(self) -> None:
         self._attempts: deque[list[tuple[int, int]]] = deque()
-        super().__init__(most_drafts, lambda sequence: _RecordedProposer(sequence, self._drafts))
 
     def expect(self, attempts: Sequence[list[tuple[int, int]]]) -> None:
         """The next step is planned in so many attempts, with (row, number) of the drafts of each."""
         self._attempts = deque(attempts)
 
     def propose(self, slots: SlotTable, rows: IntArray, load: StepLoad, most: int) -> Proposals:
-        """As in the attempt that is the next."""
-        self._drafts.clear()
-        self._drafts.update(self._attempts.popleft() if self._attempts else ())
-        return super().propose(slots, rows, load, most)
+        """As in the attempt that is the next; which tokens does not matter."""
+        del slots, rows, load, most
+        chosen = self._attempts.popleft() if self._attempts else []
+        return Proposals({row: [_STOP] * number for row, number in chosen}, chosen)
+
+    def launched(self, slots: SlotTable, proposals: Proposals) -> None:
+        """Nothing is learnt."""
+
+    def broke(self, sequence: SequenceState) -> None:
+        """The journal knows of it."""
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Nothing is learnt."""
 
 
 class _Player:
@@ -88,8 +81,9 @@ class _Player:
         self.num_steps = 0
         self.num_sequences = 0
         self._names = names
-        self._speculation = _Recorded(began.limits.max_drafts) if began.limits.max_drafts else None
-        self.state.speculation = self._speculation
+        self._recorded = _Recorded()
+        if began.limits.max_drafts:
+            self.state.speculation = self._recorded
         self._in_flight: deque[Plan] = deque()
         self._settled: Plan | None = None
 
@@ -153,8 +147,7 @@ class _Player:
 
     def _launch(self, event: journal.Launched) -> None:
         self.num_steps += 1
-        if self._speculation is not None:
-            self._speculation.expect(event.drafts)
+        self._recorded.expect(event.drafts)
         plan = plan_step(self.state, event.limits or self.limits, event.now, self.budget)
         if plan is None:
             raise ReplayError(f"launch {self.num_steps}: nothing is planned")
@@ -191,8 +184,6 @@ class _Player:
             raise ReplayError("a step is measured and none was settled")
         if self.budget is not None:
             self.budget.observe(plan.load, worker_s)
-        if self.state.speculation is not None and plan.kind == "decode":
-            self.state.speculation.observe(plan.load, elapsed_s, drafted=plan.num_drafts > 0)
 
 
 def replay(data: bytes) -> Replayed:

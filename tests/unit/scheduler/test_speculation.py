@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from array import array
 
+import numpy as np
 import pytest
 
 from pawl_server.scheduler.budget import StepLoad
 from pawl_server.scheduler.committer import commit, launch
+from pawl_server.scheduler.guess import Guess
 from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import SequenceState
@@ -26,17 +27,26 @@ class Says:
         self.ids = ids
         self.num_asked = 0
 
-    def propose(self, tokens: array[int], most: int) -> list[int]:
+    def propose(self, tokens: array[int], most: int) -> Guess:
         """The first `most`."""
         assert len(tokens)
         self.num_asked += 1
-        return self.ids[:most]
+        return Guess(self.ids[:most], 2)
 
 
 class Driven:
-    """One sequence that decodes; the worker's answers are told."""
+    """One sequence that decodes; the worker's answers are told, whether they are guessed or not."""
 
-    def __init__(self, ids: list[int], *, token_cost: float, fixed_cost: float = 1.0, others: int = 0) -> None:
+    def __init__(
+        self,
+        ids: list[int],
+        *,
+        token_cost: float,
+        fixed_cost: float = 1.0,
+        drafts_cost: float = 0.0,
+        others: int = 0,
+        measured: int = 33,
+    ) -> None:
         self.limits = limits(
             num_blocks=4000, max_drafts=MOST, max_context=10_000, max_batch_tokens=256, max_running=128
         )
@@ -44,9 +54,10 @@ class Driven:
         self.says = Says(ids)
         self.speculation = Speculation(MOST, lambda sequence: self.says if sequence.order == 0 else Says([]))
         self.bench.state.speculation = self.speculation
-        for num_tokens in range(1, 33):
-            load = StepLoad(num_tokens, 100, 100)
-            self.speculation.observe(load, fixed_cost + token_cost * num_tokens, drafted=num_tokens > 1)
+        for num_tokens in range(1, measured):
+            for has_drafts in (False, True):
+                seconds = fixed_cost + token_cost * num_tokens + drafts_cost * has_drafts
+                self.speculation.observe(StepLoad(num_tokens, 100, 100, has_drafts), seconds)
         for _ in range(1 + others):
             self.bench.submit(self.bench.request([1, 2, 3], 9_000))
         self.accept = 0
@@ -58,27 +69,30 @@ class Driven:
         return self.bench.state.live[0]
 
     def step(self) -> int:
-        """One step in which the first `accept` drafts are right; drafts that there were."""
+        """One step, of a worker that goes on with the first `accept` guessed tokens; drafts that there were."""
         plan = plan_step(self.bench.state, self.limits, 0.0)
         assert plan is not None
         drafts = self._drafts(plan)
         launch(self.bench.state, plan)
         wire = plan.wire()
-        rows: list[int] = []
-        token_ids: list[int] = []
+        rows, token_ids = list[int](), list[int]()
         for row, count in zip(wire.rows, wire.num_tokens, strict=True):
             owner = self.bench.state.slots.owner(row)
             if owner.num_computed + count < owner.num_tokens:
                 continue
             accepted = drafts[: self.accept] if owner.order == 0 else []
             rows += [row] * (1 + len(accepted))
-            token_ids += [*accepted, 9]
+            token_ids += [*accepted, self._next(len(accepted))]
         commit(self.bench.state, plan, StepResult(wire.step, wire.epoch, rows, token_ids, [], [], [], 0, 0, 0), 0.0)
         return len(drafts)
 
     def _drafts(self, plan: Plan) -> list[int]:
         assert plan.proposals is not None or not plan.num_decodes
         return plan.proposals.drafts.get(self.sequence.row, []) if plan.proposals is not None else []
+
+    def _next(self, num_accepted: int) -> int:
+        """The token after those: as guessed, while the guess goes on and is right."""
+        return self.says.ids[num_accepted] if num_accepted < min(self.accept, len(self.says.ids)) else 9
 
     def steps(self, count: int, accept: int) -> list[int]:
         self.accept = accept
@@ -90,22 +104,31 @@ def test_cheap_drafts_that_are_right_are_made_at_every_step_and_at_length() -> N
     assert driven.steps(30, accept=MOST)[10:] == [MOST] * 20
 
 
-def test_the_number_follows_the_cost() -> None:
-    """With half of the drafts right one by one, and a token of a fifth of a step: two of them pay, a third does not."""
-    speculation = Driven([5], token_cost=0.2, fixed_cost=0.8).speculation
-    assert [speculation._number(0.5, cost) for cost in (0.6, 0.4, 0.2, 0.1, 0.0)] == [0, 1, 2, 3, MOST]
+def test_before_some_steps_are_measured_guesses_are_only_compared() -> None:
+    driven = Driven([5, 5, 5, 5], token_cost=0.01, measured=1)
+    assert driven.steps(20, accept=MOST) == [0] * 20
+    assert driven.speculation.propose(driven.bench.state.slots, np.array([0]), StepLoad(1, 10, 10), 8).guesses
+    assert driven.sequence.drafting is not None
+    assert driven.sequence.drafting.acceptance.first(2) > 0.8
 
 
-def test_what_is_never_right_is_tried_ever_more_seldom() -> None:
+def test_what_is_never_right_is_not_computed_and_looked_up_ever_more_seldom() -> None:
     driven = Driven([5, 6, 7, 8], token_cost=0.3)
-    drafts = driven.steps(1500, accept=0)
-    tried = [place for place, count in enumerate(drafts) if count]
-    gaps = [after - before for before, after in itertools.pairwise(tried)]
-    assert sum(drafts[:20]) > 0
-    assert sum(drafts[100:]) <= 10
-    assert max(gaps) <= 257
-    driven.steps(256, accept=MOST)  # it is right after all
-    assert driven.steps(20, accept=MOST)[-10:] == [MOST] * 10
+    assert sum(driven.steps(20, accept=0)) <= 4
+    driven.says.num_asked = 0
+    assert sum(driven.steps(320, accept=0)) == 0
+    assert 15 <= driven.says.num_asked <= 30
+
+
+def test_what_becomes_right_is_noticed_without_a_draft_and_then_computed() -> None:
+    driven = Driven([5, 5, 5, 5], token_cost=0.2)
+    driven.steps(300, accept=0)
+    driven.accept = MOST
+    drafts = [driven.step() for _ in range(60)]
+    begun = next(place for place, count in enumerate(drafts) if count)
+    assert begun <= 40
+    assert sum(count > 0 for count in drafts[begun:]) > 10
+    assert driven.steps(10, accept=MOST) == [MOST] * 10
 
 
 def test_in_a_full_batch_where_tokens_cost_time_little_is_drafted() -> None:
@@ -117,6 +140,12 @@ def test_in_a_full_batch_where_tokens_cost_time_little_is_drafted() -> None:
         totals.append(sum(drafts[100:]))
     assert totals[0] > 90
     assert totals[1] < 20
+
+
+def test_what_every_step_with_drafts_costs_is_weighed_against_all_of_them() -> None:
+    """Right or not: a whole step's time for at most one token more pays in no step, for four of them it does."""
+    assert sum(Driven([5], token_cost=0.01, drafts_cost=1.2).steps(100, accept=1)) == 0
+    assert sum(Driven([5] * 4, token_cost=0.01, drafts_cost=1.2).steps(100, accept=MOST)[20:]) > 100
 
 
 def test_where_nothing_is_found_it_is_asked_less_often() -> None:
