@@ -34,6 +34,7 @@ def test_it_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
         "pawl_workers/demo_model/model.safetensors",
         "pawl_workers/demo_model/tokenizer.json",
         "pawl_workers/kernels/native/attention.c",
+        "pawl_workers/kernels/native/attention_rows.c",
         "pawl_workers/kernels/native/vector.h",
     ):
         assert wanted in names

@@ -14,9 +14,11 @@ __all__ = ["CpuLayout", "lay_out"]
 
 _BLOCK = 32
 _SPLIT = 512
-_MOST_ROWS = 24  # query rows of a tile, as in attention.h
+_MOST_ROWS = 192  # query rows of a tile, as in attention.h
+_LEAST_ROWS = 24  # where tiles are cut no smaller; MOST_PAIR_ROWS in attention.h
+_MOST_HEADS = 24  # of a tile
 _FIELDS = 7
-_ITEMS_PER_THREAD = 4  # below, the splits of long contexts are shared out too
+_ITEMS_PER_THREAD = 8  # below, tiles become smaller, and then the splits of long contexts are shared out too
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +44,18 @@ class CpuLayout(AttentionLayout):
 
     def partial_floats(self, num_kv_heads: int, padded: int) -> int:
         """Floats that the results of all pairs take before they are merged."""
-        return 0 if self.pairs is None else len(self.pairs) * num_kv_heads * _MOST_ROWS * (padded + 2)
+        return 0 if self.pairs is None else len(self.pairs) * num_kv_heads * _LEAST_ROWS * (padded + 2)
 
 
 def lay_out(sequences: SequenceArrays, shape: AttentionShape, num_threads: int) -> CpuLayout:
-    """Cut the step into tiles of up to 24 query rows."""
+    """Cut the step into tiles of up to 192 query rows: large ones widen fewer blocks, small ones keep threads busy."""
     blocks = sequences.block_tables[sequences.sequence_of_token, sequences.positions // _BLOCK]
     slots = blocks * _BLOCK + sequences.positions % _BLOCK
-    tiles = _tiles(sequences, shape.num_heads // shape.num_kv_heads)
+    least_tiles = num_threads * _ITEMS_PER_THREAD / shape.num_kv_heads
+    tiles = _tiles(sequences, shape.num_heads // shape.num_kv_heads, least_tiles)
     num_splits = -(-(tiles[:, 2] + tiles[:, 3]) // _SPLIT)
     pairs = None
-    few = len(tiles) * shape.num_kv_heads < num_threads * _ITEMS_PER_THREAD
-    if num_threads > 1 and few and int(num_splits.max()) > 1:
+    if num_threads > 1 and len(tiles) < least_tiles and int(num_splits.max()) > 1:
         tiles[:, 6] = np.cumsum(num_splits) - num_splits
         tile = np.repeat(np.arange(len(tiles)), num_splits)
         pairs = torch.from_numpy(np.stack((tile, np.arange(len(tile)) - tiles[tile, 6]), axis=1))
@@ -65,20 +67,25 @@ def lay_out(sequences: SequenceArrays, shape: AttentionShape, num_threads: int) 
     )
 
 
-def _tiles(sequences: SequenceArrays, group: int) -> IntArray:
-    at_once = max(1, _MOST_ROWS // group)
+def _tiles(sequences: SequenceArrays, group: int, least_tiles: float) -> IntArray:
+    first_heads = range(0, group, _MOST_HEADS)
+    heads = min(group, _MOST_HEADS)
+    at_once, least = _MOST_ROWS // heads, _LEAST_ROWS // heads
     num_tiles = -(-sequences.lengths // at_once)
+    while at_once > least and int(num_tiles.sum()) * len(first_heads) < least_tiles:
+        at_once = max(least, at_once // 2)
+        num_tiles = -(-sequences.lengths // at_once)
     sequence = np.repeat(np.arange(len(num_tiles)), num_tiles)
     token = (np.arange(len(sequence)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)) * at_once
     parts = []
-    for first_head in range(0, group, _MOST_ROWS):
+    for first_head in first_heads:
         tiles = np.zeros((len(sequence), _FIELDS), dtype=np.int64)
         tiles[:, 0] = sequence
         tiles[:, 1] = sequences.starts[sequence] + token
         tiles[:, 2] = (sequences.contexts - sequences.lengths)[sequence] + token
         tiles[:, 3] = np.minimum(at_once, sequences.lengths[sequence] - token)
         tiles[:, 4] = first_head
-        tiles[:, 5] = min(_MOST_ROWS, group - first_head)
+        tiles[:, 5] = min(_MOST_HEADS, group - first_head)
         parts.append(tiles)
     # The longest first: what is left at the end is short.
     tiles = np.concatenate(parts)

@@ -6,7 +6,8 @@
 
 #define BLOCK 32 /* tokens of a block */
 #define SPLIT 512
-#define MOST_ROWS 24 /* query rows of a tile: tokens times heads of one key-value head */
+#define MOST_ROWS 192     /* query rows of a tile: tokens times heads of one key-value head */
+#define MOST_PAIR_ROWS 24 /* of a tile whose splits are shared out */
 #define MOST_DIM 512
 
 typedef struct {
@@ -16,7 +17,7 @@ typedef struct {
     const int64_t *tables; /* [S, table_stride] */
     const int64_t *tiles;  /* [num_tiles, TILE_FIELDS] */
     const int64_t *pairs;  /* [num_pairs, 2], tile and split, where splits are shared out between threads; or NULL */
-    float *partials;       /* num_pairs * K * MOST_ROWS * (padded + 2) floats, with pairs */
+    float *partials;       /* num_pairs * K * MOST_PAIR_ROWS * (padded + 2) floats, with pairs */
     const float *sinks;    /* [H] or NULL */
     int64_t num_tiles, num_pairs, table_stride;
     int64_t heads, kv_heads, head_dim, padded; /* padded: head_dim in the cache, a multiple of 16 */
@@ -38,5 +39,9 @@ int64_t attention_scratch_bytes(void);
 static inline int64_t cache_bytes(int32_t format, int64_t padded) {
     return format == 0 ? padded * BLOCK * 4 : format == 1 ? padded * BLOCK * 2 : padded * BLOCK + BLOCK * 4;
 }
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #endif

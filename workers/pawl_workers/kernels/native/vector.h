@@ -87,12 +87,16 @@ INLINE v8 half8(const uint16_t *p) {
 }
 
 /* In a fixed order, whatever the number of threads or rows. */
-INLINE float sum8(v8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+INLINE float sum8(v8 x) {
+    x += (v8){x[4], x[5], x[6], x[7], x[0], x[1], x[2], x[3]};
+    x += (v8){x[2], x[3], x[0], x[1], x[6], x[7], x[4], x[5]};
+    return x[0] + x[1];
+}
 
 INLINE float largest8(v8 x) {
-    float m = x[0];
-    for (int i = 1; i < LANES; i++) m = x[i] > m ? x[i] : m;
-    return m;
+    x = max8(x, (v8){x[4], x[5], x[6], x[7], x[0], x[1], x[2], x[3]});
+    x = max8(x, (v8){x[2], x[3], x[0], x[1], x[6], x[7], x[4], x[5]});
+    return x[0] > x[1] ? x[0] : x[1];
 }
 
 /* exp(x) for x <= 88, within 2 ulp; 0 below -87.3, so that -infinity weighs nothing.

@@ -1,0 +1,90 @@
+/* Scores become weights, and the results of two parts of the keys one. Scores come multiplied by log2 e, so that weights
+   are powers of 2.
+
+   Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018. */
+#ifndef PAWL_SOFTMAX_H
+#define PAWL_SOFTMAX_H
+
+#include "vector.h"
+
+#define LOG2_E 1.4426950408889634
+#define STEP 16 /* scores at a time, whatever the width of a register: sums of weights have the same bits */
+
+typedef int32_t vwi __attribute__((vector_size(4 * WIDTH)));
+
+INLINE vw maxw(vw a, vw b) {
+#if WIDTH == 16
+    return (vw)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return max8(a, b);
+#endif
+}
+
+#if WIDTH == 16
+INLINE v8 lower_half(vw x) { return (v8)_mm512_castps512_ps256((__m512)x); }
+INLINE v8 upper_half(vw x) { return (v8)_mm512_extractf32x8_ps((__m512)x, 1); }
+#endif
+
+/* 2^x for x <= 0, within 2 ulp, exactly 1 at 0; 0 below -126.5, so that -infinity weighs nothing. The polynomial has the
+   least relative error, 1e-7, of those of its degree on [-1/2, 1/2] that are 1 at 0. */
+INLINE vw exp2w(vw x) {
+    vw magic = allw(12583039.0f);        /* 1.5 * 2^23 + 127: adding it rounds to an integer, the exponent's bits lowest */
+    x = maxw(allw(-127.0f), x);          /* in this order: what is no number stays none */
+    vw rounded = x + magic, f = x - (rounded - magic), y = allw(1.3264727253e-3f);
+    y = fmaw(y, f, allw(9.6715127859e-3f));
+    y = fmaw(y, f, allw(5.5507337445e-2f));
+    y = fmaw(y, f, allw(2.4022242083e-1f));
+    y = fmaw(y, f, allw(6.9314697760e-1f));
+    y = fmaw(y, f, allw(1.0f));
+    return y * (vw)((vwi)rounded << 23);
+}
+
+/* Both multiples of STEP. */
+INLINE float largest(const float *scores, int64_t from, int64_t to) {
+    vw first = loadw(scores + from), second = first; /* which do not wait for each other */
+    for (int64_t i = from + WIDTH; i < to; i += 2 * WIDTH) {
+        int64_t other = i + WIDTH < to ? i + WIDTH : i;
+        first = maxw(first, loadw(scores + i)), second = maxw(second, loadw(scores + other));
+    }
+#if WIDTH == 16
+    return largest8(max8(lower_half(maxw(first, second)), upper_half(maxw(first, second))));
+#else
+    return largest8(max8(first, second));
+#endif
+}
+
+/* scores[from .. to), likewise, become weights; their sum. `scales`: of values, in blocks of so many, which go into the
+   weights after these are added up; or NULL. */
+INLINE float weigh_scores(float *scores, int64_t from, int64_t to, float maximum, const float *const *scales,
+                          int64_t block) {
+    vw first = allw(0.0f), second = first;
+    for (int64_t i = from; i < to; i += STEP) {
+        const float *scale = scales ? scales[i / block] + i % block : NULL;
+        vw weight = exp2w(loadw(scores + i) - allw(maximum));
+        first += weight;
+        storew(scores + i, scales ? weight * loadw(scale) : weight);
+        if (WIDTH == STEP) continue;
+        weight = exp2w(loadw(scores + i + WIDTH) - allw(maximum));
+        second += weight;
+        storew(scores + i + WIDTH, scales ? weight * loadw(scale + WIDTH) : weight);
+    }
+#if WIDTH == 16
+    return sum8(lower_half(first) + upper_half(first));
+#else
+    return sum8(first + second);
+#endif
+}
+
+/* total, maximum and sums become those of both parts. */
+INLINE void merge(float *maximum, float *total, float *sums, float other_maximum, float other_total, const float *other,
+                  int64_t dims) {
+    if (other_maximum == -INFINITY) return; /* nothing seen there */
+    float both = *maximum > other_maximum ? *maximum : other_maximum;
+    vw kept = exp2w(allw(*maximum - both)), added = exp2w(allw(other_maximum - both));
+    for (int64_t i = 0; i < dims; i += WIDTH)
+        storew(sums + i, fmaw(loadw(other + i), added, loadw(sums + i) * kept));
+    *total = *total * kept[0] + other_total * added[0];
+    *maximum = both;
+}
+
+#endif
