@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pawl_loadtest.arguments import positive
 from pawl_server.sim.measured import RecordedStep, write_steps
-from pawl_workers.kernels.cpu_program import StepSeconds
+from pawl_workers.kernels.cpu_program import KernelSeconds
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult
 from pawl_workers.worker import Worker, WorkerOptions
 
@@ -56,11 +56,11 @@ def draw_shapes(count: int, *, max_running: int, max_batch_tokens: int, max_cont
 
 @dataclass(frozen=True, slots=True)
 class TimedStep:
-    """A step that was run: seconds in all, what the worker says of them, and its layers' share by kind of operation."""
+    """A step that was run: seconds in all, what the worker says of them, and what the clocks of its kernels do."""
 
     seconds: float
     result: StepResult
-    layers: StepSeconds | None
+    kernels: KernelSeconds | None
 
 
 class Driver:
@@ -86,10 +86,10 @@ class Driver:
         rows = list(range(len(new)))
         worker.execute(StepPlan(1, self._epoch, [], new, [], rows, [1] * len(rows)))
         plan = StepPlan(2, self._epoch, [], [], [], rows, list(shape.tokens))
-        worker.take_layer_seconds()
+        worker.take_kernel_seconds()
         started = time.perf_counter()
         result = worker.execute(plan)
-        return TimedStep(time.perf_counter() - started, result, worker.take_layer_seconds())
+        return TimedStep(time.perf_counter() - started, result, worker.take_kernel_seconds())
 
 
 def measure(worker: Worker, shapes: Sequence[Shape], *, repeats: int = 3) -> list[RecordedStep]:

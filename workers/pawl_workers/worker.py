@@ -20,7 +20,7 @@ from pawl_workers.facts import WorkerFacts, worker_facts
 from pawl_workers.forward import StepOutput, compute, finish
 from pawl_workers.graphs import DecodeGraphs, bucket_of
 from pawl_workers.host_cache import HostCache
-from pawl_workers.kernels.cpu_program import CpuProgram, StepSeconds
+from pawl_workers.kernels.cpu_program import CpuProgram, KernelSeconds
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.model.loading import load_weights
 from pawl_workers.model.rotary import rotary_table
@@ -300,8 +300,8 @@ class Worker:
             sample_s=sampled.sample_s,
         )
 
-    def take_layer_seconds(self) -> StepSeconds | None:
-        """Seconds in all layers by kind of operation since this was last called; None where kernels do not count."""
+    def take_kernel_seconds(self) -> KernelSeconds | None:
+        """Seconds by the kernels' own clocks since this was last called; None where kernels do not count."""
         program = self._cache.program
         return program.take_seconds() if isinstance(program, CpuProgram) else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from typing import Protocol
 
 from pawl_loadtest.peers.workloads import Workload
 from pawl_server.config import EngineSettings
@@ -16,12 +17,22 @@ from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.pending import PendingStep
-from pawl_workers.plan import SamplingSpec
+from pawl_workers.plan import SamplingSpec, StepPlan
 from pawl_workers.worker import Worker, WorkerFacts, WorkerOptions
 
-__all__ = ["InProcess", "generate_all"]
+__all__ = ["InProcess", "StepRunner", "generate_all"]
 
 _SETTINGS = EngineSettings()  # a server's, so that what gRPC and Ray cost is all that tells the two apart
+
+
+class StepRunner(Protocol):
+    """A worker, or what stands before one."""
+
+    facts: WorkerFacts
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """As a worker's."""
+        ...
 
 
 class InProcess:
@@ -58,8 +69,8 @@ class InProcess:
             "max_batch_tokens": max(_SETTINGS.max_batch_tokens, max_requests),
             "num_blocks": max(map(_num_blocks, workloads)),
         }
-        self._worker = Worker.load(WorkerOptions(**(values | dict(options or {}))))  # type: ignore[arg-type]
-        self.facts: WorkerFacts = self._worker.facts
+        self.worker = Worker.load(WorkerOptions(**(values | dict(options or {}))))  # type: ignore[arg-type]
+        self.facts: WorkerFacts = self.worker.facts
         self._limits = SchedulerLimits(
             num_blocks=self.facts.num_blocks,
             block_size=self.facts.block_size,
@@ -72,18 +83,20 @@ class InProcess:
         )
         self._epoch = 1
 
-    def run(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[list[int]]:
-        """Greedy tokens of each prompt, exactly `output_tokens` of them."""
+    def run(
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, *, through: StepRunner | None = None
+    ) -> list[list[int]]:
+        """Greedy tokens of each prompt, exactly `output_tokens` of them; `through`: what stands before the worker."""
         self._epoch += 1
-        self._worker.reset(self._epoch)
+        self.worker.reset(self._epoch)
         root = CacheRoot("bench", self.facts.data_type, self._limits.block_size)
         state = SchedulerState(self._limits, root, epoch=self._epoch)
         wanted = [(prompt, output_tokens) for prompt in prompts]
-        return generate_all(state, self._limits, self._worker, wanted)
+        return generate_all(state, self._limits, through or self.worker, wanted)
 
 
 def generate_all(
-    state: SchedulerState, limits: SchedulerLimits, worker: Worker, wanted: Sequence[tuple[Sequence[int], int]]
+    state: SchedulerState, limits: SchedulerLimits, worker: StepRunner, wanted: Sequence[tuple[Sequence[int], int]]
 ) -> list[list[int]]:
     """Greedy tokens for each (prompt, number of tokens), submitted at once to an empty scheduler and a reset worker.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import cast
 
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from pawl_workers.errors import WorkerError
 from pawl_workers.kernels import Precision
-from pawl_workers.kernels.cpu_program import CpuProgram
+from pawl_workers.kernels.cpu_program import CpuProgram, KernelSeconds, LayerSeconds
 from pawl_workers.options import WorkerOptions
 from pawl_workers.worker import Worker
 from tests.fakes.checkpoints import make_llama
 from tests.fakes.families import FAMILIES, MAX_POSITIONS, Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner
 
+NOTHING = LayerSeconds(0.0, 0.0, 0.0, 0.0, 0.0)
 CACHES = [None, torch.float16, torch.int8]
 
 
@@ -101,9 +103,16 @@ def test_a_program_says_where_its_time_went(tmp_path: Path) -> None:
     runner.add(0, [1, 2, 3])
     runner.step({0: 3})
     program = cast("CpuProgram", runner.cache.program)
-    seconds = program.take_seconds()
-    assert min(seconds.norms, seconds.linears, seconds.placing, seconds.attention) > 0
-    assert program.take_seconds().linears == 0
+    program.take_seconds()
+    before = time.perf_counter()
+    runner.step({0: 1})
+    whole = time.perf_counter() - before
+    found = program.take_seconds()
+    assert min(found.work.norms, found.work.linears, found.work.placing, found.work.attention) > 0
+    assert found.waits.total > 0
+    assert min(found.entering, found.head) > 0
+    assert found.work.total + found.waits.total + found.entering + found.head <= whole
+    assert program.take_seconds() == KernelSeconds(NOTHING, NOTHING, 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("cache", CACHES)

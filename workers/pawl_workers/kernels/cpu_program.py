@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -22,7 +22,7 @@ from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import Frame, Operation
 from pawl_workers.kernels.routing import choose_experts
 
-__all__ = ["Buffer", "CpuProgram", "Kind", "Router", "Segment", "StepSeconds"]
+__all__ = ["Buffer", "CpuProgram", "KernelSeconds", "Kind", "LayerSeconds", "Router", "Segment"]
 
 
 class Kind(IntEnum):
@@ -75,10 +75,11 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class StepSeconds:
-    """Where the time of steps went, by kind of operation, barriers included.
+class LayerSeconds:
+    """Seconds in layers by kind of operation.
 
     Attributes:
+        placing: turning queries and keys, and writing keys and values.
         routing: choosing experts, sorting tokens by them, and adding up what they found.
     """
 
@@ -87,6 +88,30 @@ class StepSeconds:
     placing: float
     attention: float
     routing: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.norms + self.linears + self.placing + self.attention + self.routing
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSeconds:
+    """Where the time of steps went, by the clocks of the kernels.
+
+    Attributes:
+        work: of the first thread, in the layers.
+        waits: of the first thread for the others, after an operation, by the kind of that.
+        entering: what the calls that run layers took beyond both.
+        head: the final norm and the head.
+        sampling: choosing tokens and describing them.
+    """
+
+    work: LayerSeconds
+    waits: LayerSeconds
+    entering: float
+    head: float
+    sampling: float
 
 
 class CpuProgram:
@@ -121,7 +146,7 @@ class CpuProgram:
         self._routing = torch.empty(0, dtype=torch.int64)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_bytes = library.program_scratch_bytes(widest)
-        self._seconds = np.zeros(len(Kind))
+        self._seconds = np.zeros((2, len(Kind)))
         self._choosing_s = 0.0
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
@@ -164,13 +189,20 @@ class CpuProgram:
                 self._choosing_s += time.perf_counter() - before
         return x
 
-    def take_seconds(self) -> StepSeconds:
-        """Seconds since this was last called."""
-        norms, linears, placing, attending, merging, grouping, gathering, up, down, combining = self._seconds.tolist()
-        routing = self._choosing_s + grouping + gathering + combining
+    def take_seconds(self) -> KernelSeconds:
+        """Seconds since this was last called; of the head and of sampling, those of every model in this process."""
+        work, waits = (_by_kind(seconds) for seconds in self._seconds.tolist())
+        calls = self._library.take_seconds()
+        taken = KernelSeconds(
+            work=replace(work, routing=work.routing + self._choosing_s),
+            waits=waits,
+            entering=calls["run"] - work.total - waits.total,
+            head=calls["norm"] + calls["linear"],
+            sampling=calls["choose_tokens"] + calls["describe_tokens"],
+        )
         self._seconds.fill(0.0)
         self._choosing_s = 0.0
-        return StepSeconds(norms, linears + up + down, placing, attending + merging, routing)
+        return taken
 
     def _make_room(self, num_rows: int, num_threads: int) -> None:
         if num_rows > self._rows:
@@ -180,3 +212,8 @@ class CpuProgram:
             self._rows = num_rows
         if self._scratch.numel() < num_threads * self._scratch_bytes + 64:
             self._scratch = torch.empty(num_threads * self._scratch_bytes + 64, dtype=torch.uint8)
+
+
+def _by_kind(seconds: Sequence[float]) -> LayerSeconds:
+    norms, linears, placing, attending, merging, grouping, gathering, up, down, combining = seconds
+    return LayerSeconds(norms, linears + up + down, placing, attending + merging, grouping + gathering + combining)

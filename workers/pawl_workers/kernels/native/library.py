@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -23,10 +24,24 @@ from pawl_workers.kernels.native.structures import (
 __all__ = ["BuildError", "Library", "load_library"]
 
 
-class Function(Protocol):
-    """A C function that answers nothing; what it takes is in the C source."""
-
+class _Pointer(Protocol):
     def __call__(self, *arguments: object) -> None: ...
+
+
+class Function:
+    """A C function that answers nothing; what it takes is in the C source. Counts the seconds of its calls."""
+
+    __slots__ = ("_pointer", "seconds")
+
+    def __init__(self, pointer: _Pointer) -> None:
+        self._pointer = pointer
+        self.seconds = 0.0
+
+    def __call__(self, *arguments: object) -> None:
+        """Call it."""
+        started = time.perf_counter()
+        self._pointer(*arguments)
+        self.seconds += time.perf_counter() - started
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +61,14 @@ class Library:
     panel_width: int
     scratch_bytes: int
     _loaded: ctypes.CDLL
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds in each function since this was last called, by name."""
+        taken = {}
+        for name in _ARGUMENTS:
+            function: Function = getattr(self, name)
+            taken[name], function.seconds = function.seconds, 0.0
+        return taken
 
     def wide_bytes(self, in_features: int) -> int:
         """Memory that one thread needs to widen two panels of a linear layer."""
@@ -104,7 +127,7 @@ def load_library() -> Library:
     for name, types in _ARGUMENTS.items():
         function = loaded[f"pawl_{name}"]
         function.argtypes, function.restype = types, None
-        functions[name] = function
+        functions[name] = Function(function)
     for name, arguments in _COUNTS.items():
         loaded[f"pawl_{name}"].argtypes, loaded[f"pawl_{name}"].restype = arguments, _N
     _compare_sizes(loaded)

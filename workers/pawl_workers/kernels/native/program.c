@@ -14,6 +14,7 @@
 #define NUM_BUFFERS 12
 
 enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4, GROUP = 5, GATHER = 6, UP = 7, DOWN = 8, COMBINE = 9 };
+#define NUM_KINDS 10
 enum { GATHERED = 9, EXPERT_HIDDEN = 10, EXPERT_FOUND = 11 }; /* buffers of the rows of experts */
 
 typedef struct {
@@ -39,7 +40,7 @@ typedef struct {
     const int64_t *chosen; /* as in experts.h, of the one routed layer that is run */
     const float *shares;
     char *routing; /* memory of the routing */
-    double *seconds;       /* added up by kind of operation, or NULL */
+    double *seconds;       /* of the first thread, [2][NUM_KINDS]: its work and its waits for the others; or NULL */
     int64_t turned[MOST_ROTARIES]; /* dimensions of a head that turn */
     int64_t rows, num_tiles, num_pairs, table_stride, scratch_bytes;
 } Frame;
@@ -102,14 +103,16 @@ void pawl_run(const Operation *operations, int64_t num_operations, const Frame *
     {
         int thread = omp_get_thread_num();
         char *scratch = frame->scratch + thread * frame->scratch_bytes;
-        double before = frame->seconds ? omp_get_wtime() : 0.0;
+        double *seconds = thread == 0 ? frame->seconds : NULL, before = seconds ? omp_get_wtime() : 0.0;
         for (int64_t i = 0; i < num_operations; i++) {
             if (operations[i].kind == MERGE && !frame->pairs) continue;
             run(&operations[i], frame, frame->counters + i, threads, scratch);
+            double done = seconds ? omp_get_wtime() : 0.0;
 #pragma omp barrier
-            if (frame->seconds && thread == 0) {
+            if (seconds) {
                 double now = omp_get_wtime();
-                frame->seconds[operations[i].kind] += now - before;
+                seconds[operations[i].kind] += done - before;
+                seconds[NUM_KINDS + operations[i].kind] += now - done;
                 before = now;
             }
         }
