@@ -136,6 +136,23 @@ def test_what_a_victim_did_not_live_to_compute_is_not_shared() -> None:
         bench.check_output(handle)
 
 
+def test_who_runs_in_the_row_of_a_victim_that_fails_starts_again() -> None:
+    """It shares what the victim had announced, by way of a third that holds it."""
+    small = limits(num_blocks=8, output_quantile=0.5, preempt_below=2)
+    bench = Bench(small, depth=3)
+    bench.worker.fault = lambda plan: [0] if plan.step == 1 else []
+    for priority in range(3):
+        bench.submit(bench.request(PROMPT[:20], 2, priority=priority))
+        bench.step()
+    first, _, last = (plan for plan in bench.log if isinstance(plan, StepPlan))
+    assert last.freed_rows == [first.new[0].row] == [last.new[0].row], "nobody runs in the victim's row"
+    assert last.new[0].block_ids[:2] == first.new[0].block_ids, "it shares nothing of the victim"
+    bench.run()
+    for handle in range(3):
+        assert bench.ended[handle].reason is EndReason.MAX_TOKENS
+        bench.check_output(handle)
+
+
 def test_what_a_failing_row_computed_is_not_cached() -> None:
     bench = Bench(limits(num_blocks=32, max_batch_tokens=64, max_prefill_chunk=8))
     bench.submit(bench.request(PROMPT, 2))

@@ -174,8 +174,9 @@ def _retract(state: SchedulerState, committed: Committed, entry: LedgerEntry, ro
         if len(found) and (found == generation).all():
             broken.update(state.pool.retract(later.step, row))
             forked.update(sequence.order for parent, sequence in later.forks if parent == row)
+    failed = state.slots.owner(row) if entry.holds(row, state.slots) else None
     for sequence in list(state.running.values()) if broken or forked else ():
-        if sequence.row != row and (sequence.order in forked or not broken.isdisjoint(sequence.blocks)):
+        if sequence is not failed and (sequence.order in forked or not broken.isdisjoint(sequence.blocks)):
             committed.requeued.append(sequence.request.handle)
             state.start_again(sequence, now)
     for unsure in (entry, *state.ledger):  # who lost his KV since may have shared it, too: he samples again
