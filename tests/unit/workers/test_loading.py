@@ -141,6 +141,39 @@ def test_a_head_that_is_stored_though_tied_is_what_transformers_takes(tmp_path: 
     assert (found - tied).abs().max() > 0.1
 
 
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    """And so is an index that is none, or that leaves out what is needed."""
+    folder = make_llama(tmp_path, max_shard_size="30KB")
+    index, last = folder / "model.safetensors.index.json", weight_files(folder)[-1]
+    content, moved = index.read_text(), last.rename(folder / "elsewhere")
+    with pytest.raises(CheckpointError, match=rf"the index names {last.name}, which is not there; fetch the missing"):
+        load(folder)
+    shards = {name: file for name, file in json.loads(content)["weight_map"].items() if file != last.name}
+    index.write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(CheckpointError, match=r"tensors are missing: "):
+        load(folder)
+    for broken in ("{", "[]", "{}", '{"weight_map": 3}'):
+        index.write_text(broken)
+        with pytest.raises(CheckpointError, match=r"index\.json: not an index of safetensors files"):
+            load(folder)
+    index.write_text(content)
+    moved.rename(last)
+    assert load(folder).num_parameters > 0
+
+
+def test_special_tokens_are_found_beside_the_text_part_and_in_it(tmp_path: Path) -> None:
+    """`generation_config.json` counts most, then the whole model's configuration, then its text part's."""
+    folder = make_llama(tmp_path)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    change_config(folder, eos_token_id=None, text_config={"eos_token_id": [5, 6], "bos_token_id": 4})
+    config = read_config(folder)
+    assert (config.eos_token_ids, config.bos_token_id) == ((5, 6), 4)
+    change_config(folder, eos_token_id=7)
+    assert read_config(folder).eos_token_ids == (7,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 8}')
+    assert read_config(folder).eos_token_ids == (8,)
+
+
 def test_memory_is_checked_before_reading(tmp_path: Path) -> None:
     """The message has both numbers."""
     with pytest.raises(OutOfMemoryError, match=r"need 0\.00 GB as torch\.float32, 0\.00 GB is available"):

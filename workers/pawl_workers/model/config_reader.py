@@ -16,6 +16,10 @@ class ConfigReader:
     def __init__(self, values: Mapping[str, object]) -> None:
         self._values = values
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to read."""
+        return bool(self._values)
+
     def without(self, key: str) -> ConfigReader:
         """Read as if a key were absent."""
         return ConfigReader({name: value for name, value in self._values.items() if name != key})
@@ -23,6 +27,10 @@ class ConfigReader:
     def with_defaults(self, values: Mapping[str, object]) -> ConfigReader:
         """Read as if these were there where nothing else is."""
         return ConfigReader({**values, **self._values})
+
+    def over(self, other: ConfigReader) -> ConfigReader:
+        """Read as if what the other holds were there where nothing is."""
+        return self.with_defaults(other._values)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Read a positive integer; null and absent mean the default."""

@@ -54,15 +54,19 @@ def read_config(folder: Path) -> CheckpointConfig:
     if values is None:
         raise CheckpointError(f"{folder}: no config.json; give a folder in Hugging Face format")
     name, family = find_family(values.get("architectures"))
+    sections = _sections(values)
+    _refuse_quantised(sections)
     spec = family.spec(ConfigReader(values))
     if spec.num_heads % spec.num_kv_heads:
         raise CheckpointError(
             f"config.json: {spec.num_heads} attention heads are no multiple of {spec.num_kv_heads} KV heads"
         )
     generation = _read_json(folder / "generation_config.json") or {}
-    eos = generation.get("eos_token_id", values.get("eos_token_id"))
+    eos = next(
+        (found["eos_token_id"] for found in (generation, *sections) if found.get("eos_token_id") is not None), None
+    )
     ids = eos if isinstance(eos, list) else [eos]
-    bos = values.get("bos_token_id")
+    bos = next((found["bos_token_id"] for found in sections if found.get("bos_token_id") is not None), None)
     return CheckpointConfig(
         folder=folder,
         architectures=(name,),
@@ -71,6 +75,25 @@ def read_config(folder: Path) -> CheckpointConfig:
         eos_token_ids=tuple(i for i in ids if isinstance(i, int)),
         bos_token_id=bos if isinstance(bos, int) and 0 <= bos < spec.vocab_size else None,
     )
+
+
+def _sections(values: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """A configuration and, where it has one, that of the part that makes text."""
+    text = values.get("text_config")
+    return [values, text] if isinstance(text, dict) else [values]
+
+
+def _refuse_quantised(sections: Sequence[Mapping[str, object]]) -> None:
+    for values in sections:
+        for key in ("quantization_config", "compression_config"):
+            found = values.get(key)
+            if not found:
+                continue
+            method = found.get("quant_method", "of no named method") if isinstance(found, dict) else found
+            raise CheckpointError(
+                f"config.json: {key} ({method}): quantised checkpoints are not supported; use the one it was made from "
+                "(float32, bfloat16 or float16), and weight_dtype = int8 where memory is short"
+            )
 
 
 def _read_json(path: Path) -> Mapping[str, object] | None:

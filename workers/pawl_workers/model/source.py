@@ -78,11 +78,13 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _indexed_files(index)
         # A name is a plain file name: an index must not reach outside its folder.
         bad = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
         if bad:
-            raise CheckpointError(f"{folder}: the index names {', '.join(bad)}, which is not there")
+            raise CheckpointError(
+                f"{folder}: the index names {', '.join(bad)}, which is not there; fetch the missing files"
+            )
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     if single.is_file():
@@ -99,6 +101,16 @@ def weight_files(folder: Path) -> list[Path]:
             "loading a pickle runs its code. Convert it with transformers' save_pretrained"
         )
     raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def _indexed_files(index: Path) -> list[str]:
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({name for name in files if isinstance(name, str)})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index}: not an index of safetensors files ({type(error).__name__}: {error})"
+        ) from error
 
 
 def checkpoint_revision(folder: Path, *, dummy_weights: bool = False) -> str:

@@ -10,7 +10,16 @@ from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.spec import Interleaved, LayerSpec, ModelSpec, RotarySpec, TensorTarget
 
-__all__ = ["NORMS", "Family", "add_linear", "decoder_names", "decoder_spec", "layer_windows", "read_rotary"]
+__all__ = [
+    "NORMS",
+    "Family",
+    "add_linear",
+    "decoder_names",
+    "decoder_spec",
+    "layer_windows",
+    "read_rotaries",
+    "read_rotary",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +96,12 @@ def decoder_spec(
 def read_rotary(
     config: ConfigReader, head_dim: int, max_context: int, theta: float, section: ConfigReader | None = None
 ) -> RotarySpec:
-    """Read the rotary embedding, from `section` or from where a configuration has it (transformers 4 and 5)."""
-    scaling = section or config.section("rope_parameters") or config.section("rope_scaling") or ConfigReader({})
+    """Read the rotary embedding, from `section` or from where a configuration has it (transformers 4 and 5).
+
+    Where both `rope_scaling` and `rope_parameters` are there, the former counts, as in transformers: who follows a
+    model card's advice on long contexts adds it.
+    """
+    scaling = section or config.section("rope_scaling") or config.section("rope_parameters") or ConfigReader({})
     theta = scaling.number("rope_theta", config.number("rope_theta", theta))
     share = scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     rotary_dim = int(head_dim * share)
@@ -137,6 +150,20 @@ def read_rotary(
                 f"config.json: rope scaling {kind!r} is not supported; known: default, linear, dynamic, llama3, yarn, "
                 "longrope"
             )
+
+
+def read_rotaries(
+    config: ConfigReader, base: ModelSpec, theta: float, local_theta: float
+) -> tuple[RotarySpec, RotarySpec]:
+    """Read those of global and of local layers, of which only the global one is stretched (transformers 4 and 5)."""
+    nothing = ConfigReader({})
+    both, plain = config.section("rope_parameters") or nothing, config.without("rope_parameters")
+    everywhere = (config.section("rope_scaling") or nothing).over(both.section("full_attention") or nothing)
+    local = ConfigReader({"rope_theta": local_theta})
+    return (
+        read_rotary(plain, base.head_dim, base.max_context, theta, everywhere),
+        read_rotary(local, base.head_dim, base.max_context, local_theta, both.section("sliding_attention")),
+    )
 
 
 def _yarn_attention_factor(scaling: ConfigReader, factor: float) -> float:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
-from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows, read_rotary
+from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows, read_rotaries
 from pawl_workers.model.spec import Activation, LayerSpec, ModelSpec, QueryKeyNorm, TensorTarget
 
 __all__ = ["FAMILIES"]
@@ -73,21 +73,13 @@ def _gemma2(config: ConfigReader) -> ModelSpec:
 
 
 def _gemma3(config: ConfigReader) -> ModelSpec:
-    # Each kind of layer has its own rotary embedding; only the global one is stretched.
-    both = config.section("rope_parameters")
-    sections = [None if both is None else both.section(name) for name in ("full_attention", "sliding_attention")]
     base = _base(config.without("rope_parameters"), "Gemma3ForCausalLM")
     every, window = config.integer("sliding_window_pattern", 6), config.optional_integer("sliding_window", 4096)
     windows = layer_windows(config, base.num_layers, window, lambda layer: (layer + 1) % every != 0)
-    stretched = config.without("rope_parameters")
-    local = ConfigReader({"rope_theta": config.number("rope_local_base_freq", 10000.0)})
     return replace(
         base,
         layers=tuple(LayerSpec(w, rotary=0 if w is None else 1) for w in windows),
-        rotaries=(
-            read_rotary(stretched, base.head_dim, base.max_context, 1e6, sections[0]),
-            read_rotary(local, base.head_dim, base.max_context, 10000.0, sections[1]),
-        ),
+        rotaries=read_rotaries(config, base, 1e6, config.number("rope_local_base_freq", 10000.0)),
         query_key_norm=QueryKeyNorm.HEAD,
         logit_softcap=config.optional_number("final_logit_softcapping"),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pawl_workers.model.config_reader import ConfigReader
-from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows, read_rotary
+from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows, read_rotaries
 from pawl_workers.model.spec import LayerSpec, ModelSpec, QueryKeyNorm, TensorTarget
 
 __all__ = ["FAMILIES"]
@@ -19,18 +19,13 @@ def _olmo2(config: ConfigReader) -> ModelSpec:
 
 
 def _olmo3(config: ConfigReader) -> ModelSpec:
-    # Each kind of layer has its own rotary embedding; only the global one is stretched.
-    both, plain = config.section("rope_parameters"), config.without("rope_parameters")
-    sections = [None if both is None else both.section(name) for name in ("full_attention", "sliding_attention")]
-    base = decoder_spec(plain, "Olmo3ForCausalLM", epsilon=1e-5, theta=_THETA)
-    every = read_rotary(plain, base.head_dim, base.max_context, _THETA, sections[0])
-    local = ConfigReader({"rope_theta": plain.number("rope_theta", _THETA)})
-    window = plain.optional_integer("sliding_window", 4096)
-    windows = layer_windows(plain, base.num_layers, window, lambda layer: (layer + 1) % 4 != 0)
+    base = decoder_spec(config.without("rope_parameters"), "Olmo3ForCausalLM", epsilon=1e-5, theta=_THETA)
+    window = config.optional_integer("sliding_window", 4096)
+    windows = layer_windows(config, base.num_layers, window, lambda layer: (layer + 1) % 4 != 0)
     return replace(
         base,
         layers=tuple(LayerSpec(w, rotary=0 if w is None else 1) for w in windows),
-        rotaries=(every, read_rotary(local, base.head_dim, base.max_context, _THETA, sections[1])),
+        rotaries=read_rotaries(config, base, _THETA, config.number("rope_theta", _THETA)),
         query_key_norm=QueryKeyNorm.WIDTH,
     )
 
