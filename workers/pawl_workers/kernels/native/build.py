@@ -23,6 +23,7 @@ __all__ = ["BuildError", "find_or_build", "instruction_flags"]
 _FOLDER = Path(__file__).parent
 _SOURCES = (
     "linear.c",
+    "linear_pack.c",
     "linear_tiles.c",
     "attention.c",
     "attention_rows.c",
@@ -36,6 +37,7 @@ _HEADERS = (
     "linear.h",
     "linear_tiles.h",
     "panels.h",
+    "sums.h",
     "attention.h",
     "attention_rows.h",
     "softmax.h",

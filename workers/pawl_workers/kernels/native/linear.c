@@ -6,6 +6,9 @@
    widened by a shift and a mask. Panels of groups hold, for each group, WIDTH scales and [group][WIDTH] bytes: a byte
    times its scale is a weight, rounded to fp32.
 
+   Where there are many rows, the first tile keeps what it widened for those after it. While a panel is multiplied, the
+   next one is fetched.
+
    Every output is a sum over k in order, started at 0, scaled (where a feature has one scale) and with the bias added
    last: its bits depend neither on the number of rows nor on that of threads, which share the panels out, nor on the
    width of registers. */
@@ -16,21 +19,25 @@
 
 #include "linear_tiles.h"
 #include "panels.h"
+#include "sums.h"
 #include "vector.h"
 
 #define ROW_BLOCK 96 /* rows that stay in the second-level cache while a thread passes over its panels */
-#define AHEAD 1024   /* bytes to prefetch ahead */
+#define AHEAD 2048   /* bytes to prefetch ahead, where weights are read once */
 #define MOST_PANELS 8
 #define MOST_SUMS 24
+#define DEPTH 4      /* inputs whose weights are prefetched together */
+#define WIDE 5       /* a format of its own: two panels of floats side by side, [K][2][WIDTH] */
 
 #if WIDTH == 16
-#define ROWS 12 /* 12 rows x 2 panels fill 24 of 32 registers */
+#define ROWS 12      /* 12 rows x 2 panels fill 24 of 32 registers */
+#define MANY_ROWS 6  /* up to here tiles of many panels are there */
+#define KEEP_ROWS 25 /* from here on weights are widened once, and not in each tile; then tiles have over MANY_ROWS */
 #else
 #define ROWS 6 /* 6 rows x 2 panels fill 12 of 16 registers */
+#define MANY_ROWS 3
+#define KEEP_ROWS 8
 #endif
-
-/* Bytes of a panel's scales that lie among its weights. */
-INLINE int64_t scale_bytes(int shift, int64_t k) { return ((k + (1 << shift) - 1) >> shift) * WIDTH * 4; }
 
 /* The weights of k of one panel. odd: whether k is; shift: binary logarithm of the group. */
 INLINE vw weights_at(int format, int shift, int odd, const char *panel, int64_t k) {
@@ -41,6 +48,7 @@ INLINE vw weights_at(int format, int shift, int odd, const char *panel, int64_t 
             return bytew((const int8_t *)panel + before + WIDTH * 4 + k * WIDTH) * loadw((const float *)scales);
         }
         case FLOAT: return loadw((const float *)panel + k * WIDTH);
+        case WIDE: return loadw((const float *)panel + k * 2 * WIDTH);
         case HALF: return halfw((const uint16_t *)panel + k * WIDTH);
         case BYTE: return bytew((const int8_t *)panel + k * WIDTH);
         default: {
@@ -50,138 +58,167 @@ INLINE vw weights_at(int format, int shift, int odd, const char *panel, int64_t 
     }
 }
 
-/* sums += x[k] * weights[k] for one k. bases: every third row of x; the two after it lie `stride` bytes on. */
+/* sums += x[k] * weights[k] for one k. bases: every third row of x; the two after it lie `stride` bytes on. wide: if not
+   NULL, where the weights of k of two panels are kept as floats. */
 INLINE void add_products(int format, int shift, int odd, int rows, int panels, const char *const *bases, int64_t stride,
-                         const char *const *packed, int64_t k, vw *sums) {
+                         const char *const *packed, int64_t k, float *wide, vw *sums) {
     vw weights[MOST_PANELS];
     for (int p = 0; p < panels; p++) weights[p] = weights_at(format, shift, odd, packed[p], k);
+    for (int p = 0; wide && p < panels; p++) storew(wide + (k * 2 + p) * WIDTH, weights[p]);
     for (int r = 0; r < rows; r++) {
         vw value = allw(*(const float *)(bases[r / 3] + (r % 3) * stride + k * 4));
         for (int p = 0; p < panels; p++) sums[r * panels + p] = fmaw(value, weights[p], sums[r * panels + p]);
     }
 }
 
-/* Some rows times some panels. first: where the panel of that number lies. */
-INLINE void tile(const Panels *at, int format, int rows, int panels, int64_t row, int64_t panel, const char *first) {
+/* What to prefetch of each panel with every DEPTH inputs: from `near` on, and from input `turn` on, `jump` bytes later. */
+typedef struct {
+    const char *near;
+    int64_t step, turn, jump;
+} Ahead;
+
+/* Lines that DEPTH inputs of a panel take. */
+INLINE int lines_of(int format) {
+    int bytes = format == FLOAT ? 4 : format == WIDE || format == HALF || format == BRAIN ? 2 : 1;
+    return (DEPTH * WIDTH * bytes + 63) / 64;
+}
+
+/* Where panel p of a tile begins. */
+INLINE const char *place_of(const Panels *at, const char *first, int p) {
+    return first + (p & 1) * at->odd_step + (p >> 1) * at->pair_step;
+}
+
+/* Some rows times some panels. first: where the panel of that number lies, or two of them as floats. wide: where two
+   are kept as floats, or NULL. */
+INLINE void tile(const Panels *at, int format, int rows, int panels, int64_t row, int64_t panel, const char *first,
+                 Ahead ahead, float *wide) {
     const Linear *l = at->linear;
     vw sums[MOST_SUMS];
     const char *bases[(ROWS + 2) / 3], *packed[MOST_PANELS];
-    int64_t stride = l->x_stride * 4, k = l->k, bytes = panel_bytes(format, 2), i = 0;
+    int64_t stride = l->x_stride * 4, k = l->k, i = 0;
     int shift = l->shift;
     for (int b = 0; b * 3 < rows; b++) bases[b] = (const char *)(l->x + (row + b * 3) * l->x_stride);
-    for (int p = 0; p < panels; p++) packed[p] = first + (p & 1) * at->odd_step + (p >> 1) * at->pair_step;
+    for (int p = 0; p < panels; p++) packed[p] = format == WIDE ? first + p * WIDTH * 4 : place_of(at, first, p);
     for (int s = 0; s < rows * panels; s++) sums[s] = allw(0.0f);
-    for (; i + 2 <= k; i += 2) {
-        if (rows <= 3)
-            for (int p = 0; p < panels; p++) __builtin_prefetch(packed[p] + i / 2 * bytes + AHEAD);
-        add_products(format, shift, 0, rows, panels, bases, stride, packed, i, sums);
-        add_products(format, shift, 1, rows, panels, bases, stride, packed, i + 1, sums);
+    for (; i + DEPTH <= k; i += DEPTH) {
+        if (i == ahead.turn) ahead.near += ahead.jump;
+        for (int p = 0; p < panels; p++)
+            for (int line = 0; line < lines_of(format); line++)
+                __builtin_prefetch(place_of(at, ahead.near, p) + line * 64);
+        ahead.near += ahead.step;
+#pragma GCC unroll 4
+        for (int j = 0; j < DEPTH; j++)
+            add_products(format, shift, j & 1, rows, panels, bases, stride, packed, i + j, wide, sums);
     }
-    if (i < k) add_products(format, shift, 0, rows, panels, bases, stride, packed, i, sums);
+    for (; i < k; i++) add_products(format, shift, i & 1, rows, panels, bases, stride, packed, i, wide, sums);
     store_tile(l, rows, panels, row, panel, sums);
 }
 
-/* A function for each number of rows, for many panels (the fewer the rows, the more) and for two. */
-typedef void Tile(const Panels *at, int64_t row, int64_t panel, const char *first);
+/* A function for each number of rows: for many panels (the fewer the rows, the more), for two, and for two that are kept
+   as floats for further tiles. */
+typedef void Tile(const Panels *at, int64_t row, int64_t panel, const char *first, Ahead ahead, float *wide);
 
-#define TILE(format, rows, panels)                                                                                   \
-    static void tile_##format##_##rows##_##panels(const Panels *at, int64_t row, int64_t panel, const char *first) { \
-        tile(at, format, rows, panels, row, panel, first);                                                           \
+#define DEFINE(name, format, rows, panels, kept)                                                                   \
+    static void name(const Panels *at, int64_t row, int64_t panel, const char *first, Ahead ahead, float *wide) {  \
+        tile(at, format, rows, panels, row, panel, first, ahead, kept ? wide : NULL);                           \
     }
-#define NAME(format, rows, panels) tile_##format##_##rows##_##panels
-#define FEW_ROWS(format, DO) DO(format, 1, 8) DO(format, 2, 4) DO(format, 3, 4)
+#define TILE(format, rows, panels) DEFINE(tile_##format##_##rows##_##panels, format, rows, panels, 0)
+#define KEPT(format, rows, panels) DEFINE(kept_##format##_##rows##_##panels, format, rows, panels, 1)
+#define NAME(format, rows, panels) tile_##format##_##rows##_##panels,
+#define KEPT_NAME(format, rows, panels) kept_##format##_##rows##_##panels,
 #if WIDTH == 16
-#define TILES(format)                                                                                      \
-    FEW_ROWS(format, TILE) TILE(format, 4, 4) TILE(format, 5, 4) TILE(format, 6, 4) TILE(format, 1, 2)     \
-    TILE(format, 2, 2) TILE(format, 3, 2) TILE(format, 4, 2) TILE(format, 5, 2) TILE(format, 6, 2)         \
-    TILE(format, 7, 2) TILE(format, 8, 2) TILE(format, 9, 2) TILE(format, 10, 2) TILE(format, 11, 2)       \
-    TILE(format, 12, 2)                                                                                    \
-    static Tile *const many_##format[] = {                                                                 \
-        NULL, NAME(format, 1, 8), NAME(format, 2, 4), NAME(format, 3, 4), NAME(format, 4, 4),              \
-        NAME(format, 5, 4), NAME(format, 6, 4)};                                                           \
-    static Tile *const two_##format[] = {                                                                  \
-        NULL, NAME(format, 1, 2), NAME(format, 2, 2), NAME(format, 3, 2), NAME(format, 4, 2),              \
-        NAME(format, 5, 2), NAME(format, 6, 2), NAME(format, 7, 2), NAME(format, 8, 2), NAME(format, 9, 2), \
-        NAME(format, 10, 2), NAME(format, 11, 2), NAME(format, 12, 2)};
-#define MANY_ROWS 6 /* up to here tiles of many panels are there */
+#define FEW_ROWS(DO, format) \
+    DO(format, 1, 2) DO(format, 2, 2) DO(format, 3, 2) DO(format, 4, 2) DO(format, 5, 2) DO(format, 6, 2)
+#define MORE_ROWS(DO, format) \
+    DO(format, 7, 2) DO(format, 8, 2) DO(format, 9, 2) DO(format, 10, 2) DO(format, 11, 2) DO(format, 12, 2)
+#define MANY_PANELS(DO, format) \
+    DO(format, 1, 8) DO(format, 2, 4) DO(format, 3, 4) DO(format, 4, 4) DO(format, 5, 4) DO(format, 6, 4)
 #else
-#define TILES(format)                                                                                       \
-    FEW_ROWS(format, TILE) TILE(format, 1, 2) TILE(format, 2, 2) TILE(format, 3, 2) TILE(format, 4, 2)      \
-    TILE(format, 5, 2) TILE(format, 6, 2)                                                                   \
-    static Tile *const many_##format[] = {NULL, NAME(format, 1, 8), NAME(format, 2, 4), NAME(format, 3, 4)}; \
-    static Tile *const two_##format[] = {                                                                   \
-        NULL, NAME(format, 1, 2), NAME(format, 2, 2), NAME(format, 3, 2), NAME(format, 4, 2),               \
-        NAME(format, 5, 2), NAME(format, 6, 2)};
-#define MANY_ROWS 3
+#define FEW_ROWS(DO, format) DO(format, 1, 2) DO(format, 2, 2) DO(format, 3, 2)
+#define MORE_ROWS(DO, format) DO(format, 4, 2) DO(format, 5, 2) DO(format, 6, 2)
+#define MANY_PANELS(DO, format) DO(format, 1, 8) DO(format, 2, 4) DO(format, 3, 4)
 #endif
-TILES(FLOAT)
-TILES(HALF)
-TILES(BRAIN)
-TILES(BYTE)
-TILES(GROUPS)
+#define TABLES(format)                                                                                                \
+    FEW_ROWS(TILE, format) MORE_ROWS(TILE, format) MANY_PANELS(TILE, format)                                          \
+    static Tile *const two_##format[] = {NULL, FEW_ROWS(NAME, format) MORE_ROWS(NAME, format)};                       \
+    static Tile *const many_##format[] = {NULL, MANY_PANELS(NAME, format)};
+#define KEPT_TABLE(format) \
+    MORE_ROWS(KEPT, format) \
+    static Tile *const kept_##format[] = {MORE_ROWS(KEPT_NAME, format)}; /* from MANY_ROWS + 1 rows on */
+TABLES(FLOAT)
+TABLES(HALF)
+TABLES(BRAIN)
+TABLES(BYTE)
+TABLES(GROUPS)
+KEPT_TABLE(HALF)
+KEPT_TABLE(BRAIN)
+KEPT_TABLE(BYTE)
+KEPT_TABLE(GROUPS)
+MORE_ROWS(TILE, WIDE)
 
 static Tile *const *const MANY[] = {many_FLOAT, many_HALF, many_BRAIN, many_BYTE, many_GROUPS};
 static Tile *const *const TWO[] = {two_FLOAT, two_HALF, two_BRAIN, two_BYTE, two_GROUPS};
+static Tile *const *const KEEP[] = {NULL, kept_HALF, kept_BRAIN, kept_BYTE, kept_GROUPS};
+static Tile *const WIDENED[] = {MORE_ROWS(NAME, WIDE)};
 
 INLINE int panels_at_once(int64_t rows) { return rows == 1 ? 8 : rows <= MANY_ROWS ? 4 : 2; }
-
-/* From how many rows on a pair of panels is widened once, and not in each tile. */
-INLINE int64_t widened_rows(int format) {
-    if (format == FLOAT) return INT64_MAX;
-    return WIDTH == 16 && format == BRAIN ? INT64_MAX : 25;
-}
 
 int64_t linear_wide_bytes(int64_t k) {
     int64_t wide = (k + 1) / 2 * 2 * WIDTH * 2 * (int64_t)sizeof(float), tiles = tiles_scratch_bytes(k);
     return wide > tiles ? wide : tiles;
 }
 
-static void widen(const Linear *l, const char *panel, float *wide) {
-    for (int64_t i = 0; i < l->k; i++) storew(wide + i * WIDTH, weights_at(l->format, l->shift, i & 1, panel, i));
+/* What tile i of some rows prefetches. One tile reads its own weights a little ahead and turns to those that come after;
+   of several, each fetches a share of what comes after. delta: bytes to there; bytes: of a panel. */
+INLINE Ahead look_ahead(const Linear *l, const char *from, int64_t delta, int64_t bytes, int64_t i, int64_t tiles) {
+    int64_t step = bytes * DEPTH / l->k;
+    if (tiles > 1) return (Ahead){from + delta + i * bytes / tiles, step / tiles + 1, -1, 0};
+    return (Ahead){from + AHEAD, step, bytes > AHEAD ? (bytes - AHEAD) / step * DEPTH : 0, delta - bytes};
 }
 
-/* Panels from `first` to `end`, both even, times rows from `row` to `row_end`, in tiles of nearly equal height. */
-static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t row, int64_t row_end, float *wide) {
+/* Panels from `first` to `end`, both even, times rows from `row` to `row_end`, in tiles of nearly equal height. after:
+   the panel that comes next. */
+static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t after, int64_t row, int64_t row_end,
+                        float *wide) {
     int64_t rows = row_end - row, tiles = (rows + ROWS - 1) / ROWS, bytes = panel_bytes(l->format, l->k);
     if (l->format == GROUPS) bytes += scale_bytes(l->shift, l->k);
     Panels at = panels_of(l, bytes);
-    const char *packed = l->weights;
     int64_t step = panels_at_once((rows + tiles - 1) / tiles);
+    int keep = l->format != FLOAT && rows >= KEEP_ROWS;
     for (int64_t panel = first; panel < end;) {
         int many = step > 2 && end - panel >= step;
-        const char *from = packed + panel / 2 * at.pair_step;
-        Tile *const *by_rows = many ? MANY[l->format] : TWO[l->format];
-        Panels use = at;
-        if (rows >= widened_rows(l->format)) {
-            widen(l, from, wide);
-            widen(l, from + at.odd_step, wide + l->k * WIDTH);
-            use.odd_step = l->k * WIDTH * 4;
-            from = (const char *)wide;
-            by_rows = TWO[FLOAT];
-        }
+        const char *from = (const char *)l->weights + panel / 2 * at.pair_step;
+        int64_t next = panel + (many ? step : 2), delta = ((next < end ? next : after) - panel) / 2 * at.pair_step;
         for (int64_t i = 0, at_row = row; i < tiles; i++) {
             int64_t height = rows / tiles + (i < rows % tiles);
-            by_rows[height](&use, at_row, panel, from);
+            Ahead ahead = look_ahead(l, from, delta, bytes, i, tiles);
+            if (keep && i == 0) KEEP[l->format][height - MANY_ROWS - 1](&at, at_row, panel, from, ahead, wide);
+            else if (keep) WIDENED[height - MANY_ROWS - 1](&at, at_row, panel, (const char *)wide, ahead, NULL);
+            else (many ? MANY : TWO)[l->format][height](&at, at_row, panel, from, ahead, NULL);
             at_row += height;
         }
-        panel += many ? step : 2;
+        panel = next;
     }
 }
 
+/* Takes its next panels before it computes those that it took before, so that it knows what to prefetch. */
 void linear_part(const Linear *l, int64_t *next, int32_t threads, float *wide) {
     if (in_tiles(l->format)) {
         tiles_part(l, next, threads, (char *)wide);
         return;
     }
-    int64_t panels = (l->n + 2 * WIDTH - 1) / (2 * WIDTH) * 2;
-    int64_t chunk = panels / (threads * 6); /* some for each thread: one that was held up takes fewer */
-    chunk = threads == 1 ? panels : chunk >= 8 ? chunk / 8 * 8 : chunk >= 4 ? 4 : 2;
-    for (;;) {
-        int64_t first = __atomic_fetch_add(next, chunk, __ATOMIC_RELAXED);
-        if (first >= panels) return;
-        int64_t end = first + chunk < panels ? first + chunk : panels;
-        for (int64_t row = 0; row < l->m; row += ROW_BLOCK)
-            some_panels(l, first, end, row, row + ROW_BLOCK < l->m ? row + ROW_BLOCK : l->m, wide);
+    Deal dealt = deal_panels(l->n, threads);
+    int64_t then, item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    for (; item < dealt.items; item = then) {
+        int early = item + threads < dealt.chunks; /* the last ones go to whoever is free first */
+        then = early ? __atomic_fetch_add(next, 1, __ATOMIC_RELAXED) : item + threads;
+        int64_t first = first_of(&dealt, item), end = end_of(&dealt, item);
+        for (int64_t row = 0; row < l->m; row += ROW_BLOCK) {
+            int last = row + ROW_BLOCK >= l->m;
+            int64_t after = last && then < dealt.items ? first_of(&dealt, then) : first;
+            some_panels(l, first, end, after, row, last ? l->m : row + ROW_BLOCK, wide);
+        }
+        if (!early) then = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
     }
 }
 
@@ -196,44 +233,3 @@ void pawl_linear(const Linear *linear, char *wide, int32_t threads) {
 }
 
 int64_t pawl_linear_wide_bytes(int64_t k) { return linear_wide_bytes(k); }
-
-int64_t pawl_panel_width(void) { return WIDTH; }
-
-/* w [n, k], rows of 4, 2 or 1 bytes by the format, and `skip` bytes from row to row -> panels; features past n are 0. */
-void pawl_pack(const char *w, char *packed, int64_t n, int64_t k, int64_t skip, int32_t format, int32_t threads) {
-    int64_t panels = (n + 2 * WIDTH - 1) / (2 * WIDTH) * 2, bytes = panel_bytes(format, k);
-    int size = format == FLOAT ? 4 : format == BYTE ? 1 : 2;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++) {
-        char *to = packed + panel * bytes;
-        memset(to, 0, (size_t)bytes);
-        for (int64_t c = 0; c < WIDTH && panel * WIDTH + c < n; c++) {
-            const char *from = w + (panel * WIDTH + c) * skip;
-            for (int64_t i = 0; i < k; i++) {
-                int64_t at = format == BRAIN ? (i / 2 * WIDTH + c) * 2 + (i & 1) : i * WIDTH + c;
-                memcpy(to + at * size, from + i * size, (size_t)size);
-            }
-        }
-    }
-}
-
-/* w [n, k] bytes, scales [n, ceil(k / 2^shift)] -> panels of groups; features past n are 0. */
-void pawl_pack_groups(const int8_t *w, const float *scales, char *packed, int64_t n, int64_t k, int32_t shift,
-                      int32_t threads) {
-    int64_t panels = (n + 2 * WIDTH - 1) / (2 * WIDTH) * 2, group = 1 << shift, groups = (k + group - 1) >> shift;
-    int64_t bytes = panel_bytes(GROUPS, k) + scale_bytes(shift, k);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++) {
-        char *to = packed + panel * bytes;
-        memset(to, 0, (size_t)bytes);
-        for (int64_t g = 0; g < groups; g++) {
-            int64_t from = g * group, height = k - from < group ? k - from : group;
-            for (int64_t c = 0; c < WIDTH && panel * WIDTH + c < n; c++) {
-                int64_t feature = panel * WIDTH + c;
-                memcpy(to + c * 4, scales + feature * groups + g, 4);
-                for (int64_t i = 0; i < height; i++) to[WIDTH * 4 + i * WIDTH + c] = (char)w[feature * k + from + i];
-            }
-            to += WIDTH * 4 + height * WIDTH;
-        }
-    }
-}

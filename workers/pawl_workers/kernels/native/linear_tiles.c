@@ -13,18 +13,19 @@
 
 #include <stddef.h>
 
-#include "panels.h"
-#include "vector.h"
-
 #if !defined(__AMX_BF16__)
 
 void tiles_part(const Linear *l, int64_t *next, int32_t threads, char *scratch) {
-    (void)store_tile, (void)l, (void)next, (void)threads, (void)scratch;
+    (void)l, (void)next, (void)threads, (void)scratch;
 }
 
 int64_t tiles_scratch_bytes(int64_t k) { return (void)k, 0; }
 
 #else
+
+#include "panels.h"
+#include "sums.h"
+#include "vector.h"
 
 #define TILE_ROWS 16
 #define TILE_DEPTH 32   /* k of a tile */
@@ -190,19 +191,6 @@ INLINE void some_panels(const Linear *l, int panels, int64_t row, int64_t rows, 
     }
 }
 
-/* How the panels are dealt out: many chunks, and at the end small ones. */
-typedef struct {
-    int64_t panels, chunk, chunks, small, items;
-} Deal;
-
-static Deal deal(int64_t panels, int32_t threads) {
-    int64_t chunk = panels / (threads * 6) / PANELS * PANELS;
-    if (threads == 1) return (Deal){panels, panels, 1, panels, 1};
-    if (chunk < PANELS) chunk = PANELS;
-    int64_t small = chunk == PANELS ? 2 : PANELS, chunks = panels > 2 * threads ? (panels - 2 * threads) / chunk : 0;
-    return (Deal){panels, chunk, chunks, small, chunks + (panels - chunks * chunk + small - 1) / small};
-}
-
 void tiles_part(const Linear *l, int64_t *next, int32_t threads, char *scratch) {
     TileScratch s = scratch_of(scratch, l->k);
     TileConfig config = {.palette = 1};
@@ -210,16 +198,14 @@ void tiles_part(const Linear *l, int64_t *next, int32_t threads, char *scratch) 
     for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = TILE_ROWS;
     for (int i = 0; i <= PANELS && l->m < TILE_ROWS; i++) config.rows[i] = (uint8_t)l->m; /* of sums and of x */
     _tile_loadconfig(&config);
-    Deal dealt = deal((l->n + 2 * WIDTH - 1) / (2 * WIDTH) * 2, threads);
+    Deal dealt = deal_panels(l->n, threads);
     int64_t rows = most_row_tiles(l->k) * TILE_ROWS, blocks = (l->m + rows - 1) / rows, held = -1;
     for (int64_t item; (item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < blocks * dealt.items;) {
-        int64_t block = item / dealt.items, i = item % dealt.items, past = i - dealt.chunks;
+        int64_t block = item / dealt.items, i = item % dealt.items;
         int64_t row = block * rows, count = l->m - row < rows ? l->m - row : rows;
         if (block != held) split_rows(l, row, count, s.parts);
         held = block;
-        int64_t first = past < 0 ? i * dealt.chunk : dealt.chunks * dealt.chunk + past * dealt.small;
-        int64_t end = first + (past < 0 ? dealt.chunk : dealt.small);
-        if (end > dealt.panels) end = dealt.panels;
+        int64_t first = first_of(&dealt, i), end = end_of(&dealt, i);
         for (; first + PANELS <= end; first += PANELS) some_panels(l, PANELS, row, count, first, &s);
         if (first < end) some_panels(l, 2, row, count, first, &s);
     }

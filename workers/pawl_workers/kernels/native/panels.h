@@ -1,4 +1,4 @@
-/* Where the packed panels of a linear layer lie, and what becomes of its sums: scales, bias, activation, gate, residual. */
+/* Where the packed panels of a linear layer lie, and how threads share them out. */
 #ifndef PAWL_PANELS_H
 #define PAWL_PANELS_H
 
@@ -14,53 +14,40 @@ INLINE int64_t panel_bytes(int format, int64_t k) {
     return format == BRAIN ? (k + 1) / 2 * WIDTH * 4 : k * WIDTH * (format == FLOAT ? 4 : format == HALF ? 2 : 1);
 }
 
+/* Bytes of a panel's scales that lie among its weights. */
+INLINE int64_t scale_bytes(int shift, int64_t k) { return ((k + (1 << shift) - 1) >> shift) * WIDTH * 4; }
+
 INLINE Panels panels_of(const Linear *l, int64_t bytes) {
     int64_t half = (l->n / 2 / WIDTH) * bytes; /* gated: from the panel of gates to that of their factors */
     return (Panels){l, l->gated ? half : bytes, l->gated ? bytes : 2 * bytes};
 }
 
-INLINE void store_some(float *to, vw value, int64_t lanes) {
-    if (lanes >= WIDTH) storew(to, value);
-    else
-        for (int64_t i = 0; i < lanes; i++) to[i] = value[i];
+#define CHUNK 4 /* panels, or a multiple of so many */
+
+/* How a layer's panels are dealt out: so many chunks, and at the end small ones, so that threads end together. */
+typedef struct {
+    int64_t panels, chunk, chunks, small, items;
+} Deal;
+
+INLINE Deal deal_panels(int64_t n, int32_t threads) {
+    int64_t panels = (n + 2 * WIDTH - 1) / (2 * WIDTH) * 2;
+    int64_t chunk = panels / (threads * 6) / CHUNK * CHUNK;
+    if (threads == 1) return (Deal){panels, panels, 1, panels, 1};
+    if (chunk < CHUNK) chunk = CHUNK;
+    int64_t small = chunk == CHUNK ? 2 : CHUNK;
+    int64_t chunks = panels > 2 * threads ? (panels - 2 * threads) / chunk : 0;
+    return (Deal){panels, chunk, chunks, small, chunks + (panels - chunks * chunk + small - 1) / small};
 }
 
-INLINE vw load_some(const float *from, int64_t lanes) {
-    if (lanes >= WIDTH) return loadw(from);
-    vw value = allw(0.0f);
-    for (int64_t i = 0; i < lanes; i++) value[i] = from[i];
-    return value;
+/* The first panel of an item. */
+INLINE int64_t first_of(const Deal *d, int64_t item) {
+    return item < d->chunks ? item * d->chunk : d->chunks * d->chunk + (item - d->chunks) * d->small;
 }
 
-INLINE vw finish(const Linear *l, vw sum, int64_t column, int64_t lanes) {
-    if (l->format == BYTE) sum *= load_some(l->scales + column, lanes);
-    return l->bias ? sum + load_some(l->bias + column, lanes) : sum;
-}
-
-/* Stores a tile whose first panel is `panel`; gated, pairs of panels give one of results. */
-static void store_tile(const Linear *l, int rows, int panels, int64_t row, int64_t panel, const vw *sums) {
-    for (int r = 0; r < rows; r++, sums += panels) {
-        float *y = l->y + (row + r) * l->y_stride;
-        if (l->gated) {
-            for (int p = 0; p < panels; p += 2) {
-                int64_t column = (panel + p) / 2 * WIDTH;
-                vw gate = finish(l, sums[p], column, WIDTH), up = finish(l, sums[p + 1], l->n / 2 + column, WIDTH);
-                storew(y + column, activatew(l->activation, gate) * up);
-            }
-            continue;
-        }
-        for (int p = 0; p < panels; p++) {
-            int64_t column = (panel + p) * WIDTH, lanes = l->n - column;
-            if (lanes <= 0) break;
-            vw result = finish(l, sums[p], column, lanes);
-            if (l->activation != NO_ACTIVATION) result = activatew(l->activation, result);
-            if (l->added) {
-                vw before = load_some(y + column, lanes);
-                result = l->factor == 1.0f ? before + result : fmaw(allw(l->factor), result, before);
-            }
-            store_some(y + column, result, lanes);
-        }
-    }
+/* The panel after its last one. */
+INLINE int64_t end_of(const Deal *d, int64_t item) {
+    int64_t end = first_of(d, item) + (item < d->chunks ? d->chunk : d->small);
+    return end < d->panels ? end : d->panels;
 }
 
 #endif
