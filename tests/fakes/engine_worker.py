@@ -31,6 +31,7 @@ class FakeFacts:
     max_context: int = 512
     eos_token_ids: Sequence[int] = (0,)
     data_type: str = "float32"
+    weight_type: str = "float32"
     kv_type: str = "float32"
     revision: str = "shadow"
     block_size: int = 4

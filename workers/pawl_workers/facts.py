@@ -23,7 +23,8 @@ class WorkerFacts:
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...]
-    data_type: str
+    data_type: str  # that it computes in
+    weight_type: str  # that its linear layers are kept in; of several, the one of most bytes first
     kv_type: str  # of the cache; with weights that are not exact, these too: who shares KV must agree in both
     revision: str
     block_size: int
@@ -53,6 +54,7 @@ def worker_facts(plan: StartPlan, weights: Weights, memory: MemoryPlan, started:
         max_context=plan.max_context,
         eos_token_ids=plan.config.eos_token_ids,
         data_type=str(plan.dtype).removeprefix("torch."),
+        weight_type=" and ".join(str(dtype).removeprefix("torch.") for dtype in weights.linear_types),
         kv_type=_kv_type(plan),
         revision=checkpoint_revision(plan.config.folder, dummy_weights=options.dummy_weights),
         block_size=plan.kernels.block_size,

@@ -196,7 +196,8 @@ class Engine:
         worker = await self._executor.load(lambda: self._load_worker(self.spec, on_progress))
         facts = worker.facts
         text = (
-            f"{facts.num_parameters / 1e6:.1f} M parameters, {facts.data_type} on {facts.device}, KV in {facts.kv_type}"
+            f"{facts.num_parameters / 1e6:.1f} M parameters in {facts.weight_type}, computed in {facts.data_type} on "
+            f"{facts.device}, KV in {facts.kv_type}"
         )
         if self.spec.model.dummy_weights:
             text += ", RANDOM WEIGHTS"

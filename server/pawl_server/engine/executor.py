@@ -51,6 +51,8 @@ class WorkerFacts(Protocol):
     @property
     def data_type(self) -> str: ...  # noqa: D102
     @property
+    def weight_type(self) -> str: ...  # noqa: D102
+    @property
     def kv_type(self) -> str: ...  # noqa: D102
     @property
     def revision(self) -> str: ...  # noqa: D102

@@ -87,6 +87,11 @@ class ByteLinear:
         self._parts = [(begin, min(begin + step, self.out_features)) for begin in range(0, self.out_features, step)]
 
     @property
+    def data_type(self) -> torch.dtype:
+        """The type in which the weight is kept."""
+        return torch.int8
+
+    @property
     def num_bytes(self) -> int:
         """Memory that bytes and scales take."""
         return self._weight.values.nbytes + self._weight.scales.nbytes

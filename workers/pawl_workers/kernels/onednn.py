@@ -48,6 +48,11 @@ class OneDnnLinear:
         return y[:num_rows]
 
     @property
+    def data_type(self) -> torch.dtype:
+        """The type in which the weight is kept."""
+        return torch.float32
+
+    @property
     def num_bytes(self) -> int:
         """Memory that the packed weight takes."""
         return self.out_features * self.in_features * 4

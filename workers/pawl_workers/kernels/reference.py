@@ -37,6 +37,11 @@ class ReferenceLinear:
         return self.weight.shape[0]
 
     @property
+    def data_type(self) -> torch.dtype:
+        """The type in which the weight is kept."""
+        return self.weight.dtype
+
+    @property
     def num_bytes(self) -> int:
         """Memory that the weight takes."""
         return self.weight.nbytes

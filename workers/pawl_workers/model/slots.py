@@ -6,7 +6,7 @@ Knows shapes and merging; reads no files.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,13 @@ class Slot:
 
     shape: tuple[int, ...]
     stored: torch.dtype
+
+
+def _types(linears: Sequence[PackedLinear]) -> tuple[torch.dtype, ...]:
+    sizes: dict[torch.dtype, int] = {}
+    for linear in linears:
+        sizes[linear.data_type] = sizes.get(linear.data_type, 0) + linear.num_bytes
+    return tuple(sorted(sizes, key=lambda dtype: -sizes[dtype]))
 
 
 def _apart(tensor: Tensor, rows: Interleaved) -> Tensor:
@@ -182,6 +189,7 @@ class Slots:
             head=HeadWeights(head, spec.logit_divisor, spec.logit_softcap),
             num_parameters=num_parameters,
             num_bytes=sum(linear.num_bytes for linear in packed) + sum(tensor.nbytes for tensor in kept),
+            linear_types=_types(packed),
         )
 
     def _tied_head(self, embedding: Tensor) -> PackedLinear:

@@ -45,6 +45,11 @@ class PackedLinear(Protocol):
         ...
 
     @property
+    def data_type(self) -> torch.dtype:
+        """The type in which the weight is kept."""
+        ...
+
+    @property
     def bias(self) -> Tensor | None:
         """The bias, [out]."""
         ...
@@ -231,7 +236,10 @@ class HeadWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All of a model. `num_bytes` counts what the tensors hold in memory, `num_parameters` what was read."""
+    """All of a model. `num_bytes` counts what the tensors hold in memory, `num_parameters` what was read.
+
+    `linear_types` are those that the linear layers are kept in, the one of most bytes first.
+    """
 
     spec: ModelSpec
     embedding: EmbeddingWeights
@@ -240,3 +248,4 @@ class Weights:
     head: HeadWeights
     num_parameters: int
     num_bytes: int
+    linear_types: tuple[torch.dtype, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pawl_workers.model.weights import PackedLinear
@@ -26,6 +27,11 @@ class WrappedLinear:
     def out_features(self) -> int:
         """Rows of the weight."""
         return self.linear.out_features
+
+    @property
+    def data_type(self) -> torch.dtype:
+        """The type in which the weight is kept."""
+        return self.linear.data_type
 
     @property
     def bias(self) -> Tensor | None:
