@@ -98,6 +98,7 @@ class EngineSettings:
     )
     grammar_timeout_s: float = _setting(10.0, "a constraint not compiled by then is refused")
     max_grammars: int = _setting(64, "compiled constraints kept for the next request with the same one")
+    max_grammar_bytes: int = _setting(256 << 20, "bytes that these may take together, and any one of them")
     num_threads: int = _setting(0, "compute threads of a replica; 0 = cores / replicas", common=True)
     step_timeout_s: float = _setting(60.0, "a step that takes longer means a hung worker: the replica is rebuilt")
     check_every: int = _setting(0, "check the scheduler's invariants every n steps; 0 = never")
@@ -298,6 +299,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "grammar_threads": (1, 64),
     "grammar_timeout_s": (0.01, 3600.0),
     "max_grammars": (1, 65536),
+    "max_grammar_bytes": (1 << 16, 1 << 40),
     "max_partial_prefills": (1, 65536),
     "gpus_per_replica": (-1, 1024),
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import pytest
 
+from pawl.errors import InvalidRequest
 from pawl_server.engine.grammar.checker import GrammarChecker
 from pawl_server.engine.grammar.constraint import Constraint, bad_constraint
 
@@ -21,27 +23,32 @@ SLOW = Constraint(
 
 @pytest.fixture
 async def checker() -> AsyncIterator[GrammarChecker]:
-    checker = GrammarChecker(timeout_s=20.0)
+    checker = GrammarChecker(timeout_s=20.0, most_bytes=1 << 30)
     yield checker
     await checker.close()
 
 
+async def refusal(checker: GrammarChecker, constraint: Constraint) -> InvalidRequest:
+    """Why a constraint cannot be used."""
+    with pytest.raises(InvalidRequest) as caught:
+        await checker.check(constraint)
+    return caught.value
+
+
 async def test_a_grammar_that_kills_the_process_is_refused_and_the_next_one_is_checked(checker: GrammarChecker) -> None:
-    assert await checker.check(GOOD) is None
+    await checker.check(GOOD)
     first = checker.process_id
-    refused = await checker.check(DEEP)
-    assert refused is not None
+    refused = await refusal(checker, DEEP)
     assert refused.reason == "CONSTRAINT_TOO_COMPLEX"
     assert refused.violations[0].field == "sampling.grammar"
-    assert await checker.check(GOOD) is None
+    await checker.check(GOOD)
     assert checker.process_id not in (first, None)
 
 
 async def test_a_grammar_that_takes_too_long_is_given_up() -> None:
-    impatient = GrammarChecker(timeout_s=0.02)
+    impatient = GrammarChecker(timeout_s=0.02, most_bytes=1 << 30)
     try:
-        refused = await impatient.check(SLOW)
-        assert refused is not None
+        refused = await refusal(impatient, SLOW)
         assert refused.reason == "CONSTRAINT_TOO_COMPLEX"
         assert "0.02 s" in refused.message
         assert impatient.process_id is None
@@ -50,14 +57,13 @@ async def test_a_grammar_that_takes_too_long_is_given_up() -> None:
 
 
 async def test_a_check_that_is_given_up_does_not_answer_the_next_one(checker: GrammarChecker) -> None:
-    assert await checker.check(GOOD) is None
+    await checker.check(GOOD)
     given_up = asyncio.create_task(checker.check(Constraint("regex", "a(")))
     await asyncio.sleep(0)
     given_up.cancel()
     await asyncio.gather(given_up, return_exceptions=True)
-    assert await checker.check(GOOD) is None
-    refused = await checker.check(Constraint("regex", "b("))
-    assert refused is not None
+    await checker.check(GOOD)
+    refused = await refusal(checker, Constraint("regex", "b("))
     assert "b(" in refused.message
 
 
@@ -78,11 +84,25 @@ async def test_a_check_that_is_given_up_does_not_answer_the_next_one(checker: Gr
     ],
 )
 async def test_the_librarys_words_reach_the_caller(checker: GrammarChecker, kind: str, source: str, said: str) -> None:
-    refused = await checker.check(Constraint(kind, source))
-    assert refused is not None
+    refused = await refusal(checker, Constraint(kind, source))
     assert refused.reason == "BAD_CONSTRAINT"
     assert said in refused.message
     assert [violation.field for violation in refused.violations] == [f"sampling.{kind}"]
+
+
+async def test_what_a_grammar_takes_is_counted_and_bounded() -> None:
+    """1,500 choices take nearly 2 MB, a short regex some 30 kB."""
+    values = [f"choice {number}" for number in range(1500)]
+    choices = Constraint("choices", json.dumps(values))
+    checker = GrammarChecker(timeout_s=20.0, most_bytes=1 << 20)
+    try:
+        assert 0 < await checker.check(GOOD) < 1 << 18
+        refused = await refusal(checker, choices)
+        assert refused.reason == "CONSTRAINT_TOO_COMPLEX"
+        assert "max_grammar_bytes" in refused.message
+        assert 0 < await checker.check(GOOD) < 1 << 18
+    finally:
+        await checker.close()
 
 
 def test_the_librarys_words_are_cut() -> None:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import sys
 
-from pawl.errors import InvalidRequest
 from pawl_server.engine.grammar.constraint import Constraint, bad_constraint
 
 __all__ = ["GrammarChecker"]
@@ -25,10 +24,11 @@ class GrammarChecker:
 
     Args:
         timeout_s: longest time that one may take.
+        most_bytes: most memory that one may take once it is compiled.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float, most_bytes: int) -> None:
+        self._timeout_s, self._most_bytes = timeout_s, most_bytes
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
 
@@ -37,8 +37,12 @@ class GrammarChecker:
         """Of the process, if there is one."""
         return None if self._process is None else self._process.pid
 
-    async def check(self, constraint: Constraint) -> InvalidRequest | None:
-        """See whether a constraint can be used; gives why it cannot."""
+    async def check(self, constraint: Constraint) -> int:
+        """See whether a constraint can be used; gives the bytes that it takes when it is compiled.
+
+        Raises:
+            InvalidRequest: it cannot be used.
+        """
         async with self._turn:
             try:
                 process = await self._running()
@@ -54,8 +58,15 @@ class GrammarChecker:
                 what = "it takes more stack or memory than a grammar may"
             if answer is None:
                 await self.close()
-                return bad_constraint(constraint, f"{what}: simplify it", "CONSTRAINT_TOO_COMPLEX")
-            return bad_constraint(constraint, answer) if answer else None
+                raise bad_constraint(constraint, f"{what}: simplify it", "CONSTRAINT_TOO_COMPLEX")
+            problem, num_bytes = answer
+            if problem:
+                raise bad_constraint(constraint, problem)
+            if num_bytes > self._most_bytes:
+                what = f"it takes {num_bytes:,} bytes, at most {self._most_bytes:,} may be"
+                setting = "server setting engine.max_grammar_bytes"
+                raise bad_constraint(constraint, f"{what} ({setting}): simplify it", "CONSTRAINT_TOO_COMPLEX")
+            return num_bytes
 
     async def close(self) -> None:
         """End the process."""
@@ -81,8 +92,8 @@ class GrammarChecker:
         return self._process
 
 
-async def _ask(process: asyncio.subprocess.Process, question: list[str]) -> str | None:
-    """One line to the process and one back; None when it died of it."""
+async def _ask(process: asyncio.subprocess.Process, question: list[str]) -> tuple[str, int] | None:
+    """One line to the process and one back: what is wrong, and bytes; None when it died of it."""
     if process.stdin is None or process.stdout is None:
         raise RuntimeError("the process has no pipes")
     try:
@@ -91,4 +102,7 @@ async def _ask(process: asyncio.subprocess.Process, question: list[str]) -> str 
         line = await process.stdout.readline()
     except (BrokenPipeError, ConnectionResetError):
         return None
-    return str(json.loads(line)) if line.endswith(b"\n") else None
+    if not line.endswith(b"\n"):
+        return None
+    problem, num_bytes = json.loads(line)
+    return str(problem), int(num_bytes)

@@ -51,16 +51,25 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
 
+    def tokenizer(self) -> LLTokenizer:
+        """The vocabulary, which may have to be fetched first.
+
+        Raises:
+            InvalidRequest: it cannot be had.
+        """
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._open()
+            return self._tokenizer
+
     def compile(self, constraint: Constraint) -> CompiledConstraint:
         """Compile a constraint.
 
         Raises:
             InvalidRequest: it is not understood, too large, or met by no output; or the vocabulary cannot be had.
         """
-        with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = self._open()
+        tokenizer = self.tokenizer()
         try:
-            return CompiledConstraint(constraint, new_matcher(self._tokenizer, constraint))
+            return CompiledConstraint(constraint, new_matcher(tokenizer, constraint))
         except BadGrammarError as error:
             raise bad_constraint(constraint, str(error)) from error

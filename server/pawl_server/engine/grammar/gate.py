@@ -1,4 +1,4 @@
-"""Requests that wait for their grammar: compiled beside the step loop, a bounded number of them kept.
+"""Requests that wait for their grammar: compiled beside the step loop, some of them kept, in bounded memory.
 
 Owns the waiting and the cache; the step loop is told when a request may go on and never waits for it.
 """
@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pawl.errors import InvalidRequest
 from pawl_server.engine.grammar.checker import GrammarChecker
@@ -98,18 +99,21 @@ class GrammarGate:
         compiler: for the model's vocabulary.
         num_threads: grammars checked and compiled at once.
         max_kept: compiled grammars kept, the last used.
-        timeout_s: longest time that one may take.
+        max_kept_bytes: that these may take, and each that is used.
+        timeout_s: longest time that one may take to be tried, and then to be compiled.
     """
 
-    def __init__(self, compiler: GrammarCompiler, *, num_threads: int, max_kept: int, timeout_s: float) -> None:
+    def __init__(
+        self, compiler: GrammarCompiler, *, num_threads: int, max_kept: int, max_kept_bytes: int, timeout_s: float
+    ) -> None:
         self._compiler = compiler
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="pawl-grammar")
-        self._checkers = [GrammarChecker(timeout_s) for _ in range(num_threads)]
+        self._checkers = [GrammarChecker(timeout_s, max_kept_bytes) for _ in range(num_threads)]
         self._idle: asyncio.Queue[GrammarChecker] = asyncio.Queue()
         for checker in self._checkers:
             self._idle.put_nowait(checker)
-        self._max_kept = max_kept
-        self._kept: OrderedDict[_Key, CompiledConstraint] = OrderedDict()
+        self._timeout_s = timeout_s
+        self._kept = _Kept(max_kept, max_kept_bytes)
         self._held: dict[_Key, list[Held]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -119,7 +123,7 @@ class GrammarGate:
     @property
     def kept(self) -> list[tuple[str, str]]:
         """Kind and text of the compiled grammars that are kept, the last used at the end."""
-        return list(self._kept)
+        return list(self._kept.entries)
 
     def held(self) -> Iterator[Held]:
         """Those that wait."""
@@ -138,9 +142,8 @@ class GrammarGate:
             released: called when it waits no longer.
         """
         key = (constraint.kind, constraint.source)
-        kept = self._kept.get(key)
+        kept = self._kept.find(key)
         if kept is not None:
-            self._kept.move_to_end(key)
             return _compiled(request, constraint, kept)
         waiting = self._held.setdefault(key, [])
         waiting.append(Held(request, constraint, now))
@@ -171,32 +174,73 @@ class GrammarGate:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _serve(self, key: _Key, constraint: Constraint, released: Callable[[Released], None]) -> None:
-        outcome = await self._outcome(constraint)
-        if isinstance(outcome, CompiledConstraint):
-            self._kept[key] = outcome
-            while len(self._kept) > self._max_kept:
-                self._kept.popitem(last=False)
+        outcome = await self._outcome(key, constraint)
         for held in self._held.pop(key):
             if isinstance(outcome, CompiledConstraint):
                 released(Released(held, _compiled(held.request, held.constraint, outcome)))
             else:
                 released(Released(held, outcome))
 
-    async def _outcome(self, constraint: Constraint) -> Outcome:
+    async def _outcome(self, key: _Key, constraint: Constraint) -> Outcome:
         try:
             checker = await self._idle.get()
+            loop = asyncio.get_running_loop()
             try:
-                refused = await checker.check(constraint)
-            finally:
+                num_bytes = await checker.check(constraint)
+                await loop.run_in_executor(self._pool, self._compiler.tokenizer)  # no constraint's time
+            except BaseException:
                 self._idle.put_nowait(checker)
-            if refused is not None:
-                return refused
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._compiler.compile, constraint)
+                raise
+            compiling = loop.run_in_executor(self._pool, self._compiler.compile, constraint)
+            compiling.add_done_callback(partial(self._let_next, checker))
+            async with asyncio.timeout(self._timeout_s):
+                compiled = await asyncio.shield(compiling)
         except InvalidRequest as error:
             return error
+        except TimeoutError:
+            what = f"not compiled after {self._timeout_s:g} s (server setting engine.grammar_timeout_s): simplify it"
+            return bad_constraint(constraint, what, "CONSTRAINT_TOO_COMPLEX")
         except Exception as error:
             log.exception("a %s of %d characters could not be compiled", constraint.kind, len(constraint.source))
             return bad_constraint(constraint, f"it could not be compiled: {type(error).__name__}")
+        self._kept.put(key, compiled, num_bytes)
+        return compiled
+
+    def _let_next(self, checker: GrammarChecker, compiling: asyncio.Future[CompiledConstraint]) -> None:
+        """A thread is free again, which a compilation that was given up keeps until its end: the next may begin."""
+        if not compiling.cancelled():
+            compiling.exception()  # of one that was given up nobody asks for it
+        self._idle.put_nowait(checker)
+
+
+class _Kept:
+    """Compiled grammars for the next request with the same one, the last used at the end.
+
+    Args:
+        most: how many.
+        most_bytes: that they may take; none alone takes more.
+    """
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self._most, self._most_bytes = most, most_bytes
+        self._num_bytes = 0
+        self.entries: OrderedDict[_Key, tuple[CompiledConstraint, int]] = OrderedDict()
+
+    def find(self, key: _Key) -> CompiledConstraint | None:
+        """The grammar, which counts as used now."""
+        found = self.entries.get(key)
+        if found is None:
+            return None
+        self.entries.move_to_end(key)
+        return found[0]
+
+    def put(self, key: _Key, compiled: CompiledConstraint, num_bytes: int) -> None:
+        """Keep one that is not kept, and no longer those that were used least lately, as far as they are too much."""
+        self.entries[key] = compiled, num_bytes
+        self._num_bytes += num_bytes
+        while self.entries and (len(self.entries) > self._most or self._num_bytes > self._most_bytes):
+            _, (_, freed) = self.entries.popitem(last=False)
+            self._num_bytes -= freed
 
 
 def _compiled(request: SequenceRequest, constraint: Constraint, kept: CompiledConstraint) -> SequenceRequest:

@@ -27,6 +27,7 @@ class Grammars:
             GrammarCompiler(open_tokenizer),
             num_threads=settings.grammar_threads,
             max_kept=settings.max_grammars,
+            max_kept_bytes=settings.max_grammar_bytes,
             timeout_s=settings.grammar_timeout_s,
         )
         return cls(gate, MaskBuilder(facts.vocab_size, facts.eos_token_ids, settings.grammar_threads))
