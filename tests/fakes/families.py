@@ -239,6 +239,22 @@ def _qwen3_moe(draw: DrawFn) -> Values:
 
 
 @st.composite
+def _qwen2_moe(draw: DrawFn) -> Values:
+    """An expert that all share beside those that are chosen."""
+    num_experts = draw(st.integers(2, 7))
+    return draw(_qwen2()) | {
+        "num_experts": num_experts,
+        "num_experts_per_tok": draw(st.integers(1, min(4, num_experts))),
+        "moe_intermediate_size": draw(st.integers(3, 40) | st.sampled_from([16, 32])),
+        "shared_expert_intermediate_size": draw(_INNER),
+        "norm_topk_prob": draw(st.booleans()),
+        "decoder_sparse_step": draw(st.integers(1, 2)),
+        "mlp_only_layers": draw(st.lists(st.integers(0, 2), max_size=1)),
+        "qkv_bias": draw(st.booleans()),
+    }
+
+
+@st.composite
 def _gemma(draw: DrawFn) -> Values:
     return draw(_common()) | {
         "rms_norm_eps": draw(_EPSILONS),
@@ -498,6 +514,7 @@ FAMILIES: Mapping[str, SearchStrategy[Draft]] = {
     "mixtral": _family("MixtralForCausalLM", "MixtralConfig", _mixtral()),
     "qwen2": _family("Qwen2ForCausalLM", "Qwen2Config", _qwen2()),
     "qwen3": _family("Qwen3ForCausalLM", "Qwen3Config", _qwen3()),
+    "qwen2-moe": _family("Qwen2MoeForCausalLM", "Qwen2MoeConfig", _qwen2_moe()),
     "qwen3-moe": _family("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _qwen3_moe()),
     "gemma": _family("GemmaForCausalLM", "GemmaConfig", _gemma()),
     "gemma2": _family("Gemma2ForCausalLM", "Gemma2Config", _gemma2()),

@@ -76,6 +76,14 @@ MOE = draft(
     mlp_only_layers=[0],
     head_dim=8,
 )
+SHARED = draft(
+    "Qwen2MoeForCausalLM",
+    "Qwen2MoeConfig",
+    num_experts=5,
+    num_experts_per_tok=2,
+    moe_intermediate_size=12,
+    shared_expert_intermediate_size=20,
+)
 NEOX = draft("GPTNeoXForCausalLM", "GPTNeoXConfig", num_key_value_heads=4)
 OLMO2 = draft("Olmo2ForCausalLM", "Olmo2Config")
 COHERE = draft("CohereForCausalLM", "CohereConfig", logit_scale=0.25)
@@ -175,6 +183,12 @@ FAULTS: dict[str, tuple[Draft, Plant, str, int]] = {
     "too few experts": (
         MOE,
         in_spec(lambda s: replace(s, experts=s.experts and replace(s.experts, num_active=1))),
+        "layer 1: mlp",
+        0,
+    ),
+    "wrong share of the shared expert": (
+        SHARED,
+        in_names("layers.1.mlp.shared_expert_gate.weight", lambda target: replace(target, added=1.0)),
         "layer 1: mlp",
         0,
     ),

@@ -39,7 +39,8 @@ def available_bytes(device: torch.device) -> int:
 
 def activation_bytes(spec: ModelSpec, max_batch_tokens: int, max_running: int, element_bytes: int) -> int:
     """Estimate the most that the tensors of one step take, from the widest moments of the forward pass."""
-    up = spec.intermediate_size * (3 if spec.gated_mlp else 2)
+    shared = 0 if spec.experts is None else spec.experts.shared_size
+    up = max(spec.intermediate_size, shared) * (3 if spec.gated_mlp else 2)
     attention = 3 * spec.qkv_size
     routed = 0
     if spec.experts is not None:  # a row for each token at each of its experts

@@ -17,7 +17,7 @@ from pawl_workers.forward import forward
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels, ReferenceNorm
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.model.rotary import rotary_angles
-from pawl_workers.model.weights import LayerWeights, MlpWeights, PackedNorm, Weights
+from pawl_workers.model.weights import ExpertWeights, LayerWeights, MlpWeights, PackedNorm, Weights
 from pawl_workers.model.wrapped_linear import WrappedLinear
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult, TokenLogprobs
 from pawl_workers.prepare import BatchSettings
@@ -159,16 +159,20 @@ def _unpacked_layer(layer: LayerWeights) -> LayerWeights:
     return replace(
         layer,
         attention=replace(attention, qkv=_UnpackedLinear(attention.qkv), output=_UnpackedLinear(attention.output)),
-        mlp=_unpacked_mlp(mlp)
-        if isinstance(mlp, MlpWeights)
-        else replace(
-            mlp, router=_UnpackedLinear(mlp.router), experts=tuple(_unpacked_mlp(expert) for expert in mlp.experts)
-        ),
+        mlp=_unpacked_mlp(mlp) if isinstance(mlp, MlpWeights) else _unpacked_experts(mlp),
         attention_norm=_unpacked_norm(layer.attention_norm),
         attention_output_norm=_unpacked_norm(layer.attention_output_norm),
         mlp_norm=_unpacked_norm(layer.mlp_norm),
         mlp_output_norm=_unpacked_norm(layer.mlp_output_norm),
     )
+
+
+def _unpacked_experts(w: ExpertWeights) -> ExpertWeights:
+    shared = w.shared
+    if shared is not None:
+        shared = replace(shared, mlp=_unpacked_mlp(shared.mlp), gate=_UnpackedLinear(shared.gate))
+    experts = tuple(_unpacked_mlp(expert) for expert in w.experts)
+    return replace(w, router=_UnpackedLinear(w.router), experts=experts, shared=shared)
 
 
 def _unpacked_mlp(mlp: MlpWeights) -> MlpWeights:

@@ -18,7 +18,7 @@ from pawl_workers.model.families import FAMILIES, find_family
 from pawl_workers.model.loading import read_config
 from pawl_workers.model.rotary import rotary_table
 from pawl_workers.model.slots import slot_shapes
-from pawl_workers.model.spec import Activation, LayerSpec, ModelSpec, NormKind, QueryKeyNorm
+from pawl_workers.model.spec import Activation, ExpertSpec, LayerSpec, ModelSpec, NormKind, QueryKeyNorm
 from tests.fakes.hub_configs import HUB_CONFIGS
 
 # Of the text part; as the hub's model cards give them.
@@ -31,6 +31,7 @@ NUM_PARAMETERS = {
     "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
     "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen1.5-MoE-A2.7B": 14_315_784_192,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "google/gemma-2b": 2_506_172_416,
     "google/gemma-2-2b": 2_614_341_888,
@@ -137,6 +138,9 @@ def test_qwen() -> None:
     assert moe.experts is not None
     assert (moe.experts.num_experts, moe.experts.num_active, moe.experts.intermediate_size) == (128, 8, 768)
     assert moe.experts.normalised
+    shared = read("Qwen/Qwen1.5-MoE-A2.7B")
+    assert shared.experts == ExpertSpec(60, 4, 1408, normalised=False, shared_size=5632)
+    assert (set(shared.layers), shared.qkv_bias) == ({LayerSpec(routed=True)}, True)
     long = read(
         "Qwen/Qwen2.5-0.5B",
         rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},  # as its card advises
@@ -277,6 +281,10 @@ def test_smollm3() -> None:
         (
             "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
             ["image_token_index", "vision_config"],
+        ),
+        (
+            "Qwen/Qwen1.5-MoE-A2.7B",
+            ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"],
         ),
         ("bigcode/starcoder2-3b", ["hidden_act", "norm_epsilon", "num_key_value_heads", "use_bias"]),
         ("microsoft/phi-2", ["hidden_act", "layer_norm_eps", "num_key_value_heads", "rope_theta"]),

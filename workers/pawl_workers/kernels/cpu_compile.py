@@ -24,7 +24,7 @@ _EXPERT_OPERATIONS = (Kind.GROUP, Kind.GATHER, Kind.UP, Kind.DOWN, Kind.COMBINE)
 def compile_program(
     layers: Sequence[LayerWeights], caches: Sequence[Cache], cache_format: int, library: Library
 ) -> CpuProgram | None:
-    """Compile layers; None where a gate cannot be fused, or a model has more angles than a frame holds."""
+    """Compile layers; None where a gate cannot be fused, an expert is shared, or angles are more than a frame holds."""
     if not all(_can_compile(w, library) for w in layers):
         return None
     segments: list[Segment] = []
@@ -44,6 +44,8 @@ def compile_program(
 
 
 def _can_compile(w: LayerWeights, library: Library) -> bool:
+    if isinstance(w.mlp, ExpertWeights) and w.mlp.shared is not None:
+        return False
     mlps = [w.mlp] if isinstance(w.mlp, MlpWeights) else w.mlp.experts
     fused = all(not mlp.gated or mlp.down.in_features % library.panel_width == 0 for mlp in mlps)
     return fused and (w.attention.rotary is None or w.attention.rotary < MOST_ROTARIES)

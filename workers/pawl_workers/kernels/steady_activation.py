@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from pawl_workers.model.spec import Activation
 
-__all__ = ["SteadyActivation"]
+__all__ = ["SteadyActivation", "steady_sigmoid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,11 @@ class SteadyActivation:
                 return _gelu_tanh(x)
             case Activation.RELU:
                 return functional.relu(x)
+
+
+def steady_sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), of each value alone."""
+    return x.neg().exp_().add_(1.0).reciprocal_()
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -26,12 +26,13 @@ from pawl_workers.model.weights import (
     PackedNorm,
     Packer,
     QueryKeyNormWeights,
+    SharedExpertWeights,
     Weights,
 )
 
 __all__ = ["Slot", "Slots", "held_bytes", "slot_shapes"]
 
-_LINEARS = ("qkv", "attention_output", "up", "down", "router", "head")
+_LINEARS = ("qkv", "attention_output", "up", "down", "router", "shared_gate", "head")
 _NORMS = ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
 
 
@@ -57,6 +58,9 @@ def slot_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             linears.append(("router", spec.experts.num_experts, hidden))
             for e in range(spec.experts.num_experts):
                 linears += _mlp_shapes(spec, spec.experts.intermediate_size, f"experts.{e}.")
+            if spec.experts.shared_size:
+                linears.append(("shared_gate", 1, hidden))
+                linears += _mlp_shapes(spec, spec.experts.shared_size, "shared.")
         else:
             linears += _mlp_shapes(spec, spec.intermediate_size, "")
         for name, rows, columns in linears:
@@ -212,8 +216,11 @@ class Slots:
         mlp: MlpWeights | ExpertWeights
         if layer.routed and spec.experts is not None:
             experts = (self._mlp(spec, f"{at}experts.{e}.") for e in range(spec.experts.num_experts))
+            shared = None
+            if spec.experts.shared_size:
+                shared = SharedExpertWeights(self._mlp(spec, f"{at}shared."), self._linears[at + "shared_gate"])
             mlp = ExpertWeights(
-                self._linears[at + "router"], tuple(experts), spec.experts.num_active, spec.experts.normalised
+                self._linears[at + "router"], tuple(experts), spec.experts.num_active, spec.experts.normalised, shared
             )
         else:
             mlp = self._mlp(spec, at)

@@ -76,12 +76,16 @@ class QueryKeyNorm(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ExpertSpec:
-    """Routed MLPs: each token goes to `num_active` of `num_experts`, whose weights are `normalised` to add up to 1."""
+    """Routed MLPs: each token goes to `num_active` of `num_experts`, whose weights are `normalised` to add up to 1.
+
+    `shared_size` is the inner width of one more MLP that every token goes to, by a share of its own; 0 = none.
+    """
 
     num_experts: int
     num_active: int
     intermediate_size: int
     normalised: bool
+    shared_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ __all__ = [
     "PackedNorm",
     "Packer",
     "QueryKeyNormWeights",
+    "SharedExpertWeights",
     "Weights",
 ]
 
@@ -189,13 +190,22 @@ class MlpWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedExpertWeights:
+    """An MLP that every token goes to; `gate`, [1, D], scores with how large a share."""
+
+    mlp: MlpWeights
+    gate: PackedLinear
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """Routed MLPs: `router` is [E, D]; each token goes to `num_active` experts."""
+    """Routed MLPs: `router` is [E, D]; each token goes to `num_active` experts, and to the shared one if there is."""
 
     router: PackedLinear
     experts: tuple[MlpWeights, ...]
     num_active: int
     normalised: bool
+    shared: SharedExpertWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pawl_workers.kernels.routing import choose_experts
+from pawl_workers.kernels.steady_activation import steady_sigmoid
 from pawl_workers.model.weights import ExpertWeights, MlpWeights
 
 __all__ = ["mlp"]
@@ -22,11 +23,13 @@ def mlp(x: Tensor, w: MlpWeights | ExpertWeights) -> Tensor:
 
 
 def _route(x: Tensor, w: ExpertWeights) -> Tensor:
-    """Each expert computes all its tokens at once; a token adds up its experts in the order of their numbers."""
+    """Each expert computes all its tokens at once; a token adds up its experts by number, then the shared one."""
     shares, chosen = choose_experts(w.router(x), w.num_active, normalised=w.normalised)
     gathered = torch.zeros_like(x)
     for expert in sorted(set(chosen.flatten().tolist())):
         tokens, place = (chosen == expert).nonzero(as_tuple=True)
         found = mlp(x[tokens], w.experts[expert])
         gathered[tokens] += found * shares[tokens, place].unsqueeze(1).to(x.dtype)
+    if w.shared is not None:
+        gathered += mlp(x, w.shared.mlp) * steady_sigmoid(w.shared.gate(x))
     return gathered

@@ -282,6 +282,10 @@ def decoder_names(
             for e in range(model.experts.num_experts):
                 parts = tuple(source + expert.format(e) + part for part in expert_parts)
                 _add_mlp(found, parts, f"{slot}experts.{e}.", model.experts.intermediate_size, bias=False)
+            if model.experts.shared_size:
+                parts = tuple(f"{source}mlp.shared_expert.{part}" for part in expert_parts)
+                _add_mlp(found, parts, f"{slot}shared.", model.experts.shared_size, bias=False)
+                add_linear(found, f"{source}mlp.shared_expert_gate", f"{slot}shared_gate", bias=False)
         else:
             parts = tuple(f"{source}mlp.{part}" for part in mlp_parts)
             _add_mlp(found, parts, slot, model.intermediate_size, bias=model.mlp_bias)
