@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import jsonschema
 import pytest
 
 from pawl import Client, Completion, Delta, Sampling, Stop
@@ -82,6 +84,44 @@ def test_a_repetitive_text_takes_fewer_steps_than_tokens(servers: dict[str, Runn
     after, _ = drafts(servers["ngram"])
     assert len(tokens) == 60
     assert after - before > 20
+
+
+def test_structured_answers_are_the_same_and_what_a_schema_forces_is_drafted(servers: dict[str, RunningServer]) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "given_name": {"type": "string", "maxLength": 8},
+            "family_name": {"type": "string", "maxLength": 8},
+            "colours": {"type": "array", "items": {"enum": ["crimson", "turquoise"]}, "minItems": 1, "maxItems": 3},
+        },
+        "required": ["given_name", "family_name", "colours"],
+        "additionalProperties": False,
+    }
+
+    def structured(server: RunningServer) -> list[Completion]:
+        with Client(server.target) as client, ThreadPoolExecutor(4) as pool:
+            schemas = pool.map(
+                lambda seed: client.generate(
+                    "Once upon", json_schema=schema, temperature=1.0, seed=seed, max_tokens=200, token_ids=True
+                ),
+                range(6),
+            )
+            regexes = pool.map(
+                lambda seed: client.generate(
+                    REPETITIVE, regex="( (red|blue|green) ball){8}", seed=seed, logprobs=1, token_ids=True
+                ),
+                range(3),
+            )
+            return [*schemas, *regexes]
+
+    before = drafts(servers["ngram"])
+    plain, drafted = structured(servers["off"]), structured(servers["ngram"])
+    after = drafts(servers["ngram"])
+    assert [one.token_ids for one in drafted] == [one.token_ids for one in plain]
+    assert [one.logprobs for one in drafted] == [one.logprobs for one in plain]
+    for one in drafted[:6]:
+        jsonschema.validate(json.loads(one.text), schema)
+    assert after[0] - before[0] > sum(len(one.token_ids or ()) for one in drafted) / 4
 
 
 def test_speculation_and_steps_that_overlap_exclude_each_other() -> None:

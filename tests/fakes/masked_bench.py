@@ -19,14 +19,19 @@ from tokenizers import Tokenizer
 from pawl_server.engine.grammar.compiler import checkpoint_tokenizer
 from pawl_server.engine.grammar.constraint import CompiledConstraint, Constraint
 from pawl_server.engine.grammar.masks import MaskBuilder
+from pawl_server.engine.grammar.proposer import GrammarProposer
 from pawl_server.engine.grammar.source import new_matcher
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
+from pawl_server.scheduler.budget import StepLoad
 from pawl_server.scheduler.committer import Committed, commit, launch, void
+from pawl_server.scheduler.guess import Proposer
 from pawl_server.scheduler.invariants import check_invariants
+from pawl_server.scheduler.ngram import NgramIndex
 from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
-from pawl_server.scheduler.sequence import Ended, SequenceRequest
+from pawl_server.scheduler.sequence import Ended, SequenceRequest, SequenceState
+from pawl_server.scheduler.speculation import Speculation
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.model.source import resolve_checkpoint
 from pawl_workers.plan import SamplingSpec, StepResult
@@ -88,10 +93,19 @@ class MaskedBench:
         self.state = SchedulerState(limits, CacheRoot("model", "float32", limits.block_size))
         self.worker = ShadowWorker(limits.block_size, VOCAB_SIZE)
         self.masks = MaskBuilder(VOCAB_SIZE, [EOS_ID], num_threads=1)
+        if limits.max_drafts:
+            self.state.speculation = drafter = Speculation(limits.max_drafts, self._make_proposer)
+            for num_tokens in range(1, 9):  # as if tokens cost nothing, so that all that is found is computed
+                drafter.observe(StepLoad(num_tokens, num_tokens, num_tokens), 1.0)
+        self.num_drafts = self.num_accepted = 0
         self.in_flight: deque[tuple[Plan, MaskSource | None]] = deque()
         self.output: dict[int, list[int]] = {}
         self.ended: dict[int, Ended] = {}
         self.now = 0.0
+
+    def _make_proposer(self, sequence: SequenceState) -> Proposer:
+        guesses = NgramIndex(shortest=1)
+        return GrammarProposer(self.masks, sequence, guesses) if sequence.constrained else guesses
 
     def submit(self, request: SequenceRequest) -> None:
         assert isinstance(request.handle, int)
@@ -109,7 +123,8 @@ class MaskedBench:
         plan = plan_step(self.state, self.limits, self.now) if len(self.in_flight) < self.depth else None
         if plan is not None:
             launch(self.state, plan)
-            self.in_flight.append((plan, self.masks.launched(self.state)))
+            drafts = {} if plan.proposals is None else plan.proposals.drafts
+            self.in_flight.append((plan, self.masks.launched(self.state, drafts)))
         if self.in_flight and (plan is None or len(self.in_flight) >= self.depth):
             self.settle()
             return True
@@ -119,6 +134,8 @@ class MaskedBench:
         plan, source = self.in_flight.popleft()
         result: StepResult = self.masks.explain(self.worker.execute(plan.wire(), source))
         committed = commit(self.state, plan, result, self.now)
+        self.num_drafts += plan.num_drafts
+        self.num_accepted += committed.num_accepted
         self.masks.committed(self.state)
         check_invariants(self.state)
         for handle, index, token_id in zip(committed.handles, committed.indices, committed.token_ids, strict=True):
@@ -155,7 +172,9 @@ class MaskedBench:
 
 
 @contextlib.contextmanager
-def masked_bench(depth: int, *, num_blocks: int = 200, max_running: int = 8) -> Iterator[MaskedBench]:
+def masked_bench(
+    depth: int, *, num_blocks: int = 200, max_running: int = 8, max_drafts: int = 0
+) -> Iterator[MaskedBench]:
     """A bench whose thread ends with it."""
     limits = SchedulerLimits(
         num_blocks=num_blocks,
@@ -166,6 +185,7 @@ def masked_bench(depth: int, *, num_blocks: int = 200, max_running: int = 8) -> 
         max_context=96,
         prefix_cache=True,
         watermark=0.0,
+        max_drafts=max_drafts,
     )
     bench = MaskedBench(limits, depth)
     try:

@@ -107,13 +107,17 @@ class ShadowWorker:
             row.computed += count - len(drafted)
             prompt_logprobs += self._prompt_logprobs(number, row, count - len(drafted))
             if row.computed == len(row.tokens) and row.new.samples:
-                choices = allowed.get(number, range(self.vocab_size))
-                assert not drafted or number not in allowed
-                if not len(choices):
+                choices = allowed.get(number, [range(self.vocab_size)] * (1 + len(drafted)))
+                assert len(choices) == 1 + len(drafted), "a mask for each sample"
+                if not len(choices[0]):
                     row.failed = True
                     failures.append(RowFailure(number, "no token is left"))
                     continue
-                token_ids = [choices[_draw(digest, row.new.sampling.seed, len(choices))] for digest in digests]
+                seed = row.new.sampling.seed
+                token_ids = [
+                    ids[_draw(digest, seed, len(ids))] if ids else -1
+                    for ids, digest in zip(choices, digests, strict=True)
+                ]
                 right = [token_id == draft for token_id, draft in zip(token_ids, drafted, strict=False)]
                 num_accepted = [*right, False].index(False)
                 row.tokens += token_ids[: num_accepted + 1]
@@ -186,13 +190,15 @@ class ShadowWorker:
         return [PromptLogprobs(number, first, positions)] if positions else []
 
 
-def _allowed(masks: MaskSource | None) -> Mapping[int, Sequence[int]]:
-    """The ids that each masked row may choose."""
-    if masks is None:
-        return {}
-    found = masks()
-    bits = np.unpackbits(found.words.view(np.uint8), axis=1, bitorder="little")
-    return {row: np.flatnonzero(bits[i]).tolist() for i, row in enumerate(found.rows)}
+def _allowed(masks: MaskSource | None) -> Mapping[int, list[Sequence[int]]]:
+    """The ids that each masked row may choose, for one sample after the other."""
+    allowed: dict[int, list[Sequence[int]]] = {}
+    if masks is not None:
+        found = masks()
+        bits = np.unpackbits(found.words.view(np.uint8), axis=1, bitorder="little")
+        for place, row in enumerate(found.rows):
+            allowed.setdefault(row, []).append(np.flatnonzero(bits[place]).tolist())
+    return allowed
 
 
 def isolated_output(prompt: Sequence[int], seed: int, num_tokens: int, vocab_size: int = 32) -> list[int]:

@@ -25,6 +25,7 @@ class Generation:
     sampling: SamplingSpec
     prompt_logprobs: int = -1
     samples: bool = True
+    masked: bool = False  # for those who make masks
     blocks: list[int] = field(default_factory=list)
     sent: bool = False
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)

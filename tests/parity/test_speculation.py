@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pawl_workers.plan import SamplingSpec
+from pawl_workers.row_masks import RowMasks
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import make_llama
 from tests.fakes.families import FAMILIES, MAX_POSITIONS, write_checkpoint
@@ -64,6 +68,33 @@ def draw_drafts(chooser: Random, one: Generation, expected: Sequence[int], vocab
     return drafts
 
 
+def mask_after(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.uint32]:
+    """What may follow these tokens, a half of all: another one after others, as a grammar has it."""
+    num_words = -(-vocab_size // 32)
+    return np.random.default_rng([*token_ids]).integers(0, 1 << 32, num_words, dtype=np.uint32)
+
+
+def masks_of(
+    driver: WorkerDriver, grants: Sequence[tuple[Generation, int]], drafts: Mapping[int, Sequence[int]]
+) -> RowMasks:
+    """For every other of the sequences that sample: a mask for each of its samples, as a grammar gives them."""
+    vocab_size = driver.worker.facts.vocab_size
+    rows, words = list[int](), [mask_after([], vocab_size)[:0]]
+    for one, count in grants:
+        drafted = drafts.get(one.row, [])
+        if one.masked and one.num_computed + count == len(one.token_ids) + len(drafted):
+            rows += [one.row] * (1 + len(drafted))
+            words += [mask_after([*one.token_ids, *drafted[:place]], vocab_size) for place in range(1 + len(drafted))]
+    return RowMasks(rows, np.concatenate(words).reshape(len(rows), -(-vocab_size // 32)))
+
+
+def generate(driver: WorkerDriver, ones: Sequence[Generation]) -> None:
+    """One token of each in every step."""
+    while unfinished := [one for one in ones if len(one.output) < NUM_TOKENS]:
+        grants = [(one, len(one.token_ids) - one.num_computed) for one in unfinished]
+        driver.step(grants, masks=partial(masks_of, driver, grants, {}))
+
+
 def speculate(driver: WorkerDriver, ones: Sequence[Generation], expected: Sequence[Sequence[int]], seed: int) -> int:
     """Generate as the plain run did, with drafts, chunks of prompts beside them, and pauses; drafts accepted."""
     chooser, vocab_size = Random(seed), driver.worker.facts.vocab_size
@@ -80,23 +111,27 @@ def speculate(driver: WorkerDriver, ones: Sequence[Generation], expected: Sequen
                 count += len(ids)
             grants.append((one, count))
         torch.set_num_threads(chooser.choice([1, 2]))
-        result = driver.step(grants, drafts)
+        result = driver.step(grants, drafts, partial(masks_of, driver, grants, drafts))
         accepted += len(result.rows) - len(set(result.rows))
     return accepted
 
 
 def check(worker: Worker, seed: int) -> int:
-    """Compare runs of five sequences, with and without drafts; drafts accepted."""
+    """Compare runs of five sequences, some of them masked, with and without drafts; drafts accepted."""
     chooser, vocab_size = Random(seed), worker.facts.vocab_size
     prompts = [chooser.choices(range(vocab_size), k=chooser.choice([1, 20, 31, 64, 80])) for _ in range(5)]
     specs = draw_sampling(chooser, vocab_size)
     plain, drafted = WorkerDriver(worker, seed), WorkerDriver(worker, seed + 1)
     plain.reset()
     alone = [plain.start(prompt, spec) for prompt, spec in zip(prompts, specs, strict=True)]
-    plain.generate(alone, NUM_TOKENS)
+    for one in alone[::2]:
+        one.masked = True
+    generate(plain, alone)
     expected = [one.output for one in alone]
     drafted.reset()
     found = [drafted.start(prompt, spec) for prompt, spec in zip(prompts, specs, strict=True)]
+    for one in found[::2]:
+        one.masked = True
     accepted = speculate(drafted, found, expected, seed)
     for one, wanted in zip(found, alone, strict=True):
         assert one.failure is None
@@ -109,7 +144,7 @@ def check(worker: Worker, seed: int) -> int:
 @settings(max_examples=2, phases=BOUNDED)
 @given(data=st.data())
 def test_tokens_and_log_probabilities_are_those_without_drafts(name: str, data: st.DataObject) -> None:
-    """Checkpoints of several families; greedy and sampled, penalties, bias, a minimum length; one or two threads."""
+    """Several families; greedy and sampled, with penalties, bias, minimum lengths and masks; one or two threads."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_checkpoint(folder, data.draw(FAMILIES[name]))

@@ -64,14 +64,19 @@ def _check(regex: str, output: Sequence[int], reason: EndReason | None) -> None:
     asked=st.lists(st.tuples(st.integers(1, 14), st.one_of(st.none(), regexes)), min_size=1, max_size=6),
     depth=st.sampled_from([1, 2]),
     num_blocks=st.integers(18, 40),
+    max_drafts=st.sampled_from([0, 0, 1, 4]),
     events=st.lists(st.tuples(st.integers(0, 40), st.sampled_from(["reset", "abort"])), max_size=3),
 )
-@example(asked=[(3, "(ab)*"), (9, "[a-f]{1,9}"), (5, None)], depth=2, num_blocks=18, events=[(4, "reset")])
+@example(
+    asked=[(3, "(ab)*"), (9, "[a-f]{1,9}"), (5, None)], depth=2, num_blocks=18, max_drafts=0, events=[(4, "reset")]
+)
+@example(asked=[(3, "(ab)*"), (9, "(the ){3}[a-f]{1,9}"), (5, None)], depth=1, num_blocks=18, max_drafts=4, events=[])
 def test_outputs_are_those_of_sequences_alone(
-    asked: list[tuple[int, str | None]], depth: int, num_blocks: int, events: list[tuple[int, str]]
+    asked: list[tuple[int, str | None]], depth: int, num_blocks: int, max_drafts: int, events: list[tuple[int, str]]
 ) -> None:
+    """With drafts and without."""
     prompts = [tuple(range(10 * number + 6, 10 * number + 6 + length)) for number, (length, _) in enumerate(asked)]
-    with masked_bench(depth, num_blocks=num_blocks, max_running=4) as bench:
+    with masked_bench(depth, num_blocks=num_blocks, max_running=4, max_drafts=max_drafts) as bench:
         for number, (prompt, (_, regex)) in enumerate(zip(prompts, asked, strict=True)):
             constraint = None if regex is None else Constraint("regex", regex)
             bench.submit(constrained(number, prompt, constraint, MAX_OUTPUT))
@@ -104,6 +109,32 @@ def test_another_engine_goes_on_where_the_first_stopped(length: int, regex: str,
         bench.submit(constrained(0, prompt, Constraint("regex", regex), MAX_OUTPUT, resume))
         bench.run()
         assert bench.output[0] == expected
+
+
+def test_forced_tokens_are_drafts_that_are_never_wrong() -> None:
+    """What a grammar leaves no choice about is accepted whatever the worker draws; and much of it is drafted."""
+    with masked_bench(1, max_drafts=4) as bench:
+        for number in range(3):
+            regex = Constraint("regex", "once upon a time there [a-z]{2} in the beginning of it")
+            bench.submit(constrained(number, (7, 8, 9 + number), regex, 60))
+        bench.run()
+        for number in range(3):
+            assert bench.ended[number].reason is EndReason.EOS
+            assert decode(bench.output[number][:-1]).startswith("once upon a time there ")
+        assert bench.num_drafts == bench.num_accepted > 30
+
+
+def test_a_draft_that_does_not_fit_is_not_taken_and_masks_after_it_do_not_count() -> None:
+    """The n-grams of an output that says one word again and again, where the constraint ends it."""
+    outputs = []
+    for max_drafts in (0, 4):
+        with masked_bench(1, max_drafts=max_drafts) as bench:
+            bench.submit(constrained(0, (7, 8, 9), Constraint("regex", "(ab|ac){6}x"), 40))
+            bench.submit(constrained(1, (7, 8, 10), Constraint("regex", "(a|b){20}"), 40))
+            bench.run()
+            outputs.append(bench.output)
+            assert max_drafts == 0 or bench.num_drafts > bench.num_accepted > 0
+    assert outputs[0] == outputs[1]
 
 
 def _schemas() -> st.SearchStrategy[dict[str, object]]:

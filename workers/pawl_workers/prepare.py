@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pawl_workers.batch import AttentionShape, Batch, IntArray, PromptRows, SamplingBatch, SequenceArrays
+from pawl_workers.errors import PlanError
 from pawl_workers.kernels import Kernels
 from pawl_workers.model.rotary import RotaryTable, rotary_angles
 from pawl_workers.row_masks import RowMasks
@@ -110,10 +112,23 @@ def build_batch(
 
 
 def with_masks(batch: Batch, masks: RowMasks) -> Batch:
-    """Let rows choose only what their masks allow. A mask of a row that does not sample is passed over."""
-    place = {row: i for i, row in enumerate(masks.rows)}
-    of_sample = np.array([place.get(row, -1) for row in batch.sampling.rows.tolist()], dtype=np.int64)
-    if not len(masks.rows) or (of_sample < 0).all():
+    """Let rows choose only what their masks allow. A mask of a row that does not sample is passed over.
+
+    Raises:
+        PlanError: a row has fewer masks than samples.
+    """
+    rows = batch.sampling.rows
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(masks.rows):
+        places.setdefault(row, []).append(place)
+    of_sample, given = np.full(len(rows), -1, dtype=np.int64), Counter[int]()
+    for i, row in enumerate(rows.tolist()):
+        if row in places:
+            if given[row] == len(places[row]):
+                raise PlanError(f"row {row} has {given[row]} masks and more samples: one for each is needed")
+            of_sample[i] = places[row][given[row]]
+            given[row] += 1
+    if not given:
         return batch
     return replace(batch, sampling=replace(batch.sampling, masks=TokenMasks(masks.words, of_sample)))
 

@@ -18,10 +18,11 @@ __all__ = ["MaskSource", "RowMasks"]
 
 @dataclass(frozen=True, slots=True)
 class RowMasks:
-    """One mask for each of some rows; rows without one may choose any token.
+    """A mask for each sample of some rows; rows without one may choose any token.
 
     Attributes:
-        rows: distinct rows of the worker's table, [N].
+        rows: of the worker's table, [N]. A row with drafts stands there once for each of its samples: the first mask is
+            that of the token after the last one known, the next that of the token after the first draft, and so on.
         words: [N, words] uint32, contiguous; bit i of word w stands for token 32 w + i, 1 = allowed. Tokens past the
             last word are not allowed.
     """

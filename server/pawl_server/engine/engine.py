@@ -36,6 +36,7 @@ from pawl_server.metrics import EngineMetrics, MetricsServer, serve_metrics
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget
 from pawl_server.scheduler.journal import Journal
+from pawl_server.scheduler.speculation import Speculation
 from pawl_server.scheduler.state import SchedulerState
 
 __all__ = ["Engine", "Progress"]
@@ -158,6 +159,8 @@ class Engine:
         meter = Meter(metrics)
         self._grammars = Grammars.open(spec.engine, facts, lambda: self._open_tokenizer(spec, facts))
         state = SchedulerState(limits, root)
+        if limits.max_drafts:
+            state.speculation = Speculation(limits.max_drafts, self._grammars.make_proposer)
         self._loop = EngineLoop(
             state,
             limits,

@@ -159,7 +159,8 @@ class EngineLoop:
         if plan is None:
             return False
         launch(self.state, plan)
-        masks = None if self.grammars is None else self.grammars.masks.launched(self.state)
+        drafts = {} if plan.proposals is None else plan.proposals.drafts
+        masks = None if self.grammars is None else self.grammars.masks.launched(self.state, drafts)
         answer = self.executor.run(plan.wire(), masks)
         self._in_flight.append(_InFlight(plan, answer, planned_at, self.clock()))
         return True

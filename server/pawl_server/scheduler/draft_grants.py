@@ -19,8 +19,8 @@ __all__ = ["grant_drafts"]
 def grant_drafts(plan: Plan, state: SchedulerState, limits: SchedulerLimits, num_behind: int) -> None:
     """Give drafts to those who decode, out of what the step has left.
 
-    Only where every token may follow, and none is being sampled, for the last one must be known; and not where others
-    fork from what the step computes. Drafts take at most half of the budget that decodes leave, so that prompts go on
+    Only where no token is being sampled, for the last one must be known, and not where others fork from what the step
+    computes. Drafts take at most half of the budget that decodes leave, so that prompts go on
     beside them; they take blocks, but nobody's: what does not fit is cut. Call it after the decodes are granted and
     before anything else is.
 
@@ -36,7 +36,7 @@ def grant_drafts(plan: Plan, state: SchedulerState, limits: SchedulerLimits, num
     may_start = min(len(state.queue), len(plan.free_rows))
     may_start += sum(len(leader.followers) for leader in state.leaders.values())
     num_samples = max(limits.max_running, LEAST_SAMPLES) - plan.num_decodes - num_behind - may_start
-    may_draft = slots.samples & ~slots.constrained & (slots.expected == slots.length)
+    may_draft = slots.samples & (slots.expected == slots.length)
     may_draft[[leader.row for leader in state.leaders.values()]] = False
     rows = plan.rows[may_draft[plan.rows]]
     proposals = speculation.propose(slots, rows, plan.load, min(plan.budget // 2, num_samples))

@@ -19,10 +19,12 @@ class Guess:
     Attributes:
         token_ids: in order; none when there is no idea.
         evidence: what the first of them rests on, 1 to MOST_EVIDENCE: guesses with the same are right equally often.
+        certain: nothing else may follow.
     """
 
     token_ids: list[int]
     evidence: int = 1
+    certain: bool = False
 
 
 NOTHING: Final = Guess([])

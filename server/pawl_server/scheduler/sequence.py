@@ -209,7 +209,7 @@ class SequenceState:
 
     @property
     def constrained(self) -> bool:
-        """Whether not every token may follow: nothing can be guessed for it."""
+        """Whether not every token may follow."""
         return self.request.constraint is not None
 
     @property

@@ -145,7 +145,7 @@ class Speculation:
         """See what became of the last guess, computed or not, as far as the tokens have come."""
         guess, drafting.guess = drafting.guess, NOTHING
         come = tokens[drafting.made_at : drafting.made_at + len(guess.token_ids)].tolist()
-        if come:
+        if come and not guess.certain:
             right = [token_id == guessed for token_id, guessed in zip(come, guess.token_ids, strict=False)]
             num_right = [*right, False].index(False)
             wrong = num_right < len(come)
@@ -176,9 +176,11 @@ class Speculation:
         lengths = np.zeros(len(proposals.guesses))
         for place, (row, guess) in enumerate(proposals.guesses.items()):
             drafting = slots.owner(row).drafting
-            if drafting is not None:
+            lengths[place] = len(guess.token_ids)
+            if guess.certain:
+                first[place] = later[place] = 1.0
+            elif drafting is not None:
                 first[place], later[place] = drafting.acceptance.first(guess.evidence), drafting.acceptance.later()
-                lengths[place] = len(guess.token_ids)
         places = np.arange(self.most_drafts)
         chances = first[:, None] * later[:, None] ** places
         chances[places >= lengths[:, None]] = 0.0

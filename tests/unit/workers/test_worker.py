@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from pawl_workers.errors import OutOfMemoryError, PlanError, SelfTestError, Work
 from pawl_workers.memory import plan_memory
 from pawl_workers.model.loading import read_config
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, decode_plan, decode_result, encode
+from pawl_workers.row_masks import RowMasks
 from pawl_workers.start_plan import explain_kernels, plan_start
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import load_reference
@@ -250,6 +252,14 @@ def test_a_row_with_nothing_to_choose_fails(fresh: Worker) -> None:
     )
     assert result.rows == [1]
     assert [(f.row, f.message) for f in result.failures] == [(0, "bias, suppression and mask leave no token to choose")]
+
+
+def test_a_row_with_fewer_masks_than_samples_is_refused(fresh: Worker) -> None:
+    """To sample one without is worse than to sample nothing."""
+    fresh.execute(plan())
+    masks = RowMasks([0], np.full((1, 9), 0xFFFFFFFF, dtype=np.uint32))
+    with pytest.raises(PlanError, match="row 0 has 1 masks and more samples"):
+        fresh.execute(plan(step=2, new=[], num_tokens=[2], drafts=[(0, [9])]), lambda: masks)
 
 
 def test_reset_forgets(fresh: Worker) -> None:

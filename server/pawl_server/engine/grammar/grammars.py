@@ -9,6 +9,10 @@ from pawl_server.engine.executor import WorkerFacts
 from pawl_server.engine.grammar.compiler import GrammarCompiler, OpenTokenizer
 from pawl_server.engine.grammar.gate import GrammarGate
 from pawl_server.engine.grammar.masks import MaskBuilder
+from pawl_server.engine.grammar.proposer import GrammarProposer
+from pawl_server.scheduler.guess import Proposer
+from pawl_server.scheduler.ngram import NgramIndex
+from pawl_server.scheduler.sequence import SequenceState
 
 __all__ = ["Grammars"]
 
@@ -31,6 +35,11 @@ class Grammars:
             timeout_s=settings.grammar_timeout_s,
         )
         return cls(gate, MaskBuilder(facts.vocab_size, facts.eos_token_ids, settings.grammar_threads))
+
+    def make_proposer(self, sequence: SequenceState) -> Proposer:
+        """What drafts for a sequence."""
+        guesses = NgramIndex()
+        return GrammarProposer(self.masks, sequence, guesses) if sequence.constrained else guesses
 
     async def close(self) -> None:
         """Stop the processes and let the threads go."""

@@ -2,6 +2,7 @@
 
 A mask depends on every token before it. With two steps in flight those of the older one are not known when the newer
 one is sent, so its masks are begun when the older one is committed; the worker waits for them before it chooses.
+A row with drafts has a mask after each of them as well, as if they were output.
 A matcher takes the tokens that the scheduler committed, whoever generated them: after a preemption, a reset of the
 worker or on another engine (`resume_ids`) that is the same thing.
 """
@@ -9,7 +10,7 @@ worker or on another engine (`resume_ids`) that is the same thing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -43,20 +44,22 @@ class _Session:
 
 @dataclass(slots=True)
 class _Step:
-    """A launched step: who samples in it under a constraint, by row."""
+    """A launched step: who samples in it under a constraint, by row, and their drafts."""
 
     owners: list[tuple[int, SequenceState]]
+    drafts: Mapping[int, list[int]]
     masks: Future[RowMasks] = field(default_factory=Future)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One row of masks: the session, tokens that its matcher has not taken, output tokens with these."""
+    """The masks of a row: the session, tokens that its matcher has not taken, output tokens with these, and drafts."""
 
     row: int
     session: _Session
-    token_ids: Sequence[int]
+    token_ids: list[int]
     num_output: int
+    drafts: list[int]
 
 
 class MaskBuilder:
@@ -78,16 +81,32 @@ class MaskBuilder:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pawl-masks")
         self._sessions: dict[Hashable, _Session] = {}
         self._steps: deque[_Step] = deque()  # in flight, oldest first
+        self._begun: Future[RowMasks] | None = None  # the last masks that were begun: until then matchers are in use
 
-    def launched(self, state: SchedulerState) -> MaskSource | None:
-        """The newest step was launched; gives what its worker asks for its masks, None if it needs none."""
+    def launched(self, state: SchedulerState, drafts: Mapping[int, list[int]]) -> MaskSource | None:
+        """The newest step was launched; gives what its worker asks for its masks, None if it needs none.
+
+        Args:
+            state: with it in its ledger.
+            drafts: token ids by row.
+        """
         entry, slots = state.ledger[-1], state.slots
         rows = entry.rows[(entry.num_samples > 0) & slots.constrained[entry.rows]]
-        step = _Step([(row, slots.owner(row)) for row in rows.tolist()])
+        step = _Step([(row, slots.owner(row)) for row in rows.tolist()], drafts)
         self._steps.append(step)
         if len(self._steps) == 1:
             self._begin(step)
         return step.masks.result if step.owners else None
+
+    def matcher(self, sequence: SequenceState) -> LLMatcher | None:
+        """The matcher of a sequence of which no step is in flight, after all its tokens, for looking ahead.
+
+        None when nothing can follow, and while masks are built, which may be those of a step that was given up.
+        """
+        if self._begun is not None and not self._begun.done():
+            return None
+        session = self._session(sequence)
+        return session.matcher if _advance(session, _new_tokens(session, sequence)) else None
 
     def explain(self, result: StepResult) -> StepResult:
         """The result of the oldest step, with the reason of rows that failed because of their grammar."""
@@ -131,10 +150,9 @@ class MaskBuilder:
             if sequence.status is Status.ENDED:
                 continue
             session = self._session(sequence)
-            taken = sequence.num_prompt + session.num_taken
-            token_ids = sequence.tokens[taken:].tolist()
-            session.num_taken += len(token_ids)
-            jobs.append(_Job(row, session, token_ids, session.num_taken))
+            token_ids = _new_tokens(session, sequence)
+            jobs.append(_Job(row, session, token_ids, session.num_taken, step.drafts.get(row, [])))
+        self._begun = step.masks
         self._pool.submit(self._answer, step.masks, jobs)
 
     def _session(self, sequence: SequenceState) -> _Session:
@@ -156,27 +174,46 @@ class MaskBuilder:
             masks.set_exception(error)
 
     def _build(self, jobs: Sequence[_Job]) -> RowMasks:
-        words = np.zeros((len(jobs), self._num_words), dtype=np.uint32)
-        good = []
-        for index, job in enumerate(jobs):
-            if not job.session.error and not job.session.matcher.consume_tokens(list(job.token_ids)):
+        rows = [job.row for job in jobs for _ in range(1 + len(job.drafts))]
+        words = np.zeros((len(rows), self._num_words), dtype=np.uint32)
+        first, good = 0, list[tuple[int, _Job]]()
+        for job in jobs:
+            if _advance(job.session, job.token_ids):
+                good.append((first, job))
+            first += 1 + len(job.drafts)
+        if self._executor is None:
+            self._executor = LLExecutor(self._num_threads)
+        target = (words.ctypes.data, words.strides[0], len(words))
+        if plain := [(job.session.matcher, first) for first, job in good if not job.drafts]:
+            self._executor.unsafe_compute_mask_ptr(plain, *target)
+        if drafted := [(job.session.matcher, first, job.drafts) for first, job in good if job.drafts]:
+            # What follows a draft that does not fit stays zero: nothing that is sampled there counts.
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *target)
+        for first, job in good:
+            if job.session.matcher.is_error() or not words[first].any():
+                words[first] = 0  # leaves no token to choose: the row fails alone
                 job.session.error = _why(job.session)
-            if not job.session.error:
-                good.append((job.session.matcher, index))
-        if good:
-            if self._executor is None:
-                self._executor = LLExecutor(self._num_threads)
-            self._executor.unsafe_compute_mask_ptr(good, words.ctypes.data, words.strides[0], len(words))
-        for matcher, index in good:
-            job = jobs[index]
-            if matcher.is_error() or not words[index].any():
-                words[index] = 0  # leaves no token to choose: the row fails alone
-                job.session.error = _why(job.session)
-            elif job.num_output < job.session.constraint.min_output_tokens:
-                longer = words[index] & self._not_eos
+                continue
+            missing = job.session.constraint.min_output_tokens - job.num_output
+            for place in range(first, first + min(missing, 1 + len(job.drafts))):
+                longer = words[place] & self._not_eos
                 if longer.any():
-                    words[index] = longer
-        return RowMasks([job.row for job in jobs], words)
+                    words[place] = longer
+        return RowMasks(rows, words)
+
+
+def _new_tokens(session: _Session, sequence: SequenceState) -> list[int]:
+    """Tokens of the sequence that the matcher was not given; it is given them now."""
+    token_ids = sequence.tokens[sequence.num_prompt + session.num_taken :].tolist()
+    session.num_taken += len(token_ids)
+    return token_ids
+
+
+def _advance(session: _Session, token_ids: list[int]) -> bool:
+    """Let the matcher take tokens; False when it cannot, now or since earlier."""
+    if not session.error and not session.matcher.consume_tokens(token_ids):
+        session.error = _why(session)
+    return not session.error
 
 
 def _why(session: _Session) -> str:
