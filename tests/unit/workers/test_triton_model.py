@@ -16,7 +16,40 @@ from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
 from pawl_workers.model.spec import Activation, NormKind
 from pawl_workers.model.weights import NormWeights
 from tests.fakes.checkpoints import NAMED
+from tests.fakes.families import Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner
+
+COMMON: dict[str, object] = {
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 192,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def _draft(architecture: str, **values: object) -> Draft:
+    return Draft(f"{architecture}ForCausalLM", f"{architecture}Config", COMMON | values, torch.float32, seed=3)
+
+
+DRAFTS = {
+    "phi": _draft("Phi"),
+    "cohere2": _draft("Cohere2", sliding_window=9, sliding_window_pattern=2),
+    "glm4": _draft("Glm4", head_dim=16),
+    "qwen2-moe": _draft(
+        "Qwen2Moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[0],
+    ),
+}
 
 
 def _normal(*shape: int) -> Tensor:
@@ -59,7 +92,17 @@ def test_activations_equal_the_reference(activation: Activation, gated: bool) ->
 def test_models_equal_the_reference(name: str, tmp_path: Path) -> None:
     """All logits of two sequences, in chunks and token by token, in steps that mix both."""
     make: Callable[[Path], Path] = NAMED[name]
-    folder = make(tmp_path)
+    check_model(make(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["phi", "cohere2", "glm4", "qwen2-moe"])
+def test_other_families_equal_the_reference(family: str, tmp_path: Path) -> None:
+    """Blocks side by side after one norm, a head's bias, layers that do not turn, four norms, and a shared expert."""
+    write_checkpoint(tmp_path, DRAFTS[family])
+    check_model(tmp_path)
+
+
+def check_model(folder: Path) -> None:
     chooser = random.Random(3)
     sequences = {row: chooser.choices(range(256), k=length) for row, length in ((0, 70), (1, 9))}
     steps = [{0: 66}, {0: 1, 1: 5}, {0: 3, 1: 1}, {1: 3}]
