@@ -123,13 +123,8 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
     )
     if options.strict and device.type == "cuda" and kernels.name != "triton":
         raise WorkerError(
-            f"strict on {device} needs the triton kernels, whose sums do not depend on the batch; these are the "
-            f"{kernels.name} kernels"
-        )
-    if options.strict and device.type == "cuda" and kernels.name != "triton":
-        raise WorkerError(
-            f"strict mode on {device} needs the triton kernels, not {kernels.name}: set kernels = triton to see why "
-            "they do not serve, or leave strict out"
+            f"strict on {device} needs the triton kernels, whose sums do not depend on the batch, not {kernels.name}: "
+            "set kernels = triton to see why they do not serve, or leave strict out"
         )
     return StartPlan(
         options=options,
