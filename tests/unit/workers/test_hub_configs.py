@@ -345,6 +345,11 @@ def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: 
         ("microsoft/Phi-4-mini-instruct", {"partial_rotary_factor": 0.5}, "short_factor has 48 entries; 32 pairs turn"),
         ("openai-community/gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
         ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", {"text_config": None}, "text_config"),
+        (
+            "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+            {"text_config": {"model_type": "ministral3"}},
+            "model_type 'ministral3' is not supported",
+        ),
         ("microsoft/phi-2", {"qk_layernorm": True}, "qk_layernorm"),
         ("stabilityai/stablelm-2-1_6b", {"qk_layernorm": True}, "qk_layernorm"),
         ("CohereLabs/aya-expanse-8b", {"use_qk_norm": True}, "use_qk_norm"),

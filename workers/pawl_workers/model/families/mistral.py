@@ -38,6 +38,9 @@ def _mistral3_spec(config: ConfigReader) -> ModelSpec:
     text = config.section("text_config")
     if text is None:
         raise CheckpointError("config.json: Mistral3ForConditionalGeneration needs a text_config")
+    kind = text.text("model_type", "mistral")
+    if kind != "mistral":  # Ministral 3 scales its queries by their positions
+        raise CheckpointError(f"config.json: a text_config of model_type {kind!r} is not supported; known: mistral")
     return replace(
         _spec(text.with_defaults(_MISTRAL3_DEFAULTS)),
         architecture="Mistral3ForConditionalGeneration",
