@@ -10,13 +10,15 @@ import functools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLParserLimits
 
-from pawl_server.engine.grammar.constraint import Constraint
+from pawl_server.engine.grammar.constraint import CompiledConstraint, Constraint
 from pawl_server.engine.grammar.source import BadGrammarError, new_matcher
 from pawl_server.scheduler.sequence import EndReason
 from tests.fakes.masked_bench import EOS_ID, constrained, decode, masked_bench, replay, vocabulary
@@ -135,6 +137,26 @@ def test_a_draft_that_does_not_fit_is_not_taken_and_masks_after_it_do_not_count(
             outputs.append(bench.output)
             assert max_drafts == 0 or bench.num_drafts > bench.num_accepted > 0
     assert outputs[0] == outputs[1]
+
+
+def test_looking_ahead_takes_nobody_further_than_he_comes_without() -> None:
+    """A grammar that is too much for its limits some tokens ahead: the row fails where it fails without drafts."""
+    grammar = 'start: "b"* "a" x\nx: "c" x "c" | "c" x "d" | "c" x | x x | "e"'
+    found = []
+    for max_drafts in (0, 1, 4):
+        with masked_bench(1, max_drafts=max_drafts) as bench:
+            for number, most_items in enumerate((40, 100, 300)):
+                limits = LLParserLimits(step_max_items=most_items)
+                matcher = LLMatcher(vocabulary(), LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits)
+                request = constrained(number, (7, 8, 9), None, 40)
+                constraint = CompiledConstraint(Constraint("grammar", grammar), matcher)
+                bench.submit(replace(request, constraint=constraint))
+            bench.run()
+            ends = {handle: (ended.reason, ended.detail) for handle, ended in bench.ended.items()}
+            found.append((bench.output, ends))
+            assert max_drafts == 0 or bench.num_drafts > 0
+    assert found[0] == found[1] == found[2]
+    assert any(reason is EndReason.FAILED for reason, _ in found[0][1].values())
 
 
 def _schemas() -> st.SearchStrategy[dict[str, object]]:

@@ -2,8 +2,8 @@
 
 A guess costs nothing until it is computed, and whether it was right is seen when the tokens have come, computed or not.
 So while drafts do not pay nothing is risked to find out whether they would: guesses are still made, now and then, and
-only compared. What a draft costs, and a step with drafts, comes from a model of the step's time that is fitted as the
-steps go by.
+only compared; looking for them takes a hundredth of the time. What a draft costs, and a step with drafts, comes from a
+model of the step's time that is fitted as the steps go by.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ __all__ = ["Drafter", "Drafting", "Proposals", "Speculation"]
 _WINDOW, _COMMON_WINDOW = 7.0, 50.0  # tries after which one weighs 1/e, of one sequence and of all
 _MOST_WAIT_FOUND_NOTHING = 4  # tokens until the next look, after as many that found nothing
 _MOST_WAIT = 16  # tokens until the next look, while what is found would not pay
+_LOOK_S = 2e-5  # about what a look takes, with its share of entering new tokens
+_LOOKS_SHARE = 0.01  # of a step's time that looks may take while they lead to nothing
 _LEAST_STEPS = 3  # measured before anything is drafted
 _FIRST_STEPS, _MEASURED_STEPS = 32, 8  # with drafts and without: learning takes time, too
 
@@ -119,11 +121,18 @@ class Speculation:
         self.make_proposer = make_proposer
         self._num_steps = [0, 0]  # without drafts and with some
         self._common = Acceptance(_COMMON_WINDOW)
+        self._promising = True  # whether the last step had drafts, or guesses that others' drafts would have made pay
 
     def propose(self, slots: SlotTable, rows: IntArray, load: StepLoad, most: int) -> Proposals:
         """Draft for a step. What has become of earlier guesses is learnt, whether the step is launched or not."""
-        proposals = Proposals()
-        for row in rows[slots.length[rows] >= slots.draft_at[rows]].tolist():
+        proposals, step_s = Proposals(), self.model.predict(load)
+        if most < 1:
+            return proposals
+        rows = rows[slots.length[rows] >= slots.draft_at[rows]]
+        if not self._promising and len(rows) > (num_looks := max(1, int(_LOOKS_SHARE * step_s / _LOOK_S))):
+            waited = slots.length[rows] - slots.draft_at[rows]
+            rows = rows[np.argsort(-waited, kind="stable")[:num_looks]]
+        for row in rows.tolist():
             length, sequence = int(slots.length[row]), slots.owner(row)
             drafting, tokens = sequence.drafting or self._begin(sequence), sequence.tokens
             self._compare(drafting, tokens)
@@ -134,7 +143,7 @@ class Speculation:
             else:
                 proposals.missed.append(row)
         if proposals.guesses and self.model.num_steps >= _LEAST_STEPS:
-            self._choose(proposals, slots, load, most)
+            self._choose(proposals, slots, load.num_tokens, step_s, most)
         return proposals
 
     def _begin(self, sequence: SequenceState) -> Drafting:
@@ -154,15 +163,14 @@ class Speculation:
             if not wrong:
                 drafting.wait = 1
 
-    def _choose(self, proposals: Proposals, slots: SlotTable, load: StepLoad, most: int) -> None:
+    def _choose(self, proposals: Proposals, slots: SlotTable, num_tokens: int, step_s: float, most: int) -> None:
         rows, chances = list(proposals.guesses), self._chances(proposals, slots)
         _, token, pair, read = self.model.coefficients
         seconds: FloatArray = token + read + pair * slots.length[rows].astype(np.float64)
-        step_s = self.model.predict(load)
         counts = choose_drafts(
-            chances, seconds, num_tokens=load.num_tokens, step_s=step_s, fixed_s=self.model.drafts_s, most=most
+            chances, seconds, num_tokens=num_tokens, step_s=step_s, fixed_s=self.model.drafts_s, most=most
         )
-        hopeless = chances[:, 0] * step_s < seconds * load.num_tokens
+        hopeless = chances[:, 0] * step_s < seconds * num_tokens
         for row, count, is_hopeless in zip(rows, counts.tolist(), hopeless.tolist(), strict=True):
             if count:
                 proposals.drafts[row] = proposals.guesses[row].token_ids[:count]
@@ -188,6 +196,7 @@ class Speculation:
 
     def launched(self, slots: SlotTable, proposals: Proposals) -> None:
         """A step with these proposals is launched: who was asked in vain is not asked again for a while."""
+        self._promising = len(proposals.guesses) > len(proposals.hopeless)
         for row in proposals.missed:
             drafting = slots.owner(row).drafting
             if drafting is not None:

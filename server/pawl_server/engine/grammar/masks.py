@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
+from numpy.typing import NDArray
 
 from pawl_server.engine.grammar.constraint import CompiledConstraint, Constraint, bad_constraint
 from pawl_server.engine.grammar.source import error_of
@@ -98,15 +99,15 @@ class MaskBuilder:
             self._begin(step)
         return step.masks.result if step.owners else None
 
-    def matcher(self, sequence: SequenceState) -> LLMatcher | None:
-        """The matcher of a sequence of which no step is in flight, after all its tokens, for looking ahead.
+    def look_ahead(self, sequence: SequenceState) -> LLMatcher | None:
+        """A matcher that has taken all tokens of a sequence of which no step is in flight; it is a copy.
 
         None when nothing can follow, and while masks are built, which may be those of a step that was given up.
         """
         if self._begun is not None and not self._begun.done():
             return None
         session = self._session(sequence)
-        return session.matcher if _advance(session, _new_tokens(session, sequence)) else None
+        return session.matcher.deep_copy() if _advance(session, _new_tokens(session, sequence)) else None
 
     def explain(self, result: StepResult) -> StepResult:
         """The result of the oldest step, with the reason of rows that failed because of their grammar."""
@@ -181,14 +182,7 @@ class MaskBuilder:
             if _advance(job.session, job.token_ids):
                 good.append((first, job))
             first += 1 + len(job.drafts)
-        if self._executor is None:
-            self._executor = LLExecutor(self._num_threads)
-        target = (words.ctypes.data, words.strides[0], len(words))
-        if plain := [(job.session.matcher, first) for first, job in good if not job.drafts]:
-            self._executor.unsafe_compute_mask_ptr(plain, *target)
-        if drafted := [(job.session.matcher, first, job.drafts) for first, job in good if job.drafts]:
-            # What follows a draft that does not fit stays zero: nothing that is sampled there counts.
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *target)
+        self._fill(words, good)
         for first, job in good:
             if job.session.matcher.is_error() or not words[first].any():
                 words[first] = 0  # leaves no token to choose: the row fails alone
@@ -200,6 +194,24 @@ class MaskBuilder:
                 if longer.any():
                     words[place] = longer
         return RowMasks(rows, words)
+
+    def _fill(self, words: NDArray[np.uint32], jobs: Sequence[tuple[int, _Job]]) -> None:
+        """Write the masks of each job from its place on; what follows a draft that does not fit stays zero."""
+        if self._executor is None:
+            self._executor = LLExecutor(self._num_threads)
+        target = (words.ctypes.data, words.strides[0], len(words))
+        plain = [(job.session.matcher, first) for first, job in jobs if not job.drafts]
+        # A matcher for which a draft is too much is of no use any more, though its output may never come there.
+        drafted = [(job.session.matcher.deep_copy(), first, job) for first, job in jobs if job.drafts]
+        if drafted:
+            tried = [(matcher, first, job.drafts) for matcher, first, job in drafted]
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(tried, *target)
+        for matcher, first, job in drafted:
+            if matcher.is_error():
+                words[first : first + 1 + len(job.drafts)] = 0
+                plain.append((job.session.matcher, first))
+        if plain:
+            self._executor.unsafe_compute_mask_ptr(plain, *target)
 
 
 def _new_tokens(session: _Session, sequence: SequenceState) -> list[int]:

@@ -28,7 +28,7 @@ class GrammarProposer:
 
     def propose(self, tokens: array[int], most: int) -> Guess:
         """Guess at most `most` tokens, each of which the constraint allows after those before it."""
-        matcher = self._masks.matcher(self._sequence)
+        matcher = self._masks.look_ahead(self._sequence)
         if matcher is None:
             return NOTHING
         if forced := matcher.compute_ff_tokens()[:most]:
