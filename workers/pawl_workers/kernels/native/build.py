@@ -31,6 +31,7 @@ _SOURCES = (
     "experts.c",
     "program.c",
     "sampling.c",
+    "threads.c",
 )
 _HEADERS = (
     "vector.h",
@@ -43,6 +44,7 @@ _HEADERS = (
     "softmax.h",
     "elementwise.h",
     "experts.h",
+    "threads.h",
 )
 _BUILT = _FOLDER / "built"
 # No -march=native: the machine that builds may not be the one that runs. Products and sums are fused where the source
