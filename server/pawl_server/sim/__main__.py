@@ -2,6 +2,7 @@
 
 python -m pawl_server.sim                         # every workload, every policy, a table
 python -m pawl_server.sim run --workload flood --plots plots
+python -m pawl_server.sim run --workload urgent --set preempt_below=0
 python -m pawl_server.sim run --azure AzureLLMInferenceTrace_conv.csv
 python -m pawl_server.sim fit steps.csv --output cost.json
 python -m pawl_server.sim draw --requests 100000 --output trace.csv
@@ -62,6 +63,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=int, default=2_000, help="requests of each workload")
     add("--rate", type=float, help="mean arrivals per second; default: the workload's own")
     add("--pool-tokens", type=int, help="tokens that the KV pool holds; default: the workload's own")
+    add(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="another limit of the replica; may be repeated"
+    )
     add("--cost", default="llama-8b-h100-analytic", help="a cost model: a JSON file, or one that comes with pawl")
     add("--first-token-s", type=float, default=2.0, help="objective: seconds to the first token")
     add("--per-token-s", type=float, default=0.1, help="objective: mean seconds per further token")
@@ -97,10 +101,11 @@ def _run(options: argparse.Namespace) -> int:
     summaries: list[Summary] = []
     runs: list[Run] = []
     for trace, pool_tokens in _traces(options):
+        limits = replica_limits(pool_tokens, options.set)
         gc.freeze()  # the trace lives as long as the runs: nothing of it is garbage
         for name in options.policy or POLICIES:
             started = time.perf_counter()
-            run = simulate(trace, replica_limits(pool_tokens), cost, POLICIES[name], skip=not options.no_skip)
+            run = simulate(trace, limits, cost, POLICIES[name], skip=not options.no_skip)
             took_s = time.perf_counter() - started
             summaries.append(summarize(run, objective))
             if options.plots is not None:

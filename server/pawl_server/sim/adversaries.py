@@ -15,7 +15,9 @@ from pawl_server.sim.streams import Segment
 from pawl_server.sim.trace import Fault, SimulatedRequest, Trace
 from pawl_server.sim.workloads import MAX_OUTPUT_TOKENS, chat_requests
 
-__all__ = ["abort_storm", "classes", "flood", "large_heads", "liars", "long_prompts", "prefix_burst", "worker_kills"]
+__all__ = [
+    "abort_storm", "classes", "flood", "large_heads", "liars", "long_prompts", "prefix_burst", "urgent", "worker_kills",
+]  # fmt: skip
 
 _FIRST_ADVERSARY_STREAM = 1 << 28
 _LONG_PROMPT_TOKENS = 100_000
@@ -131,6 +133,15 @@ def classes(count: int, rate: float, seed: int) -> Trace:
         dataclasses.replace(request, priority=0 if draw.random() < 0.1 else 1) for request in _chats(count, rate, seed)
     ]
     return Trace("classes", requests)
+
+
+def urgent(count: int, rate: float, seed: int) -> Trace:
+    """Every fifth request is of class 9 and counts as a chat; the rest, of class 0, alone nearly fill the replica."""
+    requests = [
+        dataclasses.replace(request, priority=9) if number % 5 == 4 else dataclasses.replace(request, group="adversary")
+        for number, request in enumerate(_chats(count, rate, seed))
+    ]
+    return Trace("urgent", requests)
 
 
 def large_heads(count: int, rate: float, seed: int) -> Trace:

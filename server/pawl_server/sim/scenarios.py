@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.sim import adversaries, workloads
@@ -36,6 +39,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "multi-turn": Scenario(workloads.multi_turn, 14.0, 200_000),
     "agents": Scenario(workloads.agents, 20.0, 200_000),
     "classes": Scenario(adversaries.classes, 14.0, 64_000),
+    "urgent": Scenario(adversaries.urgent, 14.0, 64_000),
     "flood": Scenario(adversaries.flood, 9.0, 64_000),
     "long-prompts": Scenario(adversaries.long_prompts, 8.0, 160_000),
     "prefix-burst": Scenario(adversaries.prefix_burst, 8.0, 64_000),
@@ -46,9 +50,17 @@ SCENARIOS: Mapping[str, Scenario] = {
 }
 
 
-def replica_limits(pool_tokens: int) -> SchedulerLimits:
-    """The replica that scenarios run on: 256 rows, 2,048 tokens a step, blocks of 64 tokens, 131,072 of context."""
-    return SchedulerLimits(
+def replica_limits(pool_tokens: int, changes: Sequence[str] = ()) -> SchedulerLimits:
+    """The replica that scenarios run on: 256 rows, 2,048 tokens a step, blocks of 64 tokens, 131,072 of context.
+
+    Args:
+        pool_tokens: that its KV pool holds.
+        changes: `NAME=VALUE` of other limits, a field of `SchedulerLimits` each.
+
+    Raises:
+        ValueError: there is no such limit, or it cannot have that value.
+    """
+    limits = SchedulerLimits(
         num_blocks=pool_tokens // _BLOCK_SIZE,
         block_size=_BLOCK_SIZE,
         max_running=256,
@@ -57,6 +69,15 @@ def replica_limits(pool_tokens: int) -> SchedulerLimits:
         max_prefill_chunk=512,
         max_waiting=1_000_000,
     )
+    return msgspec.convert(msgspec.to_builtins(limits) | dict(map(_change, changes)), SchedulerLimits, strict=False)
+
+
+def _change(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    names = sorted(field.name for field in dataclasses.fields(SchedulerLimits))
+    if not separator or name not in names:
+        raise ValueError(f"set = {text!r}: must be NAME=VALUE with one of {', '.join(names)}")
+    return name, value
 
 
 def bundled_cost(name: str) -> CostModel:

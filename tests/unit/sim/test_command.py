@@ -53,9 +53,26 @@ def test_it_fits_a_cost_model_and_says_how_well(tmp_path: Path, capsys: pytest.C
     assert main(["--cost", str(cost), "--workload", "conversation", "--requests", "20"]) == 0
 
 
+def test_limits_can_be_set_and_decide(tmp_path: Path) -> None:
+    """Of whoever came first in `urgent`, the higher class takes blocks unless it may not."""
+    first_token_s = {}
+    for below in ("5", "0"):
+        figures = tmp_path / f"{below}.json"
+        arguments = ["--workload", "urgent", "--policy", "production", "--requests", "150", "--rate", "40"]
+        assert main([*arguments, "--set", f"preempt_below={below}", "--json", str(figures)]) == 0
+        (run,) = json.loads(figures.read_text())["runs"]
+        first_token_s[below] = run["first_token_p99_s"]
+        assert (run["most_preemptions"] > 0) == (below == "5")
+    assert first_token_s["5"] < 0.8 * first_token_s["0"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["--set", "no_such_limit=1"], "must be NAME=VALUE with one of ageing_s"),
+        (["--set", "watermark"], "must be NAME=VALUE"),
+        (["--set", "max_bypass=many"], "max_bypass"),
+        (["--set", "max_running=0"], "max_running = 0"),
         (["--cost", "unheard-of"], "neither a file nor one of"),
         (["--cost", "missing.json"], "missing.json"),
         (["fit", "missing.csv", "--output", "x.json"], "missing.csv"),
