@@ -90,14 +90,14 @@ class Room:
         output = np.maximum(slots.length[rows] - slots.num_prompt[rows], 0)
         most = np.where(slots.samples[rows], slots.stop_at[rows] - 1, slots.length[rows])
         total = np.minimum(most, slots.num_prompt[rows] + lengths.expected(output, now) - 1)
-        total = np.maximum(total, slots.expected[rows])
+        total = np.maximum(total, np.minimum(slots.expected[rows], most))  # the last token's KV is never needed
         self._limits = limits
         self._lengths = lengths
         self._now = now
         # Blocks that those who run are expected to take yet, less those that this step gives them.
         self._promised = int(np.maximum(0, -(-(total - slots.capacity[rows]) // size)).sum()) - num_granted
         self.rows, self.total = rows, total
-        self._most = int((-(-np.maximum(most, slots.expected[rows]) // size)).sum())
+        self._most = int((-(-most // size)).sum())
         self.settled = bool(slots.settled[rows].any())
         self._busy = len(rows) > 0
         for leader in leaders:  # those parked behind them run soon, and hold a block each by now
