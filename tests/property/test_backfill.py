@@ -50,8 +50,9 @@ def _run(seed: int, backfill_until: int, needed: int = -1) -> _Run:
     run, going = _Run(), True
     for step in count():
         while arrivals and arrivals[0][0] <= step:
-            _, prompt, num_output = arrivals.popleft()
-            bench.submit(bench.request(prompt, num_output))
+            _, prompt, num_output, num_samples = arrivals.popleft()
+            num_samples = min(num_samples, bench.limits.max_running)
+            bench.submit(bench.request(prompt, num_output, num_samples=num_samples))
         if step == backfill_until:
             bench.limits = without
         for handle in _kept_for(bench):
@@ -88,14 +89,22 @@ def _limits(draw: random.Random) -> SchedulerLimits:
     )  # fmt: skip
 
 
-def _arrivals(draw: random.Random, most: int) -> list[tuple[int, list[int], int]]:
-    """Many that are small and some that take much of the pool. No two prompts begin alike: see `Backfill`."""
-    arrivals = []
+def _arrivals(draw: random.Random, most: int) -> list[tuple[int, list[int], int, int]]:
+    """Step, prompt, output, samples: many that are small and some that take much of the pool.
+
+    In one of two traces prompts begin alike, in another some want several samples.
+    """
+    kind, arrivals = draw.choice(["alike", "samples", "neither", "both"]), []
     for number in range(draw.randint(6, 30)):
         big = draw.random() < 0.3
         num_prompt = draw.randint(most // 3, 2 * most // 3) if big else draw.randint(1, 12)
         prompt = [number] + [draw.randint(0, 31) for _ in range(num_prompt - 1)]
-        arrivals.append((draw.randint(0, 30), prompt, draw.randint(1, 25 if draw.random() < 0.3 else 8)))
+        if kind in ("alike", "both") and draw.random() < 0.4:
+            num_alike = draw.randint(0, num_prompt - 1)
+            prompt[:num_alike] = [77] * num_alike
+        num_samples = draw.randint(2, 4) if kind in ("samples", "both") and draw.random() < 0.2 else 1
+        num_output = draw.randint(1, 25 if draw.random() < 0.3 else 8)
+        arrivals.append((draw.randint(0, 30), prompt, num_output, num_samples))
     return sorted(arrivals, key=lambda arrival: arrival[0])
 
 

@@ -32,12 +32,14 @@ class Unfit:
     Attributes:
         need: its blocks.
         num_shared: of them, those that others hold already.
+        num_hits: blocks of its prefix that are cached, held or not.
         num_before: starts that were planned before it was considered.
     """
 
     sequence: SequenceState
     need: Need
     num_shared: int
+    num_hits: int
     num_before: int
 
 
@@ -61,8 +63,9 @@ class _Reservation:
 class Backfill:
     """For whom blocks are kept in one step.
 
-    What is not foreseen: somebody who shares a prefix with one who is still computing it needs the less, the further
-    that one is, and may fit before any end. Whoever was backfilled until then may delay him.
+    Where the start of one of those cannot be foreseen nobody may be in the way: one who shares a prefix with somebody
+    who still computes it needs the less, the further that one is; samples that start together need rows, too; and of
+    those that are parked behind a prompt it is not known when they end.
 
     Args:
         slots: those who run.
@@ -71,6 +74,7 @@ class Backfill:
         lengths: of the outputs seen.
         num_available: blocks that nobody holds.
         num_used: blocks that somebody holds; fewer than those who run have, where these share.
+        has_parked: whether others are parked behind one of those who run.
     """
 
     def __init__(
@@ -81,6 +85,8 @@ class Backfill:
         lengths: OutputLengths,
         num_available: int,
         num_used: int,
+        *,
+        has_parked: bool,
     ) -> None:
         self._slots = slots
         self._room = room
@@ -88,6 +94,8 @@ class Backfill:
         self._lengths = lengths
         self._slack = num_available - room.promised  # blocks that whoever starts first may take
         self._num_double = int(slots.capacity.sum()) // limits.block_size - num_used
+        self._has_parked = has_parked
+        self._behind: list[SequenceState] = []  # in mid-prompt from this step on
         self._unfit: list[Unfit] = []
         self._kept: list[_Reservation] | None = None  # worked out when they are first needed
         self._num_refused = 0
@@ -97,16 +105,19 @@ class Backfill:
         self._unfit.append(unfit)
         self._kept = None
 
-    def admitted(self, num_shared: int) -> None:
+    def admitted(self, candidate: Candidate, num_shared: int) -> None:
         """A sequence is admitted that shares so many blocks with others."""
         self._num_double += num_shared
+        self._has_parked = self._has_parked or len(candidate.sequence.followers) > 0
+        if candidate.chunk < candidate.want:
+            self._behind.append(candidate.sequence)
         self._kept = None
 
     @property
     def hopeless(self) -> bool:
         """Whether there is no use in looking for somebody who may start."""
         settled = self._room.settled or any(unfit.sequence.settled for unfit in self._unfit)
-        return not self._limits.backfill or settled or self._num_refused >= _MOST_REFUSED
+        return not self._limits.backfill or settled or self._has_parked or self._num_refused >= _MOST_REFUSED
 
     def allows(self, candidate: Candidate, num_overtaking: int, num_available: int, *, alone: bool) -> bool:
         """Whether a sequence that fits may start though it comes after somebody for whom blocks are kept.
@@ -161,10 +172,22 @@ class Backfill:
             if unfit.sequence.bypassed + num_overtaking - unfit.num_before < limits.max_bypass:
                 continue
             short = unfit.need.expected - unfit.num_shared - self._slack
-            if short <= 0 or not len(last):
+            if short <= 0 or not len(last) or unfit.sequence.followers or self._may_share_more(unfit):
                 reservations.append(_Reservation(-1, -1))
                 continue
             step = int(last[min(int(np.searchsorted(freed, short)), len(last) - 1)])
             at_once = int(freed[int(np.searchsorted(last, step, side="right")) - 1])
             reservations.append(_Reservation(step, left + at_once - unfit.need.expected))
         return reservations
+
+    def _may_share_more(self, unfit: Unfit) -> bool:
+        """Whether somebody computes the block that comes after those of its prefix that are cached."""
+        chain, slots = unfit.sequence.chain, self._slots
+        if chain is None or unfit.num_hits >= len(chain):
+            return False
+        behind = np.flatnonzero((slots.planned < slots.num_prompt) & slots.shares).tolist()
+        others = [slots.owner(row).chain for row in behind] + [sequence.chain for sequence in self._behind]
+        return any(
+            other is not None and unfit.num_hits < len(other) and other[unfit.num_hits] == chain[unfit.num_hits]
+            for other in others
+        )

@@ -47,7 +47,9 @@ def admit(
     leaders = [leader for leader in state.leaders.values() if leader.order not in victims]
     room = Room(state.slots, state.lengths, limits, num_granted, plan.now, leaders, left)
     num_used = state.pool.num_used - sum(len(leader.followers) for leader in state.leaders.values())
-    backfill = Backfill(state.slots, room, limits, state.lengths, plan.draft.num_available, num_used)
+    backfill = Backfill(
+        state.slots, room, limits, state.lengths, plan.draft.num_available, num_used, has_parked=bool(leaders)
+    )
     for sequence in cursor:
         if plan.budget < 1 or not plan.free_rows:
             return
@@ -72,7 +74,7 @@ def admit(
             plan.bypassed.append((sequence, plan.num_overtaking))
             if len(plan.bypassed) > limits.max_bypass:
                 return
-            backfill.keep_for(Unfit(sequence, need, num_shared, plan.num_overtaking))
+            backfill.keep_for(Unfit(sequence, need, num_shared, len(hits), plan.num_overtaking))
             continue
         computed = (len(hits) + num_stored) * size
         want = sequence.num_tokens - computed
@@ -95,7 +97,7 @@ def admit(
         kept_blocks, blocks = blocks[len(blocks) - num_kept :], blocks[: len(blocks) - num_kept]
         hits += restored
         room.admit(need, len(hits) + len(blocks) + num_kept, settled=sequence.settled)
-        backfill.admitted(num_shared)
+        backfill.admitted(candidate, num_shared)
         num_partial += chunk < want
         price = 0.0
         if not sequence.charged:
