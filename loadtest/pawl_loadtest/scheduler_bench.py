@@ -5,6 +5,9 @@ launch and commit of the steps in which everybody decodes. Block boundaries are 
 prompts, so blocks are taken and prefixes published as in service. Cases are run in turn, several rounds; a line gives
 the median of all steps, the spread of the rounds' medians, and the 99th percentile. Run it on an idle machine.
 
+With `--budget` every case is run a second time in each round with a target time between tokens, so that each step is
+measured and the model of the step's time is fitted anew; two columns give that median and how many times as long it is.
+
 With `--peer-python PATH`, an interpreter that has vLLM, its scheduler is driven on the same prompts in the same run, in
 turn with ours; the last columns give its median, and how many times as long it takes, round by round.
 """
@@ -20,13 +23,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pawl_loadtest import scheduler_bench_vllm
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
+from pawl_server.scheduler.budget import StepBudget
 from pawl_server.scheduler.committer import commit, launch
 from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import SequenceRequest
@@ -38,6 +42,7 @@ __all__ = ["CASES", "Case", "Outcome", "Peer", "Trace", "decode_steps", "main"]
 BLOCK_SIZE = 16
 _EOS = 2
 _TOKEN = 7  # what the stub samples: never the end
+_STEP_S = 0.02  # that a step is said to take
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +100,13 @@ def _limits(case: Case, num_steps: int) -> SchedulerLimits:
     )  # fmt: skip
 
 
-def decode_steps(trace: Trace, num_steps: int) -> list[float]:
+def decode_steps(trace: Trace, num_steps: int, budget: StepBudget | None = None) -> list[float]:
     """Seconds of plan, wire form, launch and commit of each step in which everybody decodes.
+
+    Args:
+        trace: what runs and waits.
+        num_steps: such steps.
+        budget: that is asked and learns in every step; its time counts, too.
 
     Raises:
         RuntimeError: a sequence is refused, or not everybody gets to run.
@@ -119,7 +129,7 @@ def decode_steps(trace: Trace, num_steps: int) -> list[float]:
     try:
         while len(seconds) < num_steps:
             begin = time.perf_counter()
-            plan = plan_step(state, limits, 0.0)
+            plan = plan_step(state, limits, 0.0, budget)
             if plan is None:
                 raise RuntimeError(f"nothing to plan with {len(state.running)} of {case.running} running")
             wire = plan.wire()
@@ -128,6 +138,8 @@ def decode_steps(trace: Trace, num_steps: int) -> list[float]:
             result = stub.execute(wire)
             answered = time.perf_counter()
             commit(state, plan, result, 0.0)
+            if budget is not None:
+                budget.observe(plan.load, _STEP_S)
             end = time.perf_counter()
             if plan.num_decodes == case.running:
                 seconds.append(end - answered + launched - begin)
@@ -189,17 +201,12 @@ class Outcome:
     case: Case
     rounds: list[list[float]] = field(default_factory=list)
     peer_rounds: list[list[float]] = field(default_factory=list)
+    budget_rounds: list[list[float]] = field(default_factory=list)
 
     @property
     def median(self) -> float:
         """Over all steps."""
         return statistics.median(step for steps in self.rounds for step in steps)
-
-    @property
-    def ratios(self) -> list[float]:
-        """Peer's median over ours, round by round."""
-        pairs = zip(self.peer_rounds, self.rounds, strict=False)
-        return [statistics.median(theirs) / statistics.median(ours) for theirs, ours in pairs]
 
     def line(self) -> str:
         """One row of the table."""
@@ -210,22 +217,26 @@ class Outcome:
             f"{self.case.running:>8}{self.case.waiting:>9}{self.median:>10.0f}"
             f"{f'{min(medians):.0f}-{max(medians):.0f}':>14}{every[int(0.99 * len(every))]:>8.0f}{goal:>7}"
         )
-        if self.peer_rounds:
-            theirs = statistics.median(step for steps in self.peer_rounds for step in steps)
-            spread = f"{statistics.median(self.ratios):.1f} ({min(self.ratios):.1f}-{max(self.ratios):.1f})"
-            line += f"{theirs:>10.0f}{spread:>18}"
+        for others in (self.budget_rounds, self.peer_rounds):
+            if others:
+                pairs = zip(others, self.rounds, strict=False)
+                ratios = [statistics.median(theirs) / statistics.median(ours) for theirs, ours in pairs]
+                spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+                line += f"{statistics.median(step for steps in others for step in steps):>10.0f}{spread:>20}"
         return line
 
-    def measure(self, peer: Peer | None, num_steps: int) -> None:
-        """One round: ours and the peer's, in alternating order."""
+    def measure(self, peer: Peer | None, num_steps: int, *, with_budget: bool = False) -> None:
+        """One round: ours, ours with a budget and the peer's, in alternating order."""
         trace = Trace(self.case)
-        asks_peer = peer is not None and self.case.waiting <= _MOST_WAITING_AT_PEER
-        ours_first = len(self.rounds) % 2 == 0
-        for ours in (True, False) if ours_first else (False, True):
-            if ours:
-                self.rounds.append([1e6 * step for step in decode_steps(trace, num_steps)])
-            elif asks_peer and peer is not None:
-                self.peer_rounds.append([1e6 * step for step in peer.decode_steps(trace, num_steps)])
+        runs: list[tuple[list[list[float]], Callable[[], list[float]]]] = [
+            (self.rounds, lambda: decode_steps(trace, num_steps))
+        ]
+        if with_budget:
+            runs.append((self.budget_rounds, lambda: decode_steps(trace, num_steps, StepBudget(2 * _STEP_S))))
+        if peer is not None and self.case.waiting <= _MOST_WAITING_AT_PEER:
+            runs.append((self.peer_rounds, lambda: peer.decode_steps(trace, num_steps)))
+        for rounds, run in runs if len(self.rounds) % 2 == 0 else runs[::-1]:
+            rounds.append([1e6 * step for step in run()])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200, help="measured steps of a round")
     parser.add_argument("--running", type=int, nargs="*", help="only the cases with so many running")
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has vLLM: compare with its scheduler")
+    parser.add_argument("--budget", action="store_true", help="also with a target time between tokens")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(arguments)
     cases = [case for case in CASES if not options.running or case.running in options.running]
@@ -243,14 +255,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for _ in range(options.rounds):
             for outcome in outcomes:
-                outcome.measure(peer, options.steps)
+                outcome.measure(peer, options.steps, with_budget=options.budget)
     finally:
         if peer is not None:
             peer.close()
     sys.stdout.write(
         f"a decode step without a model, {options.rounds} rounds of {options.steps} steps, microseconds\n"
         f"{'running':>8}{'waiting':>9}{'median':>10}{'of rounds':>14}{'p99':>8}{'goal':>7}"
-        + (f"{'vLLM':>10}{'times ours':>18}\n" if peer else "\n")
+        + (f"{'budget':>10}{'times without':>20}" if options.budget else "")
+        + (f"{'vLLM':>10}{'times ours':>20}\n" if peer else "\n")
     )
     sys.stdout.write("".join(outcome.line() + "\n" for outcome in outcomes))
     if options.json:
