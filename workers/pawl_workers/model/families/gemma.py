@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
-from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows, read_rotaries
+from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows
+from pawl_workers.model.families.rope import read_rotaries
 from pawl_workers.model.spec import Activation, LayerSpec, ModelSpec, QueryKeyNorm, TensorTarget
 
 __all__ = ["FAMILIES"]

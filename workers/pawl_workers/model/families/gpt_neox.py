@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pawl_workers.model.config_reader import ConfigReader
-from pawl_workers.model.families.decoder import Family, add_linear, read_rotary
+from pawl_workers.model.families.decoder import Family, add_linear
+from pawl_workers.model.families.rope import read_rotary
 from pawl_workers.model.spec import LayerSpec, ModelSpec, NormKind, TensorTarget
 
 __all__ = ["FAMILIES"]

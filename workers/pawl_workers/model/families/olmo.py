@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pawl_workers.model.config_reader import ConfigReader
-from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows, read_rotaries
+from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows
+from pawl_workers.model.families.rope import read_rotaries
 from pawl_workers.model.spec import LayerSpec, ModelSpec, QueryKeyNorm, TensorTarget
 
 __all__ = ["FAMILIES"]
