@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from pawl_server.engine.grammar.compiler import checkpoint_tokenizer
 from pawl_server.engine.link.client import EngineLink, EngineStream
 from pawl_server.engine.spec import EngineSpec
 from pawl_server.internal.v1 import engine_pb2
+from pawl_server.scheduler.journal import Submitted, read_events
+from pawl_server.sim.replay import replay
 from tests.fakes.engine_harness import Recorder, ended, open_stream, running_engine, submit_frame, until
 from tests.fakes.engine_worker import STUMBLE, VOCAB_SIZE, fake_spec
 from tests.fakes.masked_bench import decode
@@ -173,6 +176,35 @@ async def test_each_sample_of_a_request_has_a_matcher_of_its_own(depth: int) -> 
         assert samples[0].token_ids == single.token_ids
         assert len({_text(recorder) for recorder in samples}) > 1
         await running.until_empty()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_what_was_decided_of_samples_with_a_grammar_is_decided_again(tmp_path: Path, depth: int) -> None:
+    """The journal of an engine with constrained and free groups and single requests, to the byte."""
+    spec = _with(fake_spec().engine, pipeline_depth=depth, journal=str(tmp_path / "journal"))
+    async with running_engine(spec) as running, running.link() as link:
+        recorders = []
+        for number, regex in enumerate(["[ab]{2,9}c", "", "[ab]{3}", ""]):
+            samples = [Recorder() for _ in range(4)]
+            submit = submit_frame([8, 9, 10, 11, number], 12, sample_handles=range(10 * number + 1, 10 * number + 4))
+            submit.handle = 10 * number
+            submit.eos_token_ids.append(EOS_ID)
+            if regex:
+                submit.regex = regex
+            link.open_samples(submit, samples)
+            recorders += samples
+        _, single = _open(link, [8, 9, 10], regex="[ab]{5}")
+        for recorder in (*recorders, single):
+            await ended(recorder)
+        await running.until_empty()
+        decisions = running.engine.loop.state.decisions.records()
+    data = (tmp_path / "journal.0").read_bytes()
+    replayed = replay(data)
+    assert (replayed.again, replayed.decisions) == (data, decisions)
+    submitted = [event for event in read_events(data) if isinstance(event, Submitted)]
+    assert sorted((event.num_siblings, event.constrained) for event in submitted) == [
+        (0, True), (3, False), (3, False), (3, True), (3, True),
+    ]  # fmt: skip
 
 
 async def test_a_bad_grammar_refuses_all_samples_and_one_may_leave_before() -> None:
