@@ -63,6 +63,26 @@ async def _take(outbox: Outbox) -> tuple[list[tuple[int, int]], list[engine_pb2.
     return tokens, [frame.end for frame in frames if frame.HasField("end")]
 
 
+async def test_a_scheduler_that_contradicts_itself_is_told_of_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """The checks of `check_every` in a server: whoever is served must not suffer for them."""
+    async with _loop() as loop:
+        outbox = Outbox(1)
+        loop.attach(outbox)
+        loop.submit(_request(1, [5, 6], 3))
+        await loop.tick()
+        assert not caplog.records
+        loop.state.num_parked += 1
+        await loop.tick()
+        assert [record.getMessage() for record in caplog.records] == ["after step 2 the scheduler contradicts itself"]
+        assert "the counter of parked sequences is off" in caplog.text
+        loop.state.num_parked -= 1
+        await loop.tick()
+        tokens, ends = await _take(outbox)
+        assert [token_id for _, token_id in tokens] == expected_output([5, 6], 3)
+        assert [end.reason for end in ends] == [engine_pb2.END_REASON_MAX_TOKENS]
+        assert len(caplog.records) == 1
+
+
 async def test_one_tick_is_one_step() -> None:
     async with _loop() as loop:
         outbox = Outbox(1)
