@@ -136,7 +136,7 @@ class Bench:
         self.num_shared_pending += sum(map(self.state.pool.is_pending, hits))
         self.log.append(wire)
         self.in_flight.append((plan, self.worker.execute(wire)))
-        members = [cast("int", request.handle) for request in plan.members(self.state.slots)]
+        members = [cast("int", one.request.handle) for one in self.state.ledger[-1].members(self.state.slots)]
         self.owners.append(dict(zip(wire.rows, members, strict=True)))
         return True
 

@@ -181,7 +181,7 @@ class Served:
         if plan is not None:
             wire = plan.wire()
             launch(self._state, plan)
-            handles = [request.handle for request in plan.members(self._state.slots)]
+            handles = [one.request.handle for one in self._state.ledger[-1].members(self._state.slots)]
             masks = partial(self._masks, wire.rows, handles, now) if any(_is_masked(one) for one in handles) else None
             self.num_overlapped += bool(self._in_flight)
             step = self._worker.launch(wire, masks)

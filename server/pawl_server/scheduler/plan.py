@@ -11,7 +11,7 @@ from pawl_server.kv.draft import BlockDraft
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget, StepLoad
 from pawl_server.scheduler.groups import Fork
-from pawl_server.scheduler.sequence import SequenceRequest, SequenceState
+from pawl_server.scheduler.sequence import SequenceState
 from pawl_server.scheduler.slots import IntArray, SlotTable
 from pawl_server.scheduler.speculation import Proposals
 from pawl_workers.plan import NewSequence, StepPlan
@@ -114,11 +114,6 @@ class Plan:
         """What the step does: "prefill", "decode" or "mixed"."""
         others = self.num_sequences - self.num_decodes
         return "mixed" if self.num_decodes and others else "prefill" if others else "decode"
-
-    def members(self, slots: SlotTable) -> list[SequenceRequest]:
-        """The requests in the step. Valid until it is committed."""
-        running = [slots.owner(row).request for row in self.rows.tolist()]
-        return running + [admission.sequence.request for admission in self.admissions]
 
     def wire(self) -> StepPlan:
         """The step as the worker is told it."""

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Arrivals", "OnOff", "gamma_arrivals", "parse_arrivals", "poisson_arrivals"]
+__all__ = ["Arrivals", "OnOff", "parse_arrivals"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +76,6 @@ class OnOff:
                 yield due
                 due += draw.expovariate(rate_on)
             begins = ends + draw.expovariate(1 / self.off_s)
-
-
-def poisson_arrivals(rate: float, seed: int = 0) -> Arrivals:
-    """Arrivals independent of each other."""
-    return Arrivals(rate, 1.0, seed)
-
-
-def gamma_arrivals(rate: float, variation: float, seed: int = 0) -> Arrivals:
-    """Arrivals in bursts (variation > 1) or evenly (< 1)."""
-    return Arrivals(rate, variation, seed)
 
 
 def parse_arrivals(text: str, rate: float, seed: int) -> Arrivals:
