@@ -6,14 +6,10 @@ Thin: the checks are in `validate`, the run in `running` and `stream`, the messa
 # ruff: noqa: N802 - gRPC names the methods
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from typing import TypeVar
 
-import grpc
-
-from pawl.errors import Cancelled
 from pawl.v1 import inference_pb2, inference_pb2_grpc
 from pawl_server.frontend import convert, validate, validate_other
 from pawl_server.frontend.calls import Call, Context, current_call
@@ -24,6 +20,7 @@ from pawl_server.frontend.requests import GenerationRequest
 from pawl_server.frontend.running import running
 from pawl_server.frontend.samples import Samples, joint_finish
 from pawl_server.frontend.score import score
+from pawl_server.frontend.writer import Writer
 
 __all__ = ["InferenceService"]
 
@@ -121,14 +118,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """Run a request and send its output as it is made: start, deltas, an end of each sample, end."""
         token_bytes = self._core.served("").tokenizer.token_bytes
-        async with running(self._core, request, call, context, streamed=True) as samples:
+        limit_s = self._core.config.frontend.slow_reader_timeout_s
+        async with (
+            running(self._core, request, call, context, streamed=True) as samples,
+            Writer(context, limit_s) as writer,
+        ):
             start = inference_pb2.StreamStart(
                 request_id=call.request_id,
                 model=self._core.served("").id,
                 create_time=convert.timestamp(call.arrived_unix_ns),
                 seed=request.sampling.seed,
             )
-            await self._write(context, kind(start=start))
+            await writer.write(kind(start=start))
             first_delta, last_delta = 0.0, [0.0] * len(samples.streams)
             ends: list[tuple[int, Finish]] = []
             async for index, piece in samples.pieces():
@@ -136,10 +137,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     ends.append((index, piece))
                     if len(ends) == len(samples.streams):
                         self._count(call, samples, ends, first_delta=first_delta)
-                    await self._write(context, kind(sample_end=convert.sample_end(index, piece)))
+                    await writer.write(kind(sample_end=convert.sample_end(index, piece)))
                     continue
-                await self._write(context, kind(delta=convert.delta(index, piece, request.output, token_bytes)))
-                now = time.monotonic()
+                now = await writer.write(kind(delta=convert.delta(index, piece, request.output, token_bytes)))
                 if last_delta[index]:
                     self._core.metrics.output_gap.observe(now - last_delta[index])
                 first_delta, last_delta[index] = first_delta or now, now
@@ -150,26 +150,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             if request.output.prompt_logprobs is not None:
                 first_id = samples.first_prompt_id
                 end.prompt_logprobs.extend(convert.prompt_logprobs(first_id, finish.prompt_logprobs, token_bytes))
-            await self._write(context, kind(end=end))
-
-    async def _write(self, context: Context, message: StreamResponse) -> None:
-        """Send one message; a reader that takes nothing for too long is given up.
-
-        Raises:
-            Cancelled: the reader is too slow.
-        """
-        limit = self._core.config.frontend.slow_reader_timeout_s
-        scope = asyncio.timeout(limit)
-        try:
-            async with scope:
-                await context.write(message)
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            text = f"the client took nothing for {limit:g} s: the stream was given up"
-            raise Cancelled(text, reason="SLOW_READER") from None
-        except grpc.aio.InternalError:  # gRPC's word for a client that left while we were writing
-            raise asyncio.CancelledError from None
+            await writer.write(kind(end=end))
 
     def _count(self, call: Call, samples: Samples, ends: list[tuple[int, Finish]], first_delta: float) -> None:
         """Fill the metrics of a request that ended normally."""

@@ -270,10 +270,11 @@ class EngineLink:
 
     def _on_tokens(self, tokens: engine_pb2.Tokens) -> None:
         """Hand each sequence its tokens of one frame: repeats are dropped, a gap loses the sequence."""
+        handles, logprobs = tokens.handles, tokens.logprobs
+        indices, token_ids = list(tokens.indices), list(tokens.token_ids)
         positions: dict[int, list[int]] = {}
-        for position, handle in enumerate(tokens.handles):
+        for position, handle in enumerate(handles):
             positions.setdefault(handle, []).append(position)
-        indices, token_ids, logprobs = tokens.indices, tokens.token_ids, tokens.logprobs
         for handle, places in positions.items():
             stream = self._streams.get(handle)
             if stream is None:
