@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -34,6 +34,17 @@ def letters(submit: engine_pb2.Submit) -> Sequence[int]:
     shift = len(submit.prompt_ids)
     text = "".join(chr(ord("a") + (shift + n) % 26) for n in range(CONTEXT))
     return [token for character in text for token in ids_of(character)]
+
+
+def _samples(submit: engine_pb2.Submit) -> Iterator[engine_pb2.Submit]:
+    """Each sample of a request as a request of its own."""
+    yield submit
+    for handle, seed in zip(submit.sample_handles, submit.sample_seeds, strict=True):
+        alone = engine_pb2.Submit()
+        alone.CopyFrom(submit)
+        alone.handle, alone.sampling.seed = handle, seed
+        alone.ClearField("prompt_logprobs")
+        yield alone
 
 
 class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
@@ -194,13 +205,15 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         async for frame in frames:
             if frame.HasField("submit"):
                 self.submits.append(frame.submit)
-                self.live[frame.submit.handle] = asyncio.create_task(self._run(frame.submit, queue))
+                for sample in _samples(frame.submit):
+                    self.live[sample.handle] = asyncio.create_task(self._run(sample, queue))
             elif frame.HasField("abort"):
-                self.aborts.append((frame.abort.handle, frame.abort.reason))
-                task = self.live.pop(frame.abort.handle, None)
-                if task is not None and not self.ignore_aborts:
-                    task.cancel()
-                    self._end(queue, frame.abort.handle, engine_pb2.END_REASON_ABORTED)
+                for handle in (frame.abort.handle, *frame.abort.more_handles):
+                    self.aborts.append((handle, frame.abort.reason))
+                    task = self.live.pop(handle, None)
+                    if task is not None and not self.ignore_aborts:
+                        task.cancel()
+                        self._end(queue, handle, engine_pb2.END_REASON_ABORTED)
             self.changed.set()
 
     async def _run(self, submit: engine_pb2.Submit, queue: asyncio.Queue[engine_pb2.ConnectResponse]) -> None:
