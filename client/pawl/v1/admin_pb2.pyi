@@ -319,7 +319,7 @@ class ListRequestsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most requests in the answer. Default (0): 100. Range: [0, 1000]."""
+    """Most entries in the answer. Default (0): 100. Range: [0, 1000]."""
     page_token: _builtins.str
     """`next_page_token` of the page before. Default: the first page."""
     def __init__(
@@ -338,7 +338,9 @@ Global___ListRequestsRequest: _TypeAlias = ListRequestsRequest  # noqa: Y015
 
 @_typing.final
 class RequestState(_message.Message):
-    """One live request."""
+    """One live request, or one live sample of it: those of a request with several have its id in common, and each has
+    figures of its own.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -428,7 +430,7 @@ class ListRequestsResponse(_message.Message):
     """Token of the next page; empty on the last."""
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestState]:
-        """The requests."""
+        """The requests, one entry for each sample that has not ended."""
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class AdminServiceStub:
     WatchLoad: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchLoadRequest, _admin_pb2.WatchLoadResponse]
     """The load, pushed when it changes; the first message comes at once."""
     ListRequests: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListRequestsRequest, _admin_pb2.ListRequestsResponse]
-    """What runs, what waits, and why."""
+    """What runs, what waits, and why: one entry for each sample of a request that has not ended."""
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
     """Health becomes NOT_SERVING, running requests finish, what is left after the grace period is cancelled."""
     FlushPrefixCache: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FlushPrefixCacheRequest, _admin_pb2.FlushPrefixCacheResponse]
@@ -54,7 +54,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
     WatchLoad: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchLoadRequest, _admin_pb2.WatchLoadResponse]  # type: ignore[assignment]
     """The load, pushed when it changes; the first message comes at once."""
     ListRequests: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListRequestsRequest, _admin_pb2.ListRequestsResponse]  # type: ignore[assignment]
-    """What runs, what waits, and why."""
+    """What runs, what waits, and why: one entry for each sample of a request that has not ended."""
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
     """Health becomes NOT_SERVING, running requests finish, what is left after the grace period is cancelled."""
     FlushPrefixCache: _aio.UnaryUnaryMultiCallable[_admin_pb2.FlushPrefixCacheRequest, _admin_pb2.FlushPrefixCacheResponse]  # type: ignore[assignment]
@@ -85,7 +85,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ListRequestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListRequestsResponse, _abc.Awaitable[_admin_pb2.ListRequestsResponse]]:
-        """What runs, what waits, and why."""
+        """What runs, what waits, and why: one entry for each sample of a request that has not ended."""
 
     @_abc_1.abstractmethod
     def Drain(
