@@ -28,6 +28,7 @@ def test_every_setting_can_be_given_by_file_and_variable(name: str, tmp_path: Pa
     shown = {bool: "false", int: "7", float: "0.5", str: '"x"'}[setting.kind]
     others = {
         "pipeline_depth": "2",
+        "max_grammar_bytes": "65536",
         "device": '"cpu"',
         "dtype": '"float32"',
         "kernels": '"reference"',
