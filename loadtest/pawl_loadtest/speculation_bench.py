@@ -7,10 +7,12 @@ or with some probability another one, as the request's sampling has it. So how r
     edit        the same with one token in twelve or so changed, after which it goes on elsewhere
     misleading  what follows a token is one of sixteen, so that n-grams come again and go on otherwise
     fresh       no n-gram comes twice
+    json        a list of objects by a JSON schema, whose strings are at random
 
-Scheduler and worker run in this process, with the settings of a server. Outputs with and without drafts are compared,
-log-probabilities included; then both run in turn. A line gives the medians of the rounds, and the ratio round by round.
-Run it on an idle machine.
+Scheduler and worker run in this process, with the settings of a server that has just started: what is learnt of drafts
+is learnt in each round anew. Two workers serve the same requests, one with drafts and one without, and take turns step
+by step, so that both meet the same neighbours; the one that has given fewer tokens is next. Outputs are compared,
+log-probabilities included. A line gives the medians of the rounds, and the ratios from the least to the greatest.
 """
 
 from __future__ import annotations
@@ -26,79 +28,26 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from pawl_loadtest.arguments import positive
-from pawl_loadtest.peers.shapes import SHAPES, Shape
+from pawl_loadtest.peers.shapes import SHAPES
+from pawl_loadtest.speculation_tasks import CYCLE, EOS_ID, TASKS, Task, write_chain
+from pawl_server.engine.grammar.compiler import GrammarCompiler, checkpoint_tokenizer
+from pawl_server.engine.grammar.constraint import Constraint
+from pawl_server.engine.grammar.masks import MaskBuilder
+from pawl_server.engine.grammar.proposer import GrammarProposer
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import commit, launch
+from pawl_server.scheduler.guess import Proposer
+from pawl_server.scheduler.ngram import NgramIndex
 from pawl_server.scheduler.planner import plan_step
-from pawl_server.scheduler.sequence import SequenceRequest
+from pawl_server.scheduler.sequence import SequenceRequest, SequenceState
+from pawl_server.scheduler.speculation import Speculation
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import SamplingSpec, TokenLogprobs
 from pawl_workers.worker import Worker, WorkerOptions
 
-__all__ = ["TASKS", "Outcome", "Run", "Runner", "Task", "main", "write_chain"]
-
-CYCLE = 256
-"""Tokens of the text that the chain repeats; the others are a chain that does not end."""
-
-_MATCH = 20.0  # logit of the token that follows, where the others' are about 0
-_APART = 10.0  # how much lower those are that are not of the text
-_CONSTANT = 4.0  # first number of each embedding
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """How a request samples, and whether it begins in the text that repeats."""
-
-    sampling: SamplingSpec
-    repeats: bool = True
-
-
-TASKS = {
-    "copy": Task(SamplingSpec(temperature=0.0, logprobs=0)),
-    "edit": Task(SamplingSpec(temperature=2.5, top_k=CYCLE, logprobs=0)),
-    "misleading": Task(SamplingSpec(temperature=100.0, top_k=16, logprobs=0)),
-    "fresh": Task(SamplingSpec(temperature=0.0, logprobs=0), repeats=False),
-}
-
-
-def write_chain(shape: Shape, folder: Path, seed: int = 0) -> Path:
-    """Write a checkpoint of a shape that follows the chain; what its layers add is far too small to matter.
-
-    Raises:
-        ValueError: the shape is not of the Llama kind.
-    """
-    if shape.kind != "llama":
-        raise ValueError(f"shape {shape.name} is of the {shape.kind} kind: choose one of the llama kind")
-    config = LlamaConfig(
-        hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size, max_position_embeddings=shape.max_context, rms_norm_eps=shape.norm_epsilon,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if "norm" not in name:
-                small = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1e-4 if small else 0.02))
-        embedding = torch.randn(shape.vocab_size, shape.hidden_size, generator=generator)
-        embedding[:, 0] = _CONSTANT
-        before = torch.arange(shape.vocab_size) - 1
-        before[0], before[CYCLE] = CYCLE - 1, shape.vocab_size - 1
-        head = embedding[before] * (_MATCH / shape.hidden_size)
-        head[:, 0] = 0.0
-        head[CYCLE:, 0] = -_APART / _CONSTANT
-        model.get_input_embeddings().weight.copy_(embedding)
-        model.get_output_embeddings().weight.copy_(head)
-    path = folder / f"{shape.name}-chain-{seed}"
-    model.to(torch.bfloat16).save_pretrained(path)
-    return path
+__all__ = ["Outcome", "Run", "Runner", "Service", "main"]
 
 
 @dataclass(slots=True)
@@ -118,61 +67,104 @@ class Run:
         return self.num_decoded / self.decode_s
 
 
-class Runner:
-    """A worker, and requests that go through a scheduler of its own each time.
+class Service:
+    """Requests that go through a scheduler of their own and a worker, step by step.
 
     Args:
-        worker: what computes.
+        worker: of which nothing else is asked meanwhile.
+        epoch: that it has not had.
+        requests: with their numbers as handles.
+        max_drafts: of a request in a step; 0 = none.
+
+    Raises:
+        RuntimeError: a request is refused.
+    """
+
+    def __init__(self, worker: Worker, epoch: int, requests: Sequence[SequenceRequest], max_drafts: int) -> None:
+        facts = worker.facts
+        self._worker, self._num_requests = worker, len(requests)
+        self._limits = SchedulerLimits(
+            num_blocks=facts.num_blocks, block_size=facts.block_size, max_running=facts.max_running,
+            max_batch_tokens=facts.max_batch_tokens, max_context=facts.max_context, prefix_cache=False,
+            max_drafts=max_drafts,
+        )  # fmt: skip
+        self._state = SchedulerState(self._limits, CacheRoot("bench", "float32", facts.block_size), epoch=epoch)
+        self._masks = MaskBuilder(facts.vocab_size, [EOS_ID], 1)
+        if max_drafts:
+            self._state.speculation = Speculation(max_drafts, self._make_proposer)
+        worker.reset(epoch)
+        self.run = Run([[] for _ in requests], [[] for _ in requests])
+        for request in requests:
+            refusal = self._state.submit(request, 0.0)
+            if refusal is not None:
+                raise RuntimeError(refusal.message)
+
+    def _make_proposer(self, sequence: SequenceState) -> Proposer:
+        guesses = NgramIndex()
+        return GrammarProposer(self._masks, sequence, guesses) if sequence.constrained else guesses
+
+    def step(self) -> bool:
+        """Make a step; False when there is none to make."""
+        run, state, began = self.run, self._state, time.perf_counter()
+        plan = plan_step(state, self._limits, 0.0)
+        if plan is None:
+            self._masks.close()
+            return False
+        launch(state, plan)
+        masks = self._masks.launched(state, {} if plan.proposals is None else plan.proposals.drafts)
+        committed = commit(state, plan, self._worker.execute(plan.wire(), masks), 0.0)
+        self._masks.committed(state)
+        seconds = time.perf_counter() - began
+        if state.speculation is not None and plan.kind == "decode":
+            state.speculation.observe(plan.load, seconds)
+        if plan.num_decodes == self._num_requests:
+            run.num_decoded += len(committed.token_ids)
+            run.decode_s += time.perf_counter() - began
+        run.num_drafts += plan.num_drafts
+        run.num_accepted += committed.num_accepted
+        logprobs = committed.logprobs or [None] * len(committed.token_ids)
+        for handle, token_id, entry in zip(committed.handles, committed.token_ids, logprobs, strict=True):
+            number = int(str(handle))
+            run.token_ids[number].append(token_id)
+            run.logprobs[number].append(entry)
+        return True
+
+
+class Runner:
+    """Two workers, one for requests without drafts and one for the same with drafts.
+
+    Args:
+        workers: of the same model.
         num_output: tokens of each request.
         max_drafts: with drafts, most of them.
     """
 
-    def __init__(self, worker: Worker, num_output: int, max_drafts: int) -> None:
-        self._worker = worker
+    def __init__(self, workers: tuple[Worker, Worker], num_output: int, max_drafts: int) -> None:
+        self._workers = workers
         self._num_output = num_output
         self._max_drafts = max_drafts
         self._epochs = itertools.count(1)
+        self._compiler = GrammarCompiler(
+            lambda: checkpoint_tokenizer("demo", "", workers[0].facts.vocab_size, [EOS_ID])
+        )
 
-    def run(self, task: Task, num_requests: int, *, drafts: bool) -> Run:
-        """Generate for so many requests at once.
+    def run(self, task: Task, num_requests: int) -> tuple[Run, Run]:
+        """Generate for so many requests at once, without drafts and with them.
 
         Raises:
             RuntimeError: a request is refused.
         """
-        facts, epoch = self._worker.facts, next(self._epochs)
-        limits = SchedulerLimits(
-            num_blocks=facts.num_blocks, block_size=facts.block_size, max_running=facts.max_running,
-            max_batch_tokens=facts.max_batch_tokens, max_context=facts.max_context, prefix_cache=False,
-            max_drafts=self._max_drafts if drafts else 0,
-        )  # fmt: skip
-        state = SchedulerState(limits, CacheRoot("bench", "float32", facts.block_size), epoch=epoch)
-        self._worker.reset(epoch)
-        run = Run([[] for _ in range(num_requests)], [[] for _ in range(num_requests)])
-        for number in range(num_requests):
-            refusal = state.submit(self._request(task, number), 0.0)
-            if refusal is not None:
-                raise RuntimeError(refusal.message)
-        while state.has_work():
-            began = time.perf_counter()
-            plan = plan_step(state, limits, 0.0)
-            if plan is None:
-                break
-            launch(state, plan)
-            committed = commit(state, plan, self._worker.execute(plan.wire()), 0.0)
-            seconds = time.perf_counter() - began
-            if state.speculation is not None and plan.kind == "decode":
-                state.speculation.observe(plan.load, seconds)
-            if plan.num_decodes == num_requests:
-                run.num_decoded += len(committed.token_ids)
-                run.decode_s += time.perf_counter() - began
-            run.num_drafts += plan.num_drafts
-            run.num_accepted += committed.num_accepted
-            logprobs = committed.logprobs or [None] * len(committed.token_ids)
-            for handle, token_id, entry in zip(committed.handles, committed.token_ids, logprobs, strict=True):
-                number = int(str(handle))
-                run.token_ids[number].append(token_id)
-                run.logprobs[number].append(entry)
-        return run
+        requests = [self._request(task, number) for number in range(num_requests)]
+        services = [
+            Service(worker, next(self._epochs), requests, max_drafts)
+            for worker, max_drafts in zip(self._workers, (0, self._max_drafts), strict=True)
+        ]
+        running = list(services)
+        while running:
+            behind = min(running, key=lambda service: sum(map(len, service.run.token_ids)))
+            if not behind.step():
+                running.remove(behind)
+        return services[0].run, services[1].run
 
     def _request(self, task: Task, number: int) -> SequenceRequest:
         begin = (37 * number) % CYCLE
@@ -181,12 +173,16 @@ class Runner:
         else:
             prompt = list(range(CYCLE + begin, 2 * CYCLE + begin + 1))
         sampling = task.sampling
+        compiled = None
+        if task.schema:
+            prompt = [token_id % 900 + 3 for token_id in prompt]
+            compiled = self._compiler.compile(Constraint("json_schema", task.schema))
         return SequenceRequest(
             handle=number, request_id=str(number), prompt_ids=prompt, max_output_tokens=self._num_output,
             sampling=SamplingSpec(
                 temperature=sampling.temperature, top_k=sampling.top_k, logprobs=sampling.logprobs, seed=number
             ),
-            cache_key=b"bench",
+            cache_key=b"bench", constraint=compiled,
         )  # fmt: skip
 
 
@@ -202,19 +198,18 @@ class Outcome:
     num_accepted: int = 0
 
     def measure(self, runner: Runner) -> None:
-        """One round, in alternating order.
+        """One round.
 
         Raises:
             RuntimeError: the outputs differ.
         """
-        order = (False, True) if len(self.off) % 2 == 0 else (True, False)
-        runs = {drafts: runner.run(TASKS[self.task], self.requests, drafts=drafts) for drafts in order}
-        if runs[True].token_ids != runs[False].token_ids or runs[True].logprobs != runs[False].logprobs:
+        off, on = runner.run(TASKS[self.task], self.requests)
+        if on.token_ids != off.token_ids or on.logprobs != off.logprobs:
             raise RuntimeError(f"{self.task}: outputs with drafts are not those without")
-        self.off.append(runs[False].rate)
-        self.on.append(runs[True].rate)
-        self.num_drafts += runs[True].num_drafts
-        self.num_accepted += runs[True].num_accepted
+        self.off.append(off.rate)
+        self.on.append(on.rate)
+        self.num_drafts += on.num_drafts
+        self.num_accepted += on.num_accepted
 
     def line(self) -> str:
         """One row of the table."""
@@ -262,11 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = folder / f"{shape.name}-chain-0"
         if not (path / "config.json").is_file():
             write_chain(shape, folder)
-        worker = _load(path, options)
-    runner = Runner(worker, options.output_tokens, options.drafts)
+        workers = _load(path, options), _load(path, options)
+    runner = Runner(workers, options.output_tokens, options.drafts)
     outcomes = [Outcome(task, requests) for requests in options.requests for task in options.tasks]
     sys.stdout.write(
-        f"{options.shape} on {worker.facts.device}, {options.threads} threads, at most {options.drafts} drafts, "
+        f"{options.shape} on {workers[0].facts.device}, {options.threads} threads, at most {options.drafts} drafts, "
         f"{options.rounds} rounds of {options.output_tokens} tokens; output tokens/s while decoding\n"
         f"{'task':<12}{'batch':>6}{'off':>10}{'on':>10}{'ratio':>8}{'of rounds':>12}{'accepted':>14}\n"
     )
