@@ -134,6 +134,8 @@ class MaskedBench:
         plan, source = self.in_flight.popleft()
         result: StepResult = self.masks.explain(self.worker.execute(plan.wire(), source))
         committed = commit(self.state, plan, result, self.now)
+        if self.state.speculation is not None:
+            self.state.speculation.observe(plan.load, 1.0)
         self.num_drafts += plan.num_drafts
         self.num_accepted += committed.num_accepted
         self.masks.committed(self.state)

@@ -183,6 +183,8 @@ class Bench:
         ended = set(self.ended)
         late = {sequence.request.handle for sequence in self.state.ledger[0].stale.values()}
         committed = commit(self.state, plan, result, self.now)
+        if self.state.speculation is not None:
+            self.state.speculation.observe(plan.load, 1.0)
         dropped = cast("set[int]", set(committed.requeued))
         live = Counter(owners[row] for row in result.rows if owners[row] not in ended | dropped | {_NOBODY})
         given = Counter(cast("list[int]", committed.handles))

@@ -169,7 +169,7 @@ class Engine:
             meter,
             budget=StepBudget(spec.engine.target_gap_s) if spec.engine.target_gap_s > 0 else None,
             grammars=self._grammars,
-            depth=1 if limits.max_drafts else spec.engine.pipeline_depth or facts.max_in_flight,
+            depth=_depth(spec, facts, limits),
             check_every=spec.engine.check_every,
             journal=_open_journal(spec, state),
         )
@@ -279,6 +279,20 @@ class Engine:
         self._progress(
             EngineProgress(step=step, done=done, total=total, text=text, seconds=seconds, facts=counts or {})
         )
+
+
+def _depth(spec: EngineSpec, facts: WorkerFacts, limits: SchedulerLimits) -> int:
+    """Steps in flight at once. Drafts go on from the last token, so that with them there is never more than one."""
+    if not limits.max_drafts:
+        return spec.engine.pipeline_depth or facts.max_in_flight
+    if facts.max_in_flight > 1:
+        log.warning(
+            "speculation = %s: steps do not overlap, though %s could have %d in flight; drafts must make up for that",
+            spec.engine.speculation,
+            facts.device,
+            facts.max_in_flight,
+        )
+    return 1
 
 
 def _open_journal(spec: EngineSpec, state: SchedulerState) -> JournalFile | None:

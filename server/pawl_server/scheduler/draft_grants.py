@@ -20,9 +20,8 @@ def grant_drafts(plan: Plan, state: SchedulerState, limits: SchedulerLimits, num
     """Give drafts to those who decode, out of what the step has left.
 
     Only where no token is being sampled, for the last one must be known, and not where others fork from what the step
-    computes. Drafts take at most half of the budget that decodes leave, so that prompts go on
-    beside them; they take blocks, but nobody's: what does not fit is cut. Call it after the decodes are granted and
-    before anything else is.
+    computes. Drafts take at most half of the budget that decodes leave, so that prompts go on beside them; they take
+    blocks, but nobody's: what does not fit is cut. Call it after the decodes are granted and before anything else is.
 
     Args:
         plan: with its decodes, and nothing else.
@@ -31,15 +30,18 @@ def grant_drafts(plan: Plan, state: SchedulerState, limits: SchedulerLimits, num
         num_behind: sequences in mid-prompt, which may come to sample in this step.
     """
     slots, speculation = state.slots, state.speculation
-    if speculation is None:
+    if speculation is None or not speculation.num_looks:
+        return
+    rows = plan.rows[slots.draft_at[plan.rows] <= slots.length[plan.rows]]
+    if not len(rows):
         return
     may_start = min(len(state.queue), len(plan.free_rows))
     may_start += sum(len(leader.followers) for leader in state.leaders.values())
     num_samples = max(limits.max_running, LEAST_SAMPLES) - plan.num_decodes - num_behind - may_start
-    may_draft = slots.samples & (slots.expected == slots.length)
-    may_draft[[leader.row for leader in state.leaders.values()]] = False
-    rows = plan.rows[may_draft[plan.rows]]
-    proposals = speculation.propose(slots, rows, plan.load, min(plan.budget // 2, num_samples))
+    may_draft = slots.samples[rows] & (slots.expected[rows] == slots.length[rows])
+    if state.leaders:
+        may_draft &= ~np.isin(rows, [leader.row for leader in state.leaders.values()])
+    proposals = speculation.propose(slots, rows[may_draft], plan.load, min(plan.budget // 2, num_samples))
     plan.proposals = proposals
     if not proposals.drafts:
         return

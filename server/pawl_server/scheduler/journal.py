@@ -246,7 +246,7 @@ class Journal:
     def launched(self, plan: Plan) -> None:
         """A plan is launched."""
         attempts = plan.attempts or ([] if plan.proposals is None else [plan.proposals])
-        drafts = [proposals.chosen for proposals in attempts]
+        drafts = [proposals.chosen for proposals in attempts] if any(one.chosen for one in attempts) else []
         limits = None if plan.limits == self._limits else plan.limits
         self._write(Launched(plan.now, fingerprint(plan.wire()), drafts, limits))
 

@@ -28,10 +28,13 @@ __all__ = ["Drafter", "Drafting", "Proposals", "Speculation"]
 _WINDOW, _COMMON_WINDOW = 7.0, 50.0  # tries after which one weighs 1/e, of one sequence and of all
 _MOST_WAIT_FOUND_NOTHING = 4  # tokens until the next look, after as many that found nothing
 _MOST_WAIT = 16  # tokens until the next look, while what is found would not pay
-_LOOK_S = 2e-5  # about what a look takes, with its share of entering new tokens
-_LOOKS_SHARE = 0.01  # of a step's time that looks may take while they lead to nothing
+_ASK_S, _LOOK_S = 1e-4, 5e-5  # about what it takes a step to ask at all, and a look with its new tokens
+_LOOKS_SHARE = 0.01  # of the steps' time that looks may take while they do not save more than that
+_LOOKS_WINDOW = 32.0  # steps after which it counts for 1/e what looks saved
+_MOST_LOOKS_S = 2e-3  # that they may save up
+_NO_LIMIT = 1 << 30
 _LEAST_STEPS = 3  # measured before anything is drafted
-_FIRST_STEPS, _MEASURED_STEPS = 32, 8  # with drafts and without: learning takes time, too
+_FIRST_STEPS, _MEASURED_STEPS = 32, 16  # with drafts and without: learning takes time, too
 
 
 @dataclass(slots=True)
@@ -67,6 +70,7 @@ class Proposals:
         guesses: what was found, by row, whether any of it is computed or not.
         missed: rows for which nothing was found.
         hopeless: rows whose guess would not pay if the step had drafts of others, either.
+        saved_s: seconds that the drafts are expected to save, what looking for them takes not counted.
     """
 
     drafts: dict[int, list[int]] = field(default_factory=dict)
@@ -74,17 +78,28 @@ class Proposals:
     guesses: dict[int, Guess] = field(default_factory=dict)
     missed: list[int] = field(default_factory=list)
     hopeless: set[int] = field(default_factory=set)
+    saved_s: float = 0.0
+
+    @property
+    def num_looks(self) -> int:
+        """Sequences that were asked."""
+        return len(self.missed) + len(self.guesses)
 
 
 class Drafter(Protocol):
     """Decides who drafts what."""
+
+    @property
+    def num_looks(self) -> int:
+        """Sequences that the next step may ask; with 0 it need not ask any."""
+        ...
 
     def propose(self, slots: SlotTable, rows: IntArray, load: StepLoad, most: int) -> Proposals:
         """Draft for a step that may not be launched.
 
         Args:
             slots: the running sequences.
-            rows: of those that may draft: they decode, and all their tokens are known.
+            rows: of those that may draft: they decode, all their tokens are known, and `draft_at` is reached.
             load: of the step without drafts, in which everybody gives one token.
             most: tokens that all drafts together may have.
         """
@@ -121,15 +136,21 @@ class Speculation:
         self.make_proposer = make_proposer
         self._num_steps = [0, 0]  # without drafts and with some
         self._common = Acceptance(_COMMON_WINDOW)
-        self._promising = True  # whether the last step had drafts, or guesses that others' drafts would have made pay
+        self._net_s = 0.0  # what a step's looks saved of late, on average, less what they took
+        self._looks_s = _MOST_LOOKS_S  # that are left of what they may take
+        self._asked_s = 0.0  # what they took in the step that was launched last
+
+    @property
+    def num_looks(self) -> int:
+        """As many as there are while looks save time; else as many as a hundredth of the time is enough for."""
+        return _NO_LIMIT if self._net_s >= 0 else max(0, int((self._looks_s - _ASK_S) / _LOOK_S))
 
     def propose(self, slots: SlotTable, rows: IntArray, load: StepLoad, most: int) -> Proposals:
         """Draft for a step. What has become of earlier guesses is learnt, whether the step is launched or not."""
-        proposals, step_s = Proposals(), self.model.predict(load)
-        if most < 1:
+        proposals, num_looks = Proposals(), min(most, self.num_looks)
+        if num_looks < 1 or not len(rows):
             return proposals
-        rows = rows[slots.length[rows] >= slots.draft_at[rows]]
-        if not self._promising and len(rows) > (num_looks := max(1, int(_LOOKS_SHARE * step_s / _LOOK_S))):
+        if len(rows) > num_looks:  # who waited longest is asked first
             waited = slots.length[rows] - slots.draft_at[rows]
             rows = rows[np.argsort(-waited, kind="stable")[:num_looks]]
         for row in rows.tolist():
@@ -143,7 +164,7 @@ class Speculation:
             else:
                 proposals.missed.append(row)
         if proposals.guesses and self.model.num_steps >= _LEAST_STEPS:
-            self._choose(proposals, slots, load.num_tokens, step_s, most)
+            self._choose(proposals, slots, load, most)
         return proposals
 
     def _begin(self, sequence: SequenceState) -> Drafting:
@@ -163,13 +184,15 @@ class Speculation:
             if not wrong:
                 drafting.wait = 1
 
-    def _choose(self, proposals: Proposals, slots: SlotTable, num_tokens: int, step_s: float, most: int) -> None:
+    def _choose(self, proposals: Proposals, slots: SlotTable, load: StepLoad, most: int) -> None:
         rows, chances = list(proposals.guesses), self._chances(proposals, slots)
+        num_tokens, step_s, fixed_s = load.num_tokens, self.model.predict(load), self.model.drafts_s
         _, token, pair, read = self.model.coefficients
         seconds: FloatArray = token + read + pair * slots.length[rows].astype(np.float64)
-        counts = choose_drafts(
-            chances, seconds, num_tokens=num_tokens, step_s=step_s, fixed_s=self.model.drafts_s, most=most
-        )
+        counts = choose_drafts(chances, seconds, num_tokens=num_tokens, step_s=step_s, fixed_s=fixed_s, most=most)
+        if counts.any():
+            gained = float(chances[np.arange(self.most_drafts) < counts[:, None]].sum())
+            proposals.saved_s = gained * step_s / num_tokens - fixed_s - float(counts @ seconds)
         hopeless = chances[:, 0] * step_s < seconds * num_tokens
         for row, count, is_hopeless in zip(rows, counts.tolist(), hopeless.tolist(), strict=True):
             if count:
@@ -196,7 +219,9 @@ class Speculation:
 
     def launched(self, slots: SlotTable, proposals: Proposals) -> None:
         """A step with these proposals is launched: who was asked in vain is not asked again for a while."""
-        self._promising = len(proposals.guesses) > len(proposals.hopeless)
+        self._asked_s = _ASK_S + proposals.num_looks * _LOOK_S
+        self._looks_s -= self._asked_s
+        self._net_s += (proposals.saved_s - self._asked_s - self._net_s) / _LOOKS_WINDOW
         for row in proposals.missed:
             drafting = slots.owner(row).drafting
             if drafting is not None:
@@ -219,7 +244,9 @@ class Speculation:
             sequence.drafting.barred = True
 
     def observe(self, load: StepLoad, seconds: float) -> None:
-        """Learn from a measured step: the first ones with drafts and without, and then every eighth."""
+        """Learn from a measured step: the first ones with drafts and without, and then every sixteenth."""
+        self._looks_s = min(max(self._looks_s, 0.0) + _LOOKS_SHARE * seconds, _MOST_LOOKS_S)
         self._num_steps[load.has_drafts] += 1
         if self._num_steps[load.has_drafts] <= _FIRST_STEPS or self._num_steps[load.has_drafts] % _MEASURED_STEPS == 0:
-            self.model.observe(load, seconds)
+            self.model.observe(load, max(0.0, seconds - self._asked_s))
+        self._asked_s = 0.0

@@ -50,6 +50,11 @@ class _Recorded:
     def __init__(self) -> None:
         self._attempts: deque[list[tuple[int, int]]] = deque()
 
+    @property
+    def num_looks(self) -> int:
+        """As in the attempt that is the next."""
+        return 1
+
     def expect(self, attempts: Sequence[list[tuple[int, int]]]) -> None:
         """The next step is planned in so many attempts, with (row, number) of the drafts of each."""
         self._attempts = deque(attempts)

@@ -45,19 +45,19 @@ class Driven:
         fixed_cost: float = 1.0,
         drafts_cost: float = 0.0,
         others: int = 0,
-        measured: int = 33,
     ) -> None:
         self.limits = limits(
             num_blocks=4000, max_drafts=MOST, max_context=10_000, max_batch_tokens=256, max_running=128
         )
         self.bench = Bench(self.limits)
+        self._costs = (fixed_cost, token_cost, drafts_cost)
         self.says = Says(ids)
         self.speculation = Speculation(MOST, lambda sequence: self.says if sequence.order == 0 else Says([]))
         self.bench.state.speculation = self.speculation
-        for num_tokens in range(1, measured):
+        for num_tokens in range(1, 33):
             for has_drafts in (False, True):
-                seconds = fixed_cost + token_cost * num_tokens + drafts_cost * has_drafts
-                self.speculation.observe(StepLoad(num_tokens, 100, 100, has_drafts), seconds)
+                load = StepLoad(num_tokens, 100, 100, has_drafts)
+                self.speculation.observe(load, self._seconds(load))
         for _ in range(1 + others):
             self.bench.submit(self.bench.request([1, 2, 3], 9_000))
         self.accept = 0
@@ -84,10 +84,15 @@ class Driven:
             rows += [row] * (1 + len(accepted))
             token_ids += [*accepted, self._next(len(accepted))]
         commit(self.bench.state, plan, StepResult(wire.step, wire.epoch, rows, token_ids, [], [], [], 0, 0, 0), 0.0)
+        self.num_asked = 0 if plan.proposals is None else plan.proposals.num_looks
+        self.speculation.observe(plan.load, self._seconds(plan.load))
         return len(drafts)
 
+    def _seconds(self, load: StepLoad) -> float:
+        fixed_cost, token_cost, drafts_cost = self._costs
+        return fixed_cost + token_cost * load.num_tokens + drafts_cost * load.has_drafts
+
     def _drafts(self, plan: Plan) -> list[int]:
-        assert plan.proposals is not None or not plan.num_decodes
         return plan.proposals.drafts.get(self.sequence.row, []) if plan.proposals is not None else []
 
     def _next(self, num_accepted: int) -> int:
@@ -105,11 +110,26 @@ def test_cheap_drafts_that_are_right_are_made_at_every_step_and_at_length() -> N
 
 
 def test_before_some_steps_are_measured_guesses_are_only_compared() -> None:
-    driven = Driven([5, 5, 5, 5], token_cost=0.01, measured=1)
-    assert driven.steps(20, accept=MOST) == [0] * 20
-    assert driven.speculation.propose(driven.bench.state.slots, np.array([0]), StepLoad(1, 10, 10), 8).guesses
-    assert driven.sequence.drafting is not None
-    assert driven.sequence.drafting.acceptance.first(2) > 0.8
+    driven = Driven([5, 5, 5, 5], token_cost=0.01)
+    speculation, slots, load = Speculation(MOST, lambda _: driven.says), driven.bench.state.slots, StepLoad(1, 10, 10)
+    found = []
+    for _ in range(4):
+        found.append(speculation.propose(slots, np.array([driven.sequence.row]), load, 8))
+        speculation.observe(load, 1.0)
+    assert [len(proposals.guesses) for proposals in found] == [1, 1, 1, 1]
+    assert [len(proposals.drafts) for proposals in found] == [0, 0, 0, 1]
+
+
+def test_looks_that_save_nothing_take_a_hundredth_of_the_time() -> None:
+    """Of sixty sequences none of which finds anything, in steps of a millisecond: a tenth of a step that asks takes."""
+    driven = Driven([], token_cost=0.0, fixed_cost=1e-3, others=60)
+    asked = []
+    for _ in range(1200):
+        driven.step()
+        asked.append(driven.num_asked)
+    steps = [count for count in asked[200:] if count]
+    assert 0.005 < sum(1e-4 + 5e-5 * count for count in steps) < 0.0105
+    assert len(steps) > 30
 
 
 def test_what_is_never_right_is_not_computed_and_looked_up_ever_more_seldom() -> None:
