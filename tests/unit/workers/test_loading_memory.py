@@ -12,6 +12,7 @@ import torch
 
 from pawl_workers.kernels.cpu import CpuKernels
 from pawl_workers.kernels.onednn import OneDnnKernels
+from pawl_workers.kernels.weight_memory import WeightMemory
 from pawl_workers.model.headers import folder_headers
 from pawl_workers.model.loading import load_weights, plan_reading, read_config
 from pawl_workers.model.weights import Packer, Weights
@@ -40,6 +41,13 @@ def peak_of(work: Callable[[], Weights], folder: Path) -> tuple[Weights, int]:
     return made, peak
 
 
+@pytest.fixture
+def packed_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiler sees what torch gives out: let packed weights come from there too."""
+    monkeypatch.setattr(WeightMemory, "take", lambda _, num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
+
+
+@pytest.mark.usefixtures("packed_by_torch")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shard_size", ["5GB", "1MB"])

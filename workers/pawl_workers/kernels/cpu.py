@@ -22,6 +22,7 @@ from pawl_workers.kernels.cpu_linear import NARROW, CpuLinear, Workspace, packed
 from pawl_workers.kernels.cpu_program import CpuProgram
 from pawl_workers.kernels.cpu_sampler import CpuSampler
 from pawl_workers.kernels.native.library import Library, load_library
+from pawl_workers.kernels.weight_memory import WeightMemory
 from pawl_workers.model.spec import Activation
 from pawl_workers.model.weights import AttentionRule, LayerWeights, NormWeights, QueryKeyNormWeights
 
@@ -79,6 +80,7 @@ class CpuKernels:
     def __init__(self, cache_dtype: torch.dtype = torch.float32, byte_scales: ByteScales | None = None) -> None:
         self._library = load_library()
         self._workspace = Workspace()
+        self._memory = WeightMemory()
         self._byte_scales = byte_scales
         self._cache_dtype = cache_dtype
         self._format = _CACHE_FORMATS[cache_dtype]
@@ -100,7 +102,7 @@ class CpuKernels:
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
         """Pack into panels."""
-        return CpuLinear(weight, bias, self._library, self._workspace, self._byte_scales)
+        return CpuLinear(weight, bias, self._library, self._workspace, self._memory, self._byte_scales)
 
     def pack_head(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
         """As any other."""

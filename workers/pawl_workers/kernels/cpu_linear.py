@@ -10,6 +10,7 @@ from torch import Tensor
 from pawl_workers.kernels.byte_weights import ByteScales, ByteWeight
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import LinearCall
+from pawl_workers.kernels.weight_memory import WeightMemory
 
 __all__ = ["NARROW", "CpuLinear", "Workspace", "packed_bytes"]
 
@@ -57,7 +58,7 @@ class CpuLinear:
     """
 
     __slots__ = (
-        "_group", "_library", "_packed", "_start", "_workspace", "bias", "data_type", "in_features", "out_features",
+        "_group", "_library", "_packed", "_workspace", "bias", "data_type", "in_features", "out_features",
         "scales",
     )  # fmt: skip
 
@@ -67,6 +68,7 @@ class CpuLinear:
         bias: Tensor | None,
         library: Library,
         workspace: Workspace,
+        memory: WeightMemory,
         byte_scales: ByteScales | None = None,
     ) -> None:
         self.out_features, self.in_features = weight.shape
@@ -80,9 +82,7 @@ class CpuLinear:
         num_bytes = packed_bytes(self.out_features, self.in_features, self.data_type, library.panel_width, byte_scales)
         if byte_scales is not None and byte_scales.group is None:
             num_bytes -= byte_scales.scale_bytes((self.out_features, self.in_features))
-        memory = torch.empty(num_bytes + 63, dtype=torch.uint8)
-        self._start = -memory.data_ptr() % 64
-        self._packed = memory[self._start : self._start + num_bytes]
+        self._packed = memory.take(num_bytes)
         if byte_scales is None:
             self._fill(weight.to(self.data_type))
         else:
