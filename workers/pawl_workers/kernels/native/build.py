@@ -30,7 +30,9 @@ _SOURCES = (
     "elementwise.c",
     "experts.c",
     "program.c",
+    "best_tokens.c",
     "sampling.c",
+    "describe.c",
     "threads.c",
 )
 _HEADERS = (
@@ -39,6 +41,7 @@ _HEADERS = (
     "linear_tiles.h",
     "panels.h",
     "sums.h",
+    "best_tokens.h",
     "attention.h",
     "attention_rows.h",
     "softmax.h",
