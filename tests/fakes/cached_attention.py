@@ -49,6 +49,7 @@ class CachedAttention:
             heads = torch.randn(length, width, case.shape.head_dim, generator=generator)
             layout = self._kernels.lay_out(arrays_of([(i, 0, length)], self._tables), case.shape)
             self._queries.append(self._kernels.place(heads, None, None, self._keys, self._values, layout))
+        self._leave_no_numbers()
 
     def attend(self, parts: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """One step of (sequence, first position, end): what each part gives, [tokens, H, head_dim]."""
@@ -56,6 +57,13 @@ class CachedAttention:
         q = torch.cat([self._queries[i][start:end] for i, start, end in parts])
         found = self._kernels.attend(q, self._case.rule, self._keys, self._values, layout)
         return list(torch.split(found, [end - start for _, start, end in parts]))
+
+    def _leave_no_numbers(self) -> None:
+        """In the kernels' own memory: what a later step does not write it must not read."""
+        for i, length in enumerate(self._case.lengths):
+            layout = self._kernels.lay_out(arrays_of([(i, 0, length)], self._tables), self._case.shape)
+            q = torch.full_like(self._queries[i], torch.nan)
+            self._kernels.attend(q, self._case.rule, self._keys, self._values, layout)
 
     def exact(self, sequence: int) -> Tensor:
         """The same of all tokens of a sequence in fp64, [tokens, H, head_dim]."""

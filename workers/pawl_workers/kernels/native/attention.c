@@ -20,6 +20,8 @@
 #include "softmax.h"
 #include "vector.h"
 
+#define MOST_PREFETCHED 2 /* groups that share what is prefetched */
+
 typedef struct {
     Rows group;
     float split_maximum[GROUP_ROWS], split_total[GROUP_ROWS];
@@ -98,28 +100,35 @@ static void take_queries(const Tile *t, Scratch *s, int first, int rows) {
     }
 }
 
-/* The scores [start, end) of a row become weights; of keys outside of [past, seen) they are 0. */
-static void weigh(const Attention *step, Scratch *s, int row, const Split *split, int64_t start, int64_t end,
-                  int64_t past, int64_t seen) {
-    float *scores = s->group.scores[row];
-    past = larger(past, start), seen = smaller(seen, end);
-    s->split_maximum[row] = -INFINITY, s->split_total[row] = 0.0f;
-    int64_t from = past / STEP * STEP, to = (seen + STEP - 1) / STEP * STEP;
-    if (past >= seen) from = to = end;
-    for (int64_t i = start; i < from; i++) scores[i] = 0.0f;
-    for (int64_t i = to; i < end; i++) scores[i] = 0.0f;
-    if (past >= seen) return;
-    if (step->softcap != 0.0f)
-        for (int64_t i = from; i < to; i += LANES) {
-            v8 capped = tanh8(load8(scores + i) / all8(step->softcap));
-            store8(scores + i, all8((float)((double)step->softcap * LOG2_E)) * capped);
-        }
-    for (int64_t i = from; i < past; i++) scores[i] = -INFINITY;
-    for (int64_t i = seen; i < to; i++) scores[i] = -INFINITY;
-    float maximum = largest(scores, from, to);
-    s->split_maximum[row] = maximum;
-    s->split_total[row] = split->scaled ? weigh_scores(scores, from, to, maximum, split->value_scales, BLOCK)
-                                        : weigh_scores(scores, from, to, maximum, NULL, BLOCK);
+INLINE void cap(float *scores, int64_t from, int64_t to, float softcap) {
+    v8 most = all8((float)((double)softcap * LOG2_E));
+    for (int64_t i = from; i < to; i += LANES) store8(scores + i, most * tanh8(load8(scores + i) / all8(softcap)));
+}
+
+/* The scores [start, end) of a group become weights, 0 those of keys that a row does not see. */
+static void weigh(const Tile *t, Scratch *s, const Split *split, int first, int rows, int64_t start, int64_t end) {
+    const Attention *step = t->step;
+    const float *const *scales = split->scaled ? split->value_scales : NULL;
+    end = (end + STEP - 1) / STEP * STEP;
+    for (int row = 0; row < rows; row++) {
+        int64_t seen = visible(t, first + row) - split->first_key;
+        if (step->softcap != 0.0f) cap(s->group.scores[row], start, end, step->softcap);
+        hide(s->group.scores[row], start, end, seen - step->window, seen);
+    }
+#define WEIGH(count)                                                                                               \
+    if (scales) weigh_rows(count, s->group.scores[row], SCORE_STRIDE, start, end, scales, BLOCK,                   \
+                           s->split_maximum + row, s->split_total + row);                                          \
+    else weigh_rows(count, s->group.scores[row], SCORE_STRIDE, start, end, NULL, BLOCK, s->split_maximum + row,    \
+                    s->split_total + row);
+    int row = 0;
+    for (; row + 4 <= rows; row += 4) { WEIGH(4) }
+    switch (rows - row) {
+        case 3: WEIGH(3) break;
+        case 2: WEIGH(2) break;
+        case 1: WEIGH(1) break;
+        default: break;
+    }
+#undef WEIGH
 }
 
 /* A split for some rows of a tile, by itself: maximum, total, and what each of them gathers. */
@@ -129,22 +138,23 @@ static void attend_group(const Tile *t, Scratch *s, Split *split, int first, int
     int64_t end = smaller(visible(t, first + rows - 1) - split->first_key, SPLIT);
     int64_t start = larger(visible(t, first) - step->window - split->first_key, 0) / BLOCK * BLOCK;
     int format = split->widened ? FLOAT : step->format;
-    for (int row = 0; row < rows; row++) memset(s->group.sums[row], 0, (size_t)dims * sizeof(float));
+    for (int row = 0; row < rows; row++) {
+        memset(s->group.sums[row], 0, (size_t)dims * sizeof(float));
+        s->split_maximum[row] = -INFINITY, s->split_total[row] = 0.0f;
+    }
+    if (start >= end) return; /* other groups of the tile see keys of this split */
     take_queries(t, s, first, rows);
     for (int64_t key = start; key < end; key += BLOCK) {
         int64_t i = key / BLOCK;
-        if (first == 0) {
+        if (first == 0 && t->groups <= MOST_PREFETCHED) { /* else there is more to compute than to read */
             if (key + BLOCK < end) prefetch(split->keys[i + 1], bytes);
-            if (!split->widened) prefetch(split->values[i], bytes); /* else there is more to compute than to read */
+            if (!split->widened) prefetch(split->values[i], bytes);
         }
         if (split->widened) widen_up_to(t, start, key + BLOCK, &split->wide_keys, split->keys, s->keys);
         score_block(&s->group, rows, format, split->keys[i], split->scaled ? split->key_scales[i] : NULL, dims, key,
                     end - key);
     }
-    for (int row = 0; row < rows; row++) {
-        int64_t seen = visible(t, first + row) - split->first_key;
-        weigh(step, s, row, split, start, end, seen - step->window, seen);
-    }
+    weigh(t, s, split, first, rows, start, end);
     int64_t at_once = passes_of(rows) > 1 ? VALUES_AT_ONCE : SPLIT;
     for (int64_t key = start; key < end; key += at_once) {
         int64_t until = smaller(key + at_once, end);
@@ -167,7 +177,8 @@ static void begin(const Tile *t, Scratch *s, int row) {
 static void finish(const Tile *t, const Scratch *s, int row) {
     int64_t dims = t->step->head_dim;
     float *out = t->step->out + row_offset(t, row);
-    for (int64_t i = 0; i < dims; i++) out[i] = s->sums[row * t->step->padded + i] / s->total[row];
+    float share = 1.0f / s->total[row];
+    for (int64_t i = 0; i < dims; i++) out[i] = s->sums[row * t->step->padded + i] * share;
 }
 
 static Tile tile_of(const Attention *step, const int64_t *fields, int64_t head) {

@@ -39,46 +39,70 @@ INLINE vw exp2w(vw x) {
     return y * (vw)((vwi)rounded << 23);
 }
 
-/* Both multiples of STEP. */
-INLINE float largest(const float *scores, int64_t from, int64_t to) {
-    vw first = loadw(scores + from), second = first; /* which do not wait for each other */
-    for (int64_t i = from + WIDTH; i < to; i += 2 * WIDTH) {
-        int64_t other = i + WIDTH < to ? i + WIDTH : i;
-        first = maxw(first, loadw(scores + i)), second = maxw(second, loadw(scores + other));
+/* scores[from .. to) of keys that are not in [past, seen) become -infinity; from and to are multiples of STEP. */
+INLINE void hide(float *scores, int64_t from, int64_t to, int64_t past, int64_t seen) {
+    for (int64_t i = from; i < past && i < to; i++) scores[i] = -INFINITY;
+    vwi lane;
+    for (int i = 0; i < WIDTH; i++) lane[i] = i;
+    for (int64_t i = seen < from ? from : seen / WIDTH * WIDTH; i < to; i += WIDTH) {
+        vwi shown = lane < (int32_t)(seen - i);
+        storew(scores + i, (vw)((shown & (vwi)loadw(scores + i)) | (~shown & (vwi)allw(-INFINITY))));
     }
+}
+
+INLINE float largest_of(vw x) {
 #if WIDTH == 16
-    return largest8(max8(lower_half(maxw(first, second)), upper_half(maxw(first, second))));
+    return largest8(max8(lower_half(x), upper_half(x)));
 #else
-    return largest8(max8(first, second));
+    return largest8(x);
 #endif
 }
 
-/* scores[from .. to), likewise, become weights; their sum. `scales`: of values, in blocks of so many, which go into the
-   weights after these are added up; or NULL. */
-INLINE float weigh_scores(float *scores, int64_t from, int64_t to, float maximum, const float *const *scales,
-                          int64_t block) {
-    vw first = allw(0.0f), second = first;
-    for (int64_t i = from; i < to; i += STEP) {
-        const float *scale = scales ? scales[i / block] + i % block : NULL;
-        vw weight = exp2w(loadw(scores + i) - allw(maximum));
-        first += weight;
-        storew(scores + i, scales ? weight * loadw(scale) : weight);
-        if (WIDTH == STEP) continue;
-        weight = exp2w(loadw(scores + i + WIDTH) - allw(maximum));
-        second += weight;
-        storew(scores + i + WIDTH, scales ? weight * loadw(scale + WIDTH) : weight);
-    }
+INLINE float sum_of(vw first, vw second) {
 #if WIDTH == 16
+    (void)second;
     return sum8(lower_half(first) + upper_half(first));
 #else
     return sum8(first + second);
 #endif
 }
 
+/* Of some rows, `stride` apart, scores[from .. to), both multiples of STEP, become weights: their sums, and the scores
+   that weigh 1. `scales`: of values, in blocks of so many, which go into the weights after these are added up; or NULL. */
+INLINE void weigh_rows(int rows, float *scores, int64_t stride, int64_t from, int64_t to, const float *const *scales,
+                       int64_t block, float *maximum, float *total) {
+    vw most[4], first[4], second[4];
+    float one[4];
+    for (int r = 0; r < rows; r++) most[r] = loadw(scores + r * stride + from), first[r] = second[r] = allw(0.0f);
+    for (int64_t i = from + WIDTH; i < to; i += WIDTH)
+        for (int r = 0; r < rows; r++) most[r] = maxw(most[r], loadw(scores + r * stride + i));
+    for (int r = 0; r < rows; r++) {
+        maximum[r] = largest_of(most[r]);
+        one[r] = maximum[r] == -INFINITY ? 0.0f : maximum[r]; /* of a row that sees none of these keys all weigh 0 */
+    }
+    for (int64_t i = from; i < to; i += STEP)
+        for (int half = 0; half < STEP / WIDTH; half++) {
+            int64_t at = i + half * WIDTH;
+            vw scale = scales ? loadw(scales[i / block] + i % block + half * WIDTH) : allw(1.0f);
+            for (int r = 0; r < rows; r++) {
+                vw weight = exp2w(loadw(scores + r * stride + at) - allw(one[r]));
+                if (half) second[r] += weight;
+                else first[r] += weight;
+                storew(scores + r * stride + at, scales ? weight * scale : weight);
+            }
+        }
+    for (int r = 0; r < rows; r++) total[r] = sum_of(first[r], second[r]);
+}
+
 /* total, maximum and sums become those of both parts. */
 INLINE void merge(float *maximum, float *total, float *sums, float other_maximum, float other_total, const float *other,
                   int64_t dims) {
     if (other_maximum == -INFINITY) return; /* nothing seen there */
+    if (*maximum == -INFINITY) {
+        for (int64_t i = 0; i < dims; i += WIDTH) storew(sums + i, loadw(other + i));
+        *maximum = other_maximum, *total = other_total;
+        return;
+    }
     float both = *maximum > other_maximum ? *maximum : other_maximum;
     vw kept = exp2w(allw(*maximum - both)), added = exp2w(allw(other_maximum - both));
     for (int64_t i = 0; i < dims; i += WIDTH)
