@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -44,7 +45,9 @@ class Engine:
         command += [part for name, value in (flags | settings).items() for part in (f"--{name}", value)]
         self._client: AsyncClient | None = None
         started = time.monotonic()
-        self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        # What is set for gRPC is meant for this client alone.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+        self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
         try:
             target = self._wait_ready(ready)
         except BaseException:
