@@ -20,7 +20,8 @@ def run_lines(run: TimedRun, cost: Cost) -> list[str]:
     rates = [run.workload.counted_tokens / seconds for seconds in run.plain_s]
     head = (
         f"{run.workload.name}: {spread(rates)} {run.workload.unit}, watched {spread(run.watched_s, 3)} s; "
-        f"the parts add up to {run.accounted:.0%} of the {statistics.median(run.plain_s):.3f} s without a watch"
+        f"the parts add up to {run.accounted:.0%} of the {statistics.median(run.plain_s):.3f} s without a watch; "
+        f"others took up to {run.others:.2f} cores"
     )
     return [head, *(line for phase in run.phases(cost) for line in phase_lines(phase))]
 
@@ -61,6 +62,7 @@ def as_json(
             run.workload.name: {
                 "plain_s": list(run.plain_s),
                 "watched_s": list(run.watched_s),
+                "others": run.others,
                 "accounted": run.accounted,
                 "phases": {phase.name: _figures(phase) for phase in run.phases(cost)},
             }

@@ -11,6 +11,7 @@ from pawl_loadtest.kernel_bench.limits import limits_of_step
 from pawl_loadtest.kernel_bench.split import Phase, WatchedStep, parts_of, phases_of
 from pawl_loadtest.peers.bounds import MachineLimits
 from pawl_loadtest.peers.in_process import InProcess
+from pawl_loadtest.peers.others import others_cores
 from pawl_loadtest.peers.shapes import Shape as ModelShape
 from pawl_loadtest.peers.workloads import Workload
 from pawl_loadtest.steps import Shape
@@ -77,12 +78,14 @@ class TimedRun:
 
     Attributes:
         plain_s: seconds of each run that nobody watched, and `watched_s` of each that was.
+        others: cores that others took meanwhile, the most of all runs.
         steps: of the watched run in the middle.
     """
 
     workload: Workload
     plain_s: Sequence[float]
     watched_s: Sequence[float]
+    others: float
     steps: Sequence[WatchedStep]
 
     def phases(self, cost: Cost) -> list[Phase]:
@@ -101,15 +104,19 @@ def run_workload(engine: InProcess, workload: Workload, rounds: int) -> TimedRun
     engine.run([prompt[: 2 * _WARM_UP_TOKENS] for prompt in prompts], _WARM_UP_TOKENS)
     plain: list[float] = []
     watched: list[tuple[float, Watch]] = []
+    others = 0.0
     for number in range(2 * rounds):
         watches = number % 4 in {1, 2}  # neither is always the first
         started = time.perf_counter()
         watch = Watch(engine.worker) if watches else None
-        engine.run(prompts, workload.output_tokens, through=watch)
+        with others_cores() as beside:
+            engine.run(prompts, workload.output_tokens, through=watch)
+        others = max(others, beside.cores)
         seconds = time.perf_counter() - started
         if watch is None:
             plain.append(seconds)
         else:
             watched.append((seconds, watch))
     watched.sort(key=lambda run: run[0])
-    return TimedRun(workload, plain, [seconds for seconds, _ in watched], watched[len(watched) // 2][1].steps)
+    steps = watched[len(watched) // 2][1].steps
+    return TimedRun(workload, plain, [seconds for seconds, _ in watched], others, steps)

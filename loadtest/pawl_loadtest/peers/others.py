@@ -21,14 +21,14 @@ class Others:
 
 
 @contextmanager
-def others_cores(process_id: int) -> Iterator[Others]:
+def others_cores(process_id: int | None = None) -> Iterator[Others]:
     """Measure over the body.
 
     Time that the machine's host gave to other machines counts, too. A process of the engine that ends meanwhile counts
     as another's.
 
     Args:
-        process_id: of the engine; the processes that it has started belong to it.
+        process_id: of the engine; the processes that it has started belong to it. None: it is this process.
     """
     others = Others()
     busy, own, started = _busy_s(), _own_s(process_id), time.monotonic()
@@ -43,8 +43,10 @@ def _busy_s() -> float:
     return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
 
 
-def _own_s(process_id: int) -> float:
+def _own_s(process_id: int | None) -> float:
     used = sum(os.times()[:2])
+    if process_id is None:
+        return used
     with suppress(psutil.NoSuchProcess):
         engine = psutil.Process(process_id)
         for process in (engine, *engine.children(recursive=True)):

@@ -97,10 +97,10 @@ def test_steps_are_added_up_by_phase_and_held_to_their_limits() -> None:
 
 def test_the_sum_of_all_parts_is_held_to_the_time_without_a_watch() -> None:
     steps = [_step("2x4@1", seconds=60.0), _step("2x1@5", seconds=44.0)]
-    run = TimedRun(Workload(2, 4, 2), [80.0, 70.0, 90.0], [104.0], steps)
+    run = TimedRun(Workload(2, 4, 2), [80.0, 70.0, 90.0], [104.0], 0.25, steps)
     assert run.accounted == pytest.approx(2 * 42 / 80)
     lines = run_lines(run, Cost(TINY, 2, 4, MachineLimits(1e9, 1e9, 1e9)))
-    assert "the parts add up to 105% of the 80.000 s without a watch" in lines[0]
+    assert "the parts add up to 105% of the 80.000 s without a watch; others took up to 0.25 cores" in lines[0]
 
 
 def test_the_parts_of_a_real_step_are_parts_of_it() -> None:
