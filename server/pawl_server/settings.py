@@ -74,7 +74,7 @@ class EngineSettings:
     )
     speculation: str = _setting(
         "off",
-        "drafts that a step verifies beside the next token: ngram (from the text so far) or off; same output",
+        "drafts that a step verifies beside the next token: ngram (the text so far, what a grammar forces) or off",
     )
     speculation_tokens: int = _setting(8, "most drafts of one sequence in a step, 1 to 32")
     max_preemptions: int = _setting(4, "how often a sequence may lose its blocks to others, at least 1")
