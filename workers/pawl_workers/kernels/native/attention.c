@@ -90,19 +90,18 @@ INLINE void prefetch(const char *from, int64_t bytes) {
 
 static void take_queries(const Tile *t, Scratch *s, int first, int rows) {
     const Attention *step = t->step;
-    float scale = step->softcap != 0.0f ? step->scale : (float)((double)step->scale * LOG2_E);
     for (int i = 0; i < rows; i++) {
         int row = first + i;
         const float *q = step->q + row_offset(t, row);
         float *to = s->group.queries[i];
-        for (int64_t dim = 0; dim < step->head_dim; dim++) to[dim] = q[dim] * scale;
+        for (int64_t dim = 0; dim < step->head_dim; dim++) to[dim] = q[dim] * step->scale;
         for (int64_t dim = step->head_dim; dim < step->padded; dim++) to[dim] = 0.0f;
     }
 }
 
 INLINE void cap(float *scores, int64_t from, int64_t to, float softcap) {
-    v8 most = all8((float)((double)softcap * LOG2_E));
-    for (int64_t i = from; i < to; i += LANES) store8(scores + i, most * tanh8(load8(scores + i) / all8(softcap)));
+    v8 most = all8(softcap);
+    for (int64_t i = from; i < to; i += LANES) store8(scores + i, most * tanh8(load8(scores + i) / most));
 }
 
 /* The scores [start, end) of a group become weights, 0 those of keys that a row does not see. */
@@ -170,7 +169,7 @@ static void begin(const Tile *t, Scratch *s, int row) {
     memset(s->sums + row * step->padded, 0, (size_t)step->padded * sizeof(float));
     s->maximum[row] = -INFINITY, s->total[row] = 0.0f;
     if (!step->sinks) return;
-    s->maximum[row] = (float)((double)step->sinks[t->first_head + row % t->heads] * LOG2_E);
+    s->maximum[row] = step->sinks[t->first_head + row % t->heads];
     s->total[row] = 1.0f;
 }
 

@@ -1,5 +1,4 @@
-/* Scores become weights, and the results of two parts of the keys one. Scores come multiplied by log2 e, so that weights
-   are powers of 2.
+/* Scores become weights, and the results of two parts of the keys one.
 
    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018. */
 #ifndef PAWL_SOFTMAX_H
@@ -7,7 +6,6 @@
 
 #include "vector.h"
 
-#define LOG2_E 1.4426950408889634
 #define STEP 16 /* scores at a time, whatever the width of a register: sums of weights have the same bits */
 
 typedef int32_t vwi __attribute__((vector_size(4 * WIDTH)));
@@ -25,11 +23,12 @@ INLINE v8 lower_half(vw x) { return (v8)_mm512_castps512_ps256((__m512)x); }
 INLINE v8 upper_half(vw x) { return (v8)_mm512_extractf32x8_ps((__m512)x, 1); }
 #endif
 
-/* 2^x for x <= 0, within 2 ulp, exactly 1 at 0; 0 below -126.5, so that -infinity weighs nothing. The polynomial has the
-   least relative error, 1e-7, of those of its degree on [-1/2, 1/2] that are 1 at 0. */
-INLINE vw exp2w(vw x) {
-    vw magic = allw(12583039.0f);        /* 1.5 * 2^23 + 127: adding it rounds to an integer, the exponent's bits lowest */
-    x = maxw(allw(-127.0f), x);          /* in this order: what is no number stays none */
+/* e^x for x <= 0, exactly 1 at 0; 0 below -87.7, so that -infinity weighs nothing. It is 2^(x log2 e): what rounding that
+   product loses grows with x, as the result falls. The polynomial for 2^f has the least relative error, 1e-7, of those of
+   its degree on [-1/2, 1/2] that are 1 at 0. */
+INLINE vw expw(vw x) {
+    vw magic = allw(12583039.0f); /* 1.5 * 2^23 + 127: adding it rounds to an integer, the exponent's bits lowest */
+    x = maxw(allw(-127.0f), x * allw(1.44269504088896341f)); /* in this order: what is no number stays none */
     vw rounded = x + magic, f = x - (rounded - magic), y = allw(1.3264727253e-3f);
     y = fmaw(y, f, allw(9.6715127859e-3f));
     y = fmaw(y, f, allw(5.5507337445e-2f));
@@ -85,7 +84,7 @@ INLINE void weigh_rows(int rows, float *scores, int64_t stride, int64_t from, in
             int64_t at = i + half * WIDTH;
             vw scale = scales ? loadw(scales[i / block] + i % block + half * WIDTH) : allw(1.0f);
             for (int r = 0; r < rows; r++) {
-                vw weight = exp2w(loadw(scores + r * stride + at) - allw(one[r]));
+                vw weight = expw(loadw(scores + r * stride + at) - allw(one[r]));
                 if (half) second[r] += weight;
                 else first[r] += weight;
                 storew(scores + r * stride + at, scales ? weight * scale : weight);
@@ -104,7 +103,7 @@ INLINE void merge(float *maximum, float *total, float *sums, float other_maximum
         return;
     }
     float both = *maximum > other_maximum ? *maximum : other_maximum;
-    vw kept = exp2w(allw(*maximum - both)), added = exp2w(allw(other_maximum - both));
+    vw kept = expw(allw(*maximum - both)), added = expw(allw(other_maximum - both));
     for (int64_t i = 0; i < dims; i += WIDTH)
         storew(sums + i, fmaw(loadw(other + i), added, loadw(sums + i) * kept));
     *total = *total * kept[0] + other_total * added[0];
