@@ -129,7 +129,8 @@ def load_library() -> Library:
         function.argtypes, function.restype = types, None
         functions[name] = Function(function)
     for name, arguments in _COUNTS.items():
-        loaded[f"pawl_{name}"].argtypes, loaded[f"pawl_{name}"].restype = arguments, _N
+        count = getattr(loaded, f"pawl_{name}")  # which the library keeps, and by index it does not
+        count.argtypes, count.restype = arguments, _N
     _compare_sizes(loaded)
     return Library(
         **functions,
