@@ -67,6 +67,7 @@ def _make_bench(draw: random.Random) -> Bench:
         max_prefill_chunk=min(8, made.max_prefill_chunk),
         prefix_cache=True,
         max_drafts=max(2, made.max_drafts),
+        preempt_below=1,
         output_quantile=0.0,
     )
     return Bench(limits, depth=draw.randint(2, 3))
@@ -75,8 +76,10 @@ def _make_bench(draw: random.Random) -> Bench:
 def _request(bench: Bench, draw: random.Random) -> SequenceRequest:
     request = random_request(bench, draw)
     constrained = draw.random() < 0.1  # which keeps it from drafting
+    urgent = draw.random() < 0.2  # so that somebody is to give way while others draft
     return dataclasses.replace(
         request,
+        priority=2 if urgent else request.priority,
         tenant="ab"[request.cache_key[0]],
         weight=draw.choice([1.0, 2.0]),
         retain_prefix_s=draw.choice([0.0, 0.0, 0.0, 20.0]),

@@ -149,6 +149,10 @@ class _Player:
         refusal = self.state.submit(request, event.now)
         if refusal is not None:
             raise ReplayError(f"sequence {first} is refused, which the journal says was taken: {refusal.message}")
+        for number in range(first + 1, self.num_sequences):  # a block of prompt and output has the name of its sample
+            own = self.state.live[number].tokens
+            for position in range(event.num_prompt - event.num_prompt % self.limits.block_size, event.num_prompt):
+                own[position] = self._token(number, position)
 
     def _launch(self, event: journal.Launched) -> None:
         self.num_steps += 1
