@@ -33,7 +33,6 @@ _SOURCES = (
     "best_tokens.c",
     "sampling.c",
     "describe.c",
-    "threads.c",
 )
 _HEADERS = (
     "vector.h",
@@ -47,7 +46,6 @@ _HEADERS = (
     "softmax.h",
     "elementwise.h",
     "experts.h",
-    "threads.h",
 )
 _BUILT = _FOLDER / "built"
 # No -march=native: the machine that builds may not be the one that runs. Products and sums are fused where the source

@@ -9,7 +9,6 @@
 #include "elementwise.h"
 #include "experts.h"
 #include "linear.h"
-#include "threads.h"
 
 #define MOST_ROTARIES 4
 #define NUM_BUFFERS 12
@@ -100,8 +99,6 @@ static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threa
 /* Operations in order; a MERGE is passed over where no tile's splits were shared out. */
 void pawl_run(const Operation *operations, int64_t num_operations, const Frame *frame, int32_t threads) {
     memset(frame->counters, 0, (size_t)num_operations * sizeof(int64_t));
-    Seat seats[threads];
-    empty_seats(seats, threads);
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
@@ -109,7 +106,6 @@ void pawl_run(const Operation *operations, int64_t num_operations, const Frame *
         double *seconds = thread == 0 ? frame->seconds : NULL, before = seconds ? omp_get_wtime() : 0.0;
         for (int64_t i = 0; i < num_operations; i++) {
             if (operations[i].kind == MERGE && !frame->pairs) continue;
-            take_seat(seats, thread, threads);
             run(&operations[i], frame, frame->counters + i, threads, scratch);
             double done = seconds ? omp_get_wtime() : 0.0;
 #pragma omp barrier
