@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from pawl.status import from_status
 from pawl.v1 import admin_pb2, inference_pb2, inference_pb2_grpc, types_pb2
 from pawl_server.internal.v1 import engine_pb2, fleet_pb2
 from tests.fakes.fake_engine import FakeEngine, ids_of
-from tests.fakes.front_end import RunningFrontEnd, front_end, health_stub
+from tests.fakes.front_end import RunningFrontEnd, front_end, health_stub, scrape
 from tests.fakes.tokenizer import write_checkpoint
 
 
@@ -258,20 +257,15 @@ async def test_a_reader_that_takes_nothing_is_given_up(server: RunningFrontEnd) 
         # The engine never waited: it has made every token although nobody reads.
         await server.engine.seen(lambda: bool(server.engine.submits) and not server.engine.live)
         async with asyncio.timeout(10):
-            while _CANCELLED_ONE not in await asyncio.to_thread(_scrape, server):
+            while _CANCELLED_ONE not in await asyncio.to_thread(scrape, server):
                 await asyncio.sleep(0.05)
-        assert 'pawl_frontend_streams_open{model="toy"} 0.0' in await asyncio.to_thread(_scrape, server)
+        assert 'pawl_frontend_streams_open{model="toy"} 0.0' in await asyncio.to_thread(scrape, server)
         call.cancel()
     server.engine.reply = FakeEngine().reply
     await _works(server)
 
 
 _CANCELLED_ONE = 'pawl_requests_total{method="StreamGenerate",model="toy",outcome="cancelled"} 1.0'
-
-
-def _scrape(server: RunningFrontEnd) -> str:
-    with urllib.request.urlopen(f"http://{server.addresses.metrics}/metrics", timeout=10) as answer:
-        return str(answer.read().decode())
 
 
 async def test_drain_lets_requests_finish_and_refuses_new_ones(server: RunningFrontEnd) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from pawl.status import from_status
 from pawl.v1 import admin_pb2, inference_pb2, inference_pb2_grpc, model_pb2, types_pb2
 from pawl_server.internal.v1 import engine_pb2
 from tests.fakes.fake_engine import FakeEngine, ids_of
-from tests.fakes.front_end import RunningFrontEnd, front_end, health_stub
+from tests.fakes.front_end import RunningFrontEnd, front_end, health_stub, scrape
 from tests.fakes.tokenizer import EOS_ID, write_checkpoint
 
 SAMPLES = 3
@@ -161,7 +160,7 @@ async def test_a_reader_that_takes_nothing_loses_all_samples(server: RunningFron
         await call.initial_metadata()
         await _aborted(server, engine_pb2.ABORT_REASON_SLOW_READER)
         async with asyncio.timeout(10):
-            while _GIVEN_UP not in await asyncio.to_thread(_scrape, server):
+            while _GIVEN_UP not in await asyncio.to_thread(scrape, server):
                 await asyncio.sleep(0.05)
         call.cancel()
     server.engine.reply = FakeEngine().reply
@@ -173,11 +172,6 @@ async def _context(server: RunningFrontEnd) -> int:
 
 
 _GIVEN_UP = 'pawl_requests_total{method="StreamGenerate",model="toy",outcome="cancelled"} 1.0'
-
-
-def _scrape(server: RunningFrontEnd) -> str:
-    with urllib.request.urlopen(f"http://{server.addresses.metrics}/metrics", timeout=10) as answer:
-        return str(answer.read().decode())
 
 
 async def test_a_drain_lets_all_samples_finish(server: RunningFrontEnd) -> None:

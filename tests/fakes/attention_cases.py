@@ -16,7 +16,7 @@ from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.model.spec import QueryKeyNorm
 from pawl_workers.model.weights import AttentionRule, QueryKeyNormWeights
 
-__all__ = ["AttentionCase", "attention_cases", "run_case"]
+__all__ = ["AttentionCase", "arrays_of", "attention_cases", "run_case"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def run_case(
         parts = [[(i, before, before + new) for i, (before, new) in enumerate(case.sequences)]]
     found: list[list[Tensor]] = [[] for _ in ends]
     for step in parts:
-        arrays = _arrays(step, tables)
+        arrays = arrays_of(step, tables)
         layout = kernels.lay_out(arrays, shape)
         heads = torch.cat([inputs[i][start:end] for i, start, end in step]).to(device, dtype)
         rotary = _rotary(arrays.positions, case.rotary_dim, device, dtype) if case.rotary_dim else None
@@ -137,7 +137,8 @@ def _weights(
     return rule, QueryKeyNormWeights(case.norms, query, key, 1e-5)
 
 
-def _arrays(step: Sequence[tuple[int, int, int]], tables: IntArray) -> SequenceArrays:
+def arrays_of(step: Sequence[tuple[int, int, int]], tables: IntArray) -> SequenceArrays:
+    """A step of (sequence, first position, end)."""
     members, starts, ends = (np.array(column) for column in zip(*step, strict=True))
     lengths = ends - starts
     return SequenceArrays(

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pawl_workers.batch import AttentionShape, IntArray, SequenceArrays
+from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.cpu import CpuKernels
 from pawl_workers.model.weights import AttentionRule
+from tests.fakes.attention_cases import arrays_of
 
-__all__ = ["CACHE_TYPES", "CachedAttention", "CachedCase", "arrays_of", "check_all"]
+__all__ = ["CACHE_TYPES", "CachedAttention", "CachedCase", "check_all"]
 
 CACHE_TYPES = (torch.float32, torch.float16, torch.int8)
 _BLOCK = 32
@@ -99,20 +100,6 @@ class CachedAttention:
         if of_values:
             return raw.view(blocks, heads, _BLOCK, padded) * scales[..., None]
         return raw.view(blocks, heads, padded, _BLOCK) * scales[..., None, :]
-
-
-def arrays_of(parts: Sequence[tuple[int, int, int]], tables: IntArray) -> SequenceArrays:
-    """A step of (sequence, first position, end)."""
-    members, starts, ends = (np.array(column) for column in zip(*parts, strict=True))
-    lengths = ends - starts
-    return SequenceArrays(
-        starts=np.cumsum(lengths) - lengths,
-        lengths=lengths,
-        contexts=ends,
-        positions=np.concatenate([np.arange(start, end) for _, start, end in parts]),
-        sequence_of_token=np.repeat(np.arange(len(parts)), lengths),
-        block_tables=tables[members],
-    )
 
 
 def check_all() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pawl_server.config import Config, Value
 from pawl_server.frontend.main import FrontendAddresses, run_frontend
 from tests.fakes.fake_engine import TOKEN, FakeEngine, FakeFleet, fakes
 
-__all__ = ["RunningFrontEnd", "front_end", "health_stub", "settings_for"]
+__all__ = ["RunningFrontEnd", "front_end", "health_stub", "scrape", "settings_for"]
 
 
 @dataclass
@@ -40,6 +41,12 @@ class RunningFrontEnd:
     def engine(self) -> FakeEngine:
         """The first engine."""
         return self.engines[0]
+
+
+def scrape(server: RunningFrontEnd) -> str:
+    """Read its metrics."""
+    with urllib.request.urlopen(f"http://{server.addresses.metrics}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
 
 
 def health_stub(channel: grpc.aio.Channel) -> Any:

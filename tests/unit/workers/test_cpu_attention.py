@@ -17,7 +17,8 @@ from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.cpu_layout import lay_out
 from pawl_workers.kernels.native import build
 from pawl_workers.model.weights import AttentionRule
-from tests.fakes.cached_attention import CACHE_TYPES, CachedAttention, CachedCase, arrays_of
+from tests.fakes.attention_cases import arrays_of
+from tests.fakes.cached_attention import CACHE_TYPES, CachedAttention, CachedCase
 
 
 @pytest.fixture(autouse=True)
