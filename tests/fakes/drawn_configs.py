@@ -7,6 +7,7 @@ from hypothesis.strategies import DrawFn
 
 from tests.fakes.drawn_values import (
     EPSILONS,
+    FUSED,
     INNER,
     LEAST_WIDTH,
     MAX_POSITIONS,
@@ -105,11 +106,18 @@ def qwen3_moe(draw: DrawFn) -> Values:
     return values | {
         "num_experts": num_experts,
         "num_experts_per_tok": draw(st.integers(1, min(4, num_experts))),
-        "moe_intermediate_size": draw(st.integers(3, 40) | st.sampled_from([16, 32])),
+        **draw(_expert_widths("intermediate_size", "moe_intermediate_size")),
         "norm_topk_prob": draw(st.booleans()),
         "decoder_sparse_step": draw(st.integers(1, 2)),
         "mlp_only_layers": draw(st.lists(st.integers(0, 2), max_size=1)),
     }
+
+
+@st.composite
+def _expert_widths(draw: DrawFn, *keys: str) -> Values:
+    """Widths of MLPs; in half of the drafts the cpu kernels fuse the gates of all, and compile the layers."""
+    width = FUSED if draw(st.booleans()) else st.integers(3, 70)
+    return {key: draw(width) for key in keys}
 
 
 @st.composite
@@ -119,8 +127,7 @@ def qwen2_moe(draw: DrawFn) -> Values:
     return draw(qwen2()) | {
         "num_experts": num_experts,
         "num_experts_per_tok": draw(st.integers(1, min(4, num_experts))),
-        "moe_intermediate_size": draw(st.integers(3, 40) | st.sampled_from([16, 32])),
-        "shared_expert_intermediate_size": draw(INNER),
+        **draw(_expert_widths("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")),
         "norm_topk_prob": draw(st.booleans()),
         "decoder_sparse_step": draw(st.integers(1, 2)),
         "mlp_only_layers": draw(st.lists(st.integers(0, 2), max_size=1)),

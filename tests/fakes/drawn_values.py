@@ -7,6 +7,7 @@ from hypothesis.strategies import DrawFn
 
 __all__ = [
     "EPSILONS",
+    "FUSED",
     "INNER",
     "LEAST_WIDTH",
     "MAX_POSITIONS",

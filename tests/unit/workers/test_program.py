@@ -69,14 +69,15 @@ def test_the_program_gives_the_bits_of_the_stages(
 @given(
     num_experts=st.integers(1, 9), num_active=st.integers(1, 4), inner=st.sampled_from([16, 48]),
     hidden=st.integers(16, 50), normalised=st.booleans(), dense=st.lists(st.integers(0, 3), max_size=2),
-    chunk=st.sampled_from([1, 7, 70]), num_threads=st.sampled_from([1, 2]), seed=st.integers(0, 99),
+    shared=st.sampled_from([None, 16, 80]), chunk=st.sampled_from([1, 7, 70]), num_threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=15)
+@settings(max_examples=25)
 def test_routed_layers_are_part_of_the_program(
     tmp_path_factory: pytest.TempPathFactory, num_experts: int, num_active: int, inner: int, hidden: int,
-    normalised: bool, dense: list[int], chunk: int, num_threads: int, seed: int,
+    normalised: bool, dense: list[int], shared: int | None, chunk: int, num_threads: int, seed: int,
 ) -> None:  # fmt: skip
-    """Experts beside dense layers, few tokens and many, at experts that many share or none: the bits of the stages."""
+    """Experts beside dense layers, few tokens and many, at experts that many, none or all share: the stages' bits."""
     folder = tmp_path_factory.mktemp("checkpoint")
     values: dict[str, object] = {
         "vocab_size": 97, "hidden_size": hidden, "intermediate_size": 32, "moe_intermediate_size": inner,
@@ -85,7 +86,9 @@ def test_routed_layers_are_part_of_the_program(
         "decoder_sparse_step": 1, "mlp_only_layers": dense, "max_position_embeddings": MAX_POSITIONS,
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
     }  # fmt: skip
-    write_checkpoint(folder, Draft("Qwen3MoeForCausalLM", "Qwen3MoeConfig", values, torch.float32, seed))
+    family = "Qwen3Moe" if shared is None else "Qwen2Moe"
+    values |= {} if shared is None else {"shared_expert_intermediate_size": shared}
+    write_checkpoint(folder, Draft(f"{family}ForCausalLM", f"{family}Config", values, torch.float32, seed))
     at_once = LogitRunner(folder, "cpu", max_running=3)
     staged = LogitRunner(folder, "cpu", max_running=3, one_by_one=True)
     assert at_once.cache.program is not None

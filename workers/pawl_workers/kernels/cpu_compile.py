@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ _EXPERT_OPERATIONS = (Kind.GROUP, Kind.GATHER, Kind.UP, Kind.DOWN, Kind.COMBINE)
 def compile_program(
     layers: Sequence[LayerWeights], caches: Sequence[Cache], cache_format: int, library: Library
 ) -> CpuProgram | None:
-    """Compile layers; None where a gate cannot be fused, an expert is shared, or angles are more than a frame holds."""
+    """Compile layers; None where a gate cannot be fused, or angles are more than a frame holds."""
     if not all(_can_compile(w, library) for w in layers):
         return None
     segments: list[Segment] = []
@@ -44,11 +44,14 @@ def compile_program(
 
 
 def _can_compile(w: LayerWeights, library: Library) -> bool:
-    if isinstance(w.mlp, ExpertWeights) and w.mlp.shared is not None:
-        return False
-    mlps = [w.mlp] if isinstance(w.mlp, MlpWeights) else w.mlp.experts
-    fused = all(not mlp.gated or mlp.down.in_features % library.panel_width == 0 for mlp in mlps)
+    fused = all(not mlp.gated or mlp.down.in_features % library.panel_width == 0 for mlp in _mlps(w))
     return fused and (w.attention.rotary is None or w.attention.rotary < MOST_ROTARIES)
+
+
+def _mlps(w: LayerWeights) -> tuple[MlpWeights, ...]:
+    if isinstance(w.mlp, MlpWeights):
+        return (w.mlp,)
+    return w.mlp.experts if w.mlp.shared is None else (*w.mlp.experts, w.mlp.shared.mlp)
 
 
 def _widths(layers: Sequence[LayerWeights]) -> dict[Buffer, int]:
@@ -58,21 +61,31 @@ def _widths(layers: Sequence[LayerWeights]) -> dict[Buffer, int]:
     widths |= {Buffer.HEADS: attention.qkv.out_features, Buffer.QUERIES: queries, Buffer.ATTENDED: queries}
     for w in layers:
         if isinstance(w.mlp, MlpWeights):
-            widths[Buffer.HIDDEN] = w.mlp.down.in_features
+            _widen(widths, {Buffer.HIDDEN: w.mlp.down.in_features})
             continue
         rows = w.mlp.num_active  # of each token
-        widths |= {
-            Buffer.SCORES: len(w.mlp.experts),
-            Buffer.GATHERED: rows * hidden,
-            Buffer.EXPERT_HIDDEN: rows * w.mlp.experts[0].down.in_features,
-            Buffer.EXPERT_FOUND: rows * hidden,
-        }
+        _widen(
+            widths,
+            {
+                Buffer.SCORES: len(w.mlp.experts),
+                Buffer.GATHERED: rows * hidden,
+                Buffer.EXPERT_HIDDEN: rows * w.mlp.experts[0].down.in_features,
+                Buffer.EXPERT_FOUND: rows * hidden,
+            },
+        )
+        if w.mlp.shared is not None:
+            inner = w.mlp.shared.mlp.down.in_features
+            _widen(widths, {Buffer.HIDDEN: inner, Buffer.SHARED_FOUND: hidden, Buffer.SHARED_SCORES: 1})
     return widths
 
 
+def _widen(widths: dict[Buffer, int], needed: Mapping[Buffer, int]) -> None:
+    for buffer, width in needed.items():
+        widths[buffer] = max(width, widths.get(buffer, 0))
+
+
 def _widest(layers: Sequence[LayerWeights]) -> int:
-    mlps = [w.mlp if isinstance(w.mlp, MlpWeights) else w.mlp.experts[0] for w in layers]
-    attentions = [w.attention for w in layers]
+    attentions, mlps = [w.attention for w in layers], [mlp for w in layers for mlp in _mlps(w)]
     linears = [*(a.qkv for a in attentions), *(a.output for a in attentions), *(mlp.down for mlp in mlps)]
     return max(linear.in_features for linear in linears)
 
@@ -102,17 +115,19 @@ def _layer(w: LayerWeights, cache: Cache, cache_format: int, kept: list[object])
     if isinstance(w.mlp, ExpertWeights):
         yield from _experts(w.mlp, w.mlp_output_norm, read, factor, kept)
     else:
-        up = _linear(w.mlp.up, read, Buffer.HIDDEN)
-        up.call.linear = _up(w.mlp)
-        yield up
+        yield _fire(w.mlp, read)
         yield from _add(w.mlp.down, w.mlp_output_norm, Buffer.HIDDEN, factor)
 
 
 def _experts(w: ExpertWeights, norm: PackedNorm | None, read: Buffer, factor: float, kept: list[object]) -> Steps:
-    """The router's scores; then, once experts are chosen, each of them over its tokens."""
+    """The router's scores and the shared expert; then, once experts are chosen, each of them over its tokens."""
     num_experts = len(w.experts)
     yield _linear(w.router, read, Buffer.SCORES)
-    yield Router(num_experts, w.num_active, w.normalised)
+    if w.shared is not None:
+        yield _linear(w.shared.gate, read, Buffer.SHARED_SCORES)
+        yield _fire(w.shared.mlp, read)
+        yield _linear(w.shared.mlp.down, Buffer.HIDDEN, Buffer.SHARED_FOUND)
+    yield Router(num_experts, w.num_active, w.normalised, w.shared is not None)
     ups = (LinearCall * num_experts)(*(_up(mlp) for mlp in w.experts))
     downs = (LinearCall * num_experts)(*(_call(mlp.down) for mlp in w.experts))
     kept += ups, downs
@@ -124,6 +139,7 @@ def _experts(w: ExpertWeights, norm: PackedNorm | None, read: Buffer, factor: fl
         width=w.router.in_features,
         inner=w.experts[0].down.in_features,
         added=norm is None,
+        shared=w.shared is not None,
         factor=factor,
     )
     target = Buffer.STREAM if norm is None else Buffer.FOUND
@@ -132,6 +148,12 @@ def _experts(w: ExpertWeights, norm: PackedNorm | None, read: Buffer, factor: fl
         operation.call.experts = call
         yield operation
     yield from _add_normed(norm, factor)
+
+
+def _fire(mlp: MlpWeights, source: Buffer) -> Operation:
+    up = _linear(mlp.up, source, Buffer.HIDDEN)
+    up.call.linear = _up(mlp)
+    return up
 
 
 def _add(linear: PackedLinear, norm: PackedNorm | None, source: Buffer, factor: float) -> Iterator[Operation]:

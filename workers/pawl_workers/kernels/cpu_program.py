@@ -21,6 +21,7 @@ from pawl_workers.kernels.cpu_layout import CpuLayout
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import Frame, Operation
 from pawl_workers.kernels.routing import choose_experts
+from pawl_workers.kernels.steady_activation import steady_sigmoid
 
 __all__ = ["Buffer", "CpuProgram", "KernelSeconds", "Kind", "LayerSeconds", "Router", "Segment"]
 
@@ -41,7 +42,7 @@ class Kind(IntEnum):
 
 
 class Buffer(IntEnum):
-    """What operations read and write; the last three are known to program.c."""
+    """What operations read and write; program.c knows four by their numbers."""
 
     STREAM = 0  # [T, D]
     NORMED = 1  # [T, D]
@@ -55,15 +56,18 @@ class Buffer(IntEnum):
     GATHERED = 9  # [T * num_active, D], a row for each token at each of its experts
     EXPERT_HIDDEN = 10  # [T * num_active, I]
     EXPERT_FOUND = 11  # [T * num_active, D]
+    SHARED_FOUND = 12  # [T, D], of the expert that every token goes to
+    SHARED_SCORES = 13  # [T, 1], of its gate
 
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """How scores become a choice."""
+    """How scores become a choice; `shared`: one more expert, which every token goes to, has a gate."""
 
     num_experts: int
     num_active: int
     normalised: bool
+    shared: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,9 @@ class CpuProgram:
                 scores = self._memory[Buffer.SCORES - 1][:num_rows]
                 shares, chosen = choose_experts(scores, router.num_active, normalised=router.normalised)
                 frame.shares, frame.chosen = shares.data_ptr(), chosen.data_ptr()
+                if router.shared:
+                    shared_shares = steady_sigmoid(self._memory[Buffer.SHARED_SCORES - 1][:num_rows])
+                    frame.shared_shares = shared_shares.data_ptr()
                 self._choosing_s += time.perf_counter() - before
         return x
 

@@ -1,7 +1,7 @@
 /* A routed layer: tokens sorted by expert, the MLP of each expert over its rows, and each token's results added up.
 
-   A token adds up its experts in the order of their numbers, each result times its share, both rounded: its bits depend
-   neither on which tokens share its experts nor on the number of threads.
+   A token adds up its experts in the order of their numbers, then the shared one, each result times its share, both
+   rounded: its bits depend neither on which tokens share its experts nor on the number of threads.
 
    Source: Shazeer et al., "Outrageously large neural networks", 2017; grouped by expert as in Gale et al.,
    "MegaBlocks", 2022. */
@@ -81,26 +81,29 @@ void down_part(const Experts *e, const Routing *r, int32_t threads, float *wide)
     all_experts(e, &t, e->down, r->hidden, e->inner, r->found, e->width, t.down_next, threads, wide);
 }
 
-INLINE float added_up(const Experts *e, const Tables *t, const int64_t *place, const float *found, int64_t i) {
+INLINE float added_up(const Experts *e, const Routing *r, const Tables *t, int64_t token, int64_t i) {
+    const int64_t *place = t->place + token * e->num_active;
     float sum = 0.0f;
-    for (int64_t k = 0; k < e->num_active; k++) sum += found[place[k] * e->width + i] * t->share[place[k]];
+    for (int64_t k = 0; k < e->num_active; k++) sum += r->found[place[k] * e->width + i] * t->share[place[k]];
+    if (e->shared) sum += r->shared[token * e->width + i] * r->shared_shares[token];
     return sum;
 }
 
-INLINE v8 added_up8(const Experts *e, const Tables *t, const int64_t *place, const float *found, int64_t i) {
+INLINE v8 added_up8(const Experts *e, const Routing *r, const Tables *t, int64_t token, int64_t i) {
+    const int64_t *place = t->place + token * e->num_active;
     v8 sum = all8(0.0f);
     for (int64_t k = 0; k < e->num_active; k++)
-        sum += load8(found + place[k] * e->width + i) * all8(t->share[place[k]]);
+        sum += load8(r->found + place[k] * e->width + i) * all8(t->share[place[k]]);
+    if (e->shared) sum += load8(r->shared + token * e->width + i) * all8(r->shared_shares[token]);
     return sum;
 }
 
 void combine_part(const Experts *e, const Routing *r, int64_t *next) {
     Tables t = tables_of(e, r);
     for (int64_t token; (token = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < r->tokens;) {
-        const int64_t *place = t.place + token * e->num_active;
         float *y = r->y + token * e->width;
         int64_t i = 0;
-        for (; i + LANES <= e->width; i += LANES) put8(y + i, added_up8(e, &t, place, r->found, i), e->added, e->factor);
-        for (; i < e->width; i++) put(y + i, added_up(e, &t, place, r->found, i), e->added, e->factor);
+        for (; i + LANES <= e->width; i += LANES) put8(y + i, added_up8(e, r, &t, token, i), e->added, e->factor);
+        for (; i < e->width; i++) put(y + i, added_up(e, r, &t, token, i), e->added, e->factor);
     }
 }

@@ -1,4 +1,5 @@
-/* A routed layer: each token goes through a few of many MLPs, whose rows are computed together. See experts.c. */
+/* A routed layer: each token goes through a few of many MLPs, whose rows are computed together, and what one more found
+   for every token may be added. See experts.c. */
 #ifndef PAWL_EXPERTS_H
 #define PAWL_EXPERTS_H
 
@@ -9,6 +10,7 @@ typedef struct {
     int64_t num_experts, num_active; /* in all, and of a token */
     int64_t width, inner; /* floats of the stream, and between up and down */
     int32_t added; /* y += factor * result instead of y = result */
+    int32_t shared; /* one more expert has found something for every token */
     float factor;
 } Experts;
 
@@ -20,6 +22,7 @@ typedef struct {
     float *x, *gathered; /* [tokens, width], [rows, width] */
     float *hidden;       /* [rows, inner] */
     float *found, *y;    /* [rows, width], [tokens, width] */
+    const float *shared, *shared_shares; /* [tokens, width], [tokens]: results of the shared expert and its shares */
     int64_t tokens;
 } Routing;
 

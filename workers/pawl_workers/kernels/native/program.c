@@ -11,11 +11,11 @@
 #include "linear.h"
 
 #define MOST_ROTARIES 4
-#define NUM_BUFFERS 12
+#define NUM_BUFFERS 14
 
 enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4, GROUP = 5, GATHER = 6, UP = 7, DOWN = 8, COMBINE = 9 };
 #define NUM_KINDS 10
-enum { GATHERED = 9, EXPERT_HIDDEN = 10, EXPERT_FOUND = 11 }; /* buffers of the rows of experts */
+enum { GATHERED = 9, EXPERT_HIDDEN = 10, EXPERT_FOUND = 11, SHARED_FOUND = 12 }; /* buffers of routed layers */
 
 typedef struct {
     int32_t kind;
@@ -38,7 +38,7 @@ typedef struct {
     int64_t *counters;     /* one for each operation */
     char *scratch;         /* threads times scratch_bytes */
     const int64_t *chosen; /* as in experts.h, of the one routed layer that is run */
-    const float *shares;
+    const float *shares, *shared_shares;
     char *routing; /* memory of the routing */
     double *seconds;       /* of the first thread, [2][NUM_KINDS]: its work and its waits for the others; or NULL */
     int64_t turned[MOST_ROTARIES]; /* dimensions of a head that turn */
@@ -47,7 +47,8 @@ typedef struct {
 
 static void run_experts(const Operation *o, const Frame *f, int64_t *next, int32_t threads, float *wide) {
     Routing routing = {f->chosen, f->shares, f->routing, f->buffers[o->from], f->buffers[GATHERED],
-                       f->buffers[EXPERT_HIDDEN], f->buffers[EXPERT_FOUND], f->buffers[o->to], f->rows};
+                       f->buffers[EXPERT_HIDDEN], f->buffers[EXPERT_FOUND], f->buffers[o->to],
+                       f->buffers[SHARED_FOUND], f->shared_shares, f->rows};
     switch (o->kind) {
         case GROUP: group_rows(&o->experts, &routing, next); break;
         case GATHER: gather_part(&o->experts, &routing, next); break;

@@ -21,7 +21,7 @@ _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _Fields = list[tuple[str, type]]
 
 MOST_ROTARIES = 4
-_NUM_BUFFERS = 12
+_NUM_BUFFERS = 14
 NO_WINDOW = 1 << 62
 
 
@@ -76,7 +76,7 @@ class ExpertsCall(ctypes.Structure):
     _fields_: ClassVar[_Fields] = _fields(
         up__down=_P,
         num_experts__num_active__width__inner=_N,
-        added=_I,
+        added__shared=_I,
         factor=_F,
     )
 
@@ -104,7 +104,8 @@ class Frame(ctypes.Structure):
         ("buffers", _P * _NUM_BUFFERS),
         ("cosines", _P * MOST_ROTARIES),
         ("sines", _P * MOST_ROTARIES),
-        *_fields(slots__tables__tiles__pairs__partials__counters__scratch__chosen__shares__routing__seconds=_P),
+        *_fields(slots__tables__tiles__pairs__partials__counters__scratch=_P),
+        *_fields(chosen__shares__shared_shares__routing__seconds=_P),
         ("turned", _N * MOST_ROTARIES),
         *_fields(
             rows__num_tiles__num_pairs__table_stride__scratch_bytes=_N,
