@@ -5,9 +5,8 @@ Block 0 is the null block: padding reads it and no sequence is given it.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
-import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +15,13 @@ from torch import Tensor
 
 from pawl_workers.batch import AttentionShape, Batch
 from pawl_workers.kernels import Kernels, LayerProgram
+from pawl_workers.large_pages import map_large_pages
 from pawl_workers.model.spec import ModelSpec
 from pawl_workers.model.weights import AttentionWeights, LayerWeights
 
 __all__ = ["KvCache", "LayerCache"]
+
+_ALIGNMENT = 64  # bytes: a line of the caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +68,8 @@ class KvCache:
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
         keys, values = kernels.cache_shapes(num_blocks + 1, shape)
         dtype = kernels.cache_dtype(dtype)
-        return cls(
-            tuple(
-                LayerCache(
-                    _zeros(keys, device, dtype),
-                    _zeros(values, device, dtype),
-                    kernels,
-                )
-                for _ in range(spec.num_layers)
-            )
-        )
+        tensors = _zeros([keys, values] * spec.num_layers, device, dtype)
+        return cls(tuple(LayerCache(*pair, kernels) for pair in zip(tensors[::2], tensors[1::2], strict=True)))
 
     def __getitem__(self, layer: int) -> LayerCache:
         return self._layers[layer]
@@ -126,14 +120,17 @@ class KvCache:
                 cache[index] = torch.nan_to_num(cache[index], nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros; on a CPU in pages of their own, which the system gives, zeroed, when they are first written to.
+def _zeros(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Zeros, each tensor aligned to 64 bytes; on a CPU all in large pages, which the system gives, zeroed, when needed.
 
     To write gigabytes of zeros at once would take seconds of every start.
     """
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    with contextlib.suppress(AttributeError, OSError):  # fewer faults and fewer misses, where the system can
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+    memory = map_large_pages(starts[-1])
+    return [
+        memory[start : start + size].view(dtype).view(shape)
+        for start, size, shape in zip(starts, sizes, shapes, strict=False)
+    ]

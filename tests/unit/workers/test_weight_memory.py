@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-
-import pytest
-
 from pawl_workers.kernels.weight_memory import WeightMemory
 
 SIZES = [1, 64, 65, 1 << 20, 31 << 20, 33 << 20, 3 << 20]  # in all, more than one chunk, and one that is larger
@@ -27,10 +23,3 @@ def test_a_piece_outlives_the_memory_that_it_came_from() -> None:
     others = [WeightMemory().take(1000).fill_(9) for _ in range(3)]
     assert int(piece.min()) == int(piece.max()) == 7
     assert all(int(other.min()) == 9 for other in others)
-
-
-def test_systems_without_large_pages_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1, raising=False)  # refused, as by a kernel without them
-    assert int(WeightMemory().take(100).fill_(3).sum()) == 300
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
-    assert int(WeightMemory().take(100).fill_(3).sum()) == 300
