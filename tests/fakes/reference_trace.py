@@ -76,8 +76,6 @@ def _layer_hooks(layer: nn.Module, found: Found, at: str, *, is_parallel: bool) 
     for name, module in modules.items():
         yield _after(module, found, at + name)
     mlp = _child(layer, "mlp")
-    if is_parallel and "mlp norm" not in modules:  # one norm for both
-        yield _after(modules["attention norm"], found, at + "mlp norm")
     if not is_parallel:
         yield _before(modules.get("mlp norm", mlp), found, at + "residual after attention")
     yield _after(mlp, found, at + "mlp")

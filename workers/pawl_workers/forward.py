@@ -49,9 +49,10 @@ def compute(batch: Batch, weights: Weights, cache: KvCache) -> tuple[Tensor, Ten
     if cache.program is not None:
         x = cache.program(x, batch)
     for layer, w in enumerate(weights.layers if cache.program is None else ()):
-        found = attend(norm(x, w.attention_norm), w.attention, cache[layer], batch)  # queries meet keys
-        if w.parallel:
-            fired = mlp(norm(x, w.mlp_norm), w.mlp)  # features ignite, on the same stream
+        normed = norm(x, w.attention_norm)
+        found = attend(normed, w.attention, cache[layer], batch)  # queries meet keys
+        if w.parallel:  # features ignite, on the same stream; one norm may serve both
+            fired = mlp(normed if w.mlp_norm is None else norm(x, w.mlp_norm), w.mlp)
             x = add(add(x, found, w.residual_scale), fired, w.residual_scale)
             continue
         x = add(x, norm(found, w.attention_output_norm), w.residual_scale)

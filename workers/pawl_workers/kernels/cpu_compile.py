@@ -92,7 +92,7 @@ def _widest(layers: Sequence[LayerWeights]) -> int:
 
 def _layer(w: LayerWeights, cache: Cache, cache_format: int, kept: list[object]) -> Steps:
     attention, factor = w.attention, w.residual_scale
-    if w.parallel:
+    if w.parallel:  # before attention adds to the stream
         yield from _norm(w.mlp_norm, Buffer.STREAM, Buffer.NORMED_AGAIN)
     yield from _norm(w.attention_norm, Buffer.STREAM, Buffer.NORMED)
     read = Buffer.STREAM if w.attention_norm is None else Buffer.NORMED
@@ -108,7 +108,7 @@ def _layer(w: LayerWeights, cache: Cache, cache_format: int, kept: list[object])
         yield attend
     yield from _add(attention.output, w.attention_output_norm, Buffer.ATTENDED, factor)
     if w.parallel:
-        read = Buffer.STREAM if w.mlp_norm is None else Buffer.NORMED_AGAIN
+        read = read if w.mlp_norm is None else Buffer.NORMED_AGAIN
     else:
         yield from _norm(w.mlp_norm, Buffer.STREAM, Buffer.NORMED)
         read = Buffer.STREAM if w.mlp_norm is None else Buffer.NORMED

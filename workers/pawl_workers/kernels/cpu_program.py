@@ -46,7 +46,7 @@ class Buffer(IntEnum):
 
     STREAM = 0  # [T, D]
     NORMED = 1  # [T, D]
-    NORMED_AGAIN = 2  # [T, D], for the MLP of a parallel block
+    NORMED_AGAIN = 2  # [T, D], for the MLP of a parallel block that has a norm of its own
     HEADS = 3  # [T, (H + 2K) * head_dim]
     QUERIES = 4  # [T, H * head_dim]
     ATTENDED = 5  # [T, H * head_dim]

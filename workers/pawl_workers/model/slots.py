@@ -225,8 +225,6 @@ class Slots:
         else:
             mlp = self._mlp(spec, at)
         before, after, mlp_before, mlp_after = (self._norm(spec, at + name) for name in _NORMS)
-        if spec.parallel_blocks and mlp_before is None:
-            mlp_before = self._norm(spec, at + "attention_norm")
         return LayerWeights(
             before, attention, after, mlp_before, mlp, mlp_after, spec.parallel_blocks, spec.residual_scale
         )

@@ -210,7 +210,10 @@ class ExpertWeights:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One block: attention, then MLP (or both of one stream, `parallel`), between their norms; None = no norm there."""
+    """One block: attention, then MLP, between their norms; None = no norm there.
+
+    `parallel`: both read one stream, and where the MLP has no norm, it reads what attention's norm gives.
+    """
 
     attention_norm: PackedNorm | None
     attention: AttentionWeights

@@ -46,7 +46,7 @@ class TritonProgram:
         for w, cache, next_norm in zip(self._layers, self._caches, following, strict=True):
             found = self._attend(normed, w.attention, cache, batch)
             if w.parallel:
-                fired = _fire(_normalise(x, w.mlp_norm), w)
+                fired = _fire(normed if w.mlp_norm is None else w.mlp_norm(x), w)
                 x.add_(found, alpha=w.residual_scale)
             else:
                 found = _normalise(found, w.attention_output_norm)
