@@ -21,7 +21,7 @@ from tests.fakes import drawn_configs
 from tests.fakes.checkpoints import load_reference
 from tests.fakes.drawn_values import MAX_POSITIONS, Values
 
-__all__ = ["FAMILIES", "MAX_POSITIONS", "Draft", "write_checkpoint"]
+__all__ = ["ARCHITECTURES", "FAMILIES", "MAX_POSITIONS", "Draft", "write_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,42 +96,46 @@ def _spread(name: str, parameter: torch.Tensor, *, is_transposed: bool) -> float
 _TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
-def _family(architecture: str, config_class: str, values: SearchStrategy[Values]) -> SearchStrategy[Draft]:
-    return st.builds(Draft, st.just(architecture), st.just(config_class), values, _TYPES, st.integers(0, 1 << 30))
-
-
-FAMILIES: Mapping[str, SearchStrategy[Draft]] = {
+_VARIANTS: Mapping[str, tuple[str, str, SearchStrategy[Values]]] = {
     **{
-        f"llama-{kind}": _family("LlamaForCausalLM", "LlamaConfig", drawn_configs.llama(kind))
+        f"llama-{kind}": ("LlamaForCausalLM", "LlamaConfig", drawn_configs.llama(kind))
         for kind in ("default", "linear", "dynamic", "llama3", "yarn")
     },
-    "mistral": _family("MistralForCausalLM", "MistralConfig", drawn_configs.mistral()),
-    "mixtral": _family("MixtralForCausalLM", "MixtralConfig", drawn_configs.mixtral()),
-    "qwen2": _family("Qwen2ForCausalLM", "Qwen2Config", drawn_configs.qwen2()),
-    "qwen3": _family("Qwen3ForCausalLM", "Qwen3Config", drawn_configs.qwen3()),
-    "qwen2-moe": _family("Qwen2MoeForCausalLM", "Qwen2MoeConfig", drawn_configs.qwen2_moe()),
-    "qwen3-moe": _family("Qwen3MoeForCausalLM", "Qwen3MoeConfig", drawn_configs.qwen3_moe()),
-    "gemma": _family("GemmaForCausalLM", "GemmaConfig", drawn_configs.gemma()),
-    "gemma2": _family("Gemma2ForCausalLM", "Gemma2Config", drawn_configs.gemma2()),
-    "gemma3": _family("Gemma3ForCausalLM", "Gemma3TextConfig", drawn_configs.gemma3()),
-    "gemma3-vision": _family("Gemma3ForConditionalGeneration", "Gemma3Config", drawn_configs.gemma3_with_vision()),
-    "phi3": _family("Phi3ForCausalLM", "Phi3Config", drawn_configs.phi3(long=False)),
-    "phi3-longrope": _family("Phi3ForCausalLM", "Phi3Config", drawn_configs.phi3(long=True)),
-    "gpt2": _family("GPT2LMHeadModel", "GPT2Config", drawn_configs.gpt2()),
-    "gpt-neox-parallel": _family("GPTNeoXForCausalLM", "GPTNeoXConfig", drawn_configs.gpt_neox(parallel=True)),
-    "gpt-neox-sequential": _family("GPTNeoXForCausalLM", "GPTNeoXConfig", drawn_configs.gpt_neox(parallel=False)),
-    "olmo2": _family("Olmo2ForCausalLM", "Olmo2Config", drawn_configs.olmo2()),
-    "olmo3": _family("Olmo3ForCausalLM", "Olmo3Config", drawn_configs.olmo3()),
-    "granite": _family("GraniteForCausalLM", "GraniteConfig", drawn_configs.granite()),
-    "starcoder2": _family("Starcoder2ForCausalLM", "Starcoder2Config", drawn_configs.starcoder2()),
-    "phi": _family("PhiForCausalLM", "PhiConfig", drawn_configs.phi()),
-    "stablelm": _family("StableLmForCausalLM", "StableLmConfig", drawn_configs.stablelm(parallel=False)),
-    "stablelm-parallel": _family("StableLmForCausalLM", "StableLmConfig", drawn_configs.stablelm(parallel=True)),
-    "cohere": _family("CohereForCausalLM", "CohereConfig", drawn_configs.cohere()),
-    "cohere2": _family("Cohere2ForCausalLM", "Cohere2Config", drawn_configs.cohere2()),
-    "glm": _family("GlmForCausalLM", "GlmConfig", drawn_configs.glm()),
-    "glm4": _family("Glm4ForCausalLM", "Glm4Config", drawn_configs.glm()),
-    "mistral3-vision": _family("Mistral3ForConditionalGeneration", "Mistral3Config", drawn_configs.mistral3()),
-    "smollm3": _family("SmolLM3ForCausalLM", "SmolLM3Config", drawn_configs.smollm3()),
+    "mistral": ("MistralForCausalLM", "MistralConfig", drawn_configs.mistral()),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", drawn_configs.mixtral()),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", drawn_configs.qwen2()),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", drawn_configs.qwen3()),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", drawn_configs.qwen2_moe()),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", drawn_configs.qwen3_moe()),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", drawn_configs.gemma()),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", drawn_configs.gemma2()),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", drawn_configs.gemma3()),
+    "gemma3-vision": ("Gemma3ForConditionalGeneration", "Gemma3Config", drawn_configs.gemma3_with_vision()),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", drawn_configs.phi3(long=False)),
+    "phi3-longrope": ("Phi3ForCausalLM", "Phi3Config", drawn_configs.phi3(long=True)),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", drawn_configs.gpt2()),
+    "gpt-neox-parallel": ("GPTNeoXForCausalLM", "GPTNeoXConfig", drawn_configs.gpt_neox(parallel=True)),
+    "gpt-neox-sequential": ("GPTNeoXForCausalLM", "GPTNeoXConfig", drawn_configs.gpt_neox(parallel=False)),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", drawn_configs.olmo2()),
+    "olmo3": ("Olmo3ForCausalLM", "Olmo3Config", drawn_configs.olmo3()),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", drawn_configs.granite()),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", drawn_configs.starcoder2()),
+    "phi": ("PhiForCausalLM", "PhiConfig", drawn_configs.phi()),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", drawn_configs.stablelm(parallel=False)),
+    "stablelm-parallel": ("StableLmForCausalLM", "StableLmConfig", drawn_configs.stablelm(parallel=True)),
+    "cohere": ("CohereForCausalLM", "CohereConfig", drawn_configs.cohere()),
+    "cohere2": ("Cohere2ForCausalLM", "Cohere2Config", drawn_configs.cohere2()),
+    "glm": ("GlmForCausalLM", "GlmConfig", drawn_configs.glm()),
+    "glm4": ("Glm4ForCausalLM", "Glm4Config", drawn_configs.glm()),
+    "mistral3-vision": ("Mistral3ForConditionalGeneration", "Mistral3Config", drawn_configs.mistral3()),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", drawn_configs.smollm3()),
+}
+
+FAMILIES: Mapping[str, SearchStrategy[Draft]] = {
+    name: st.builds(Draft, st.just(architecture), st.just(config_class), values, _TYPES, st.integers(0, 1 << 30))
+    for name, (architecture, config_class, values) in _VARIANTS.items()
 }
 """Variants by name: each draws a checkpoint."""
+
+ARCHITECTURES = frozenset(architecture for architecture, _, _ in _VARIANTS.values())
+"""What the variants are of."""
