@@ -75,6 +75,10 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     return getattr(model.base_model, "language_model", model.base_model)
 
 
+def test_every_architecture_has_a_published_configuration() -> None:
+    assert {find_family(values["architectures"])[0] for values in HUB_CONFIGS.values()} == set(FAMILIES)
+
+
 @pytest.mark.parametrize("hub_id", HUB_CONFIGS)
 def test_sizes_are_those_of_the_published_model(hub_id: str, tmp_path: Path) -> None:
     """Parameters that our names ask for, those that transformers makes, and those that the model card gives."""
