@@ -39,6 +39,7 @@ _HEADERS = (
     "linear.h",
     "linear_tiles.h",
     "panels.h",
+    "tiles.h",
     "sums.h",
     "best_tokens.h",
     "attention.h",

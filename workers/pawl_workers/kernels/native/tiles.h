@@ -1,0 +1,142 @@
+/* What matrix tiles multiply: rows as the parts that linear_tiles.c names, and panels of weights. */
+#ifndef PAWL_TILES_H
+#define PAWL_TILES_H
+
+#include "panels.h"
+#include "vector.h"
+
+#define TILE_ROWS 16
+#define TILE_DEPTH 32         /* k of a tile */
+#define TILE_BYTES 1024       /* 16 x 32 bfloat16, or 16 x 16 floats */
+#define PARTS 3               /* of a float */
+#define PANELS 4              /* at once */
+#define SPLIT_BYTES (1 << 20) /* of a block of rows that are split: they stay in the second-level cache */
+#define MOST_ROW_TILES 8      /* of such a block */
+
+typedef struct {
+    char *parts;   /* [row tiles][k tiles][PARTS][16][32] bfloat16 */
+    char *widened; /* panels of bytes as bfloat16; a panel of which a last tile is filled up with zeros */
+    float *sums;   /* [row tiles][16][panels][16] */
+} TileScratch;
+
+/* What is stored before has to be in memory: GCC 12 does not see that tiles, and how they are configured, are read. */
+INLINE void settle(const void *stored) { __asm__ volatile("" : : "r"(stored) : "memory"); }
+
+INLINE int64_t depth_tiles(int64_t k) { return (k + TILE_DEPTH - 1) / TILE_DEPTH; }
+
+/* Tiles of rows that are split at a time. */
+INLINE int64_t most_row_tiles(int64_t k) {
+    int64_t tiles = SPLIT_BYTES / (depth_tiles(k) * PARTS * TILE_BYTES);
+    return tiles < 1 ? 1 : tiles > MOST_ROW_TILES ? MOST_ROW_TILES : tiles;
+}
+
+/* Grows with k, whatever the number of rows. */
+INLINE int64_t parts_bytes(int64_t k) {
+    int64_t least = PARTS * depth_tiles(k) * TILE_BYTES;
+    return least > SPLIT_BYTES ? least : SPLIT_BYTES;
+}
+
+/* Bytes of a thread's scratch. */
+INLINE int64_t scratch_bytes(int64_t k) {
+    return parts_bytes(k) + PANELS * (depth_tiles(k) + MOST_ROW_TILES) * TILE_BYTES;
+}
+
+INLINE TileScratch scratch_of(char *memory, int64_t k) {
+    char *widened = memory + parts_bytes(k);
+    return (TileScratch){memory, widened, (float *)(widened + PANELS * depth_tiles(k) * TILE_BYTES)};
+}
+
+/* The upper 16 bits of 32 floats. */
+INLINE __m512i upper_halves(__m512i low, __m512i high) {
+    static const uint16_t odd[TILE_DEPTH] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                             33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return _mm512_permutex2var_epi16(low, _mm512_loadu_si512(odd), high);
+}
+
+INLINE __m512 upper_part(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32((int32_t)0xffff0000)));
+}
+
+/* 32 floats into a row of each of three tiles. */
+INLINE void split_floats(__m512 low, __m512 high, char *to) {
+    for (int part = 0; part < PARTS; part++, to += TILE_BYTES) {
+        _mm512_store_si512(to, upper_halves(_mm512_castps_si512(low), _mm512_castps_si512(high)));
+        low = _mm512_sub_ps(low, upper_part(low));
+        high = _mm512_sub_ps(high, upper_part(high));
+    }
+}
+
+/* Rows of x into tiles of their parts, tile by tile: row by row, the lines that are written would lie 1 KiB apart, and
+   share a few sets of the first-level cache. Rows that the last tile lacks are left as they were: no other row sees them. */
+static void split_rows(const Linear *l, int64_t row, int64_t rows, char *parts) {
+    int64_t tiles = depth_tiles(l->k), rest = l->k % TILE_DEPTH;
+    for (int64_t first = 0; first < rows; first += TILE_ROWS) {
+        int64_t height = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
+        for (int64_t tile = 0; tile < tiles; tile++, parts += PARTS * TILE_BYTES) {
+            const float *x = l->x + (row + first) * l->x_stride + tile * TILE_DEPTH;
+            for (int64_t r = 0; r < height; r++, x += l->x_stride) {
+                float filled[TILE_DEPTH] = {0};
+                const float *from = x;
+                if (rest && tile + 1 == tiles) from = memcpy(filled, x, (size_t)rest * sizeof(float));
+                split_floats(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), parts + r * 64);
+            }
+        }
+    }
+}
+
+/* Of two vectors of floats, the upper halves in turn. */
+INLINE __m512i halves_in_turn(vw even, vw odd) {
+    __m512i low = _mm512_srli_epi32((__m512i)even, 16), upper = _mm512_set1_epi32((int32_t)0xffff0000);
+    return _mm512_ternarylogic_epi32(low, (__m512i)odd, upper, 0xf8); /* low | (odd & upper) */
+}
+
+/* 32 k of a panel of bytes, or the `left` ones, as a tile of bfloat16. */
+INLINE void widen_tile(const int8_t *from, int64_t left, char *to) {
+    if (left >= TILE_DEPTH) {
+#pragma GCC unroll 16
+        for (int i = 0; i < TILE_DEPTH; i += 2, to += 64)
+            _mm512_store_si512(to, halves_in_turn(bytew(from + i * WIDTH), bytew(from + (i + 1) * WIDTH)));
+        return;
+    }
+    for (int i = 0; i < TILE_DEPTH; i += 2, to += 64) {
+        vw even = i < left ? bytew(from + i * WIDTH) : allw(0.0f);
+        vw odd = i + 1 < left ? bytew(from + (i + 1) * WIDTH) : allw(0.0f);
+        _mm512_store_si512(to, halves_in_turn(even, odd));
+    }
+}
+
+/* Some panels. */
+typedef struct {
+    const char *packed[PANELS]; /* as they lie in memory */
+    const char *tiles[PANELS];  /* as tiles: there, or in the scratch */
+    int64_t bytes;              /* of a packed tile */
+    int64_t step;               /* bytes from here to the panels that come next */
+} Weights;
+
+/* Those of bfloat16 are tiles as they lie, but for a last one, which is filled up. */
+INLINE Weights find_weights(const Linear *l, int panels, int64_t panel, const TileScratch *s) {
+    int64_t bytes = panel_bytes(l->format, l->k), depth = depth_tiles(l->k), whole = l->k / TILE_DEPTH;
+    Panels at = panels_of(l, bytes);
+    const char *from = (const char *)l->weights + panel / 2 * at.pair_step;
+    Weights w = {.bytes = TILE_DEPTH * WIDTH * (l->format == BYTE ? 1 : 2), .step = panels / 2 * at.pair_step};
+    for (int p = 0; p < panels; p++) {
+        char *own = s->widened + p * depth * TILE_BYTES;
+        w.packed[p] = from + (p & 1) * at.odd_step + (p >> 1) * at.pair_step;
+        w.tiles[p] = l->format == BYTE || whole < depth ? own : w.packed[p];
+        if (l->format == BYTE || whole == depth) continue;
+        memset(own + whole * TILE_BYTES, 0, TILE_BYTES);
+        memcpy(own, w.packed[p], (size_t)bytes);
+    }
+    return w;
+}
+
+/* Whole panels of bytes, into their tiles. */
+INLINE void widen_panels(const Weights *w, int panels, int64_t k) {
+    for (int64_t i = 0; i < depth_tiles(k); i++)
+        for (int p = 0; p < panels; p++) {
+            const int8_t *from = (const int8_t *)w->packed[p] + i * w->bytes;
+            widen_tile(from, k - i * TILE_DEPTH, (char *)w->tiles[p] + i * TILE_BYTES);
+        }
+}
+
+#endif
