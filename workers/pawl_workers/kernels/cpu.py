@@ -34,17 +34,19 @@ _SCALE_BYTES = 4  # of one token in one head, for a cache of bytes
 _CACHE_FORMATS = {torch.float32: 0, torch.float16: 1, torch.int8: 3}  # as in linear.h
 
 
-@dataclass(frozen=True, slots=True)
 class _Norm:
-    weights: NormWeights
-    library: Library
+    __slots__ = ("_call", "_library", "weights")
+
+    def __init__(self, weights: NormWeights, library: Library) -> None:
+        self.weights = weights
+        self._library, self._call = library, norm_call(weights)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
-        call = norm_call(self.weights)
+        call = self._call
         call.x, call.y, call.rows, call.n = x.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1]
-        self.library.norm(ctypes.byref(call), torch.get_num_threads())
+        self._library.norm(ctypes.addressof(call), torch.get_num_threads())
         return y
 
 

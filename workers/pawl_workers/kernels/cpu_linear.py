@@ -58,7 +58,16 @@ class CpuLinear:
     """
 
     __slots__ = (
-        "_group", "_library", "_packed", "_workspace", "bias", "data_type", "in_features", "out_features",
+        "_call",
+        "_group",
+        "_library",
+        "_packed",
+        "_wide_bytes",
+        "_workspace",
+        "bias",
+        "data_type",
+        "in_features",
+        "out_features",
         "scales",
     )  # fmt: skip
 
@@ -87,6 +96,8 @@ class CpuLinear:
             self._fill(weight.to(self.data_type))
         else:
             self._fill_bytes(byte_scales.quantise(weight))
+        self._call = self.call()  # filled in by each step
+        self._wide_bytes = library.wide_bytes(self.in_features)
 
     def _fill(self, source: Tensor) -> None:
         source = source.contiguous()
@@ -135,10 +146,10 @@ class CpuLinear:
             x = x.contiguous()
         y = torch.empty(x.shape[0], self.out_features)
         if x.shape[0]:
-            num_threads, call = torch.get_num_threads(), self.call()
+            num_threads, call = torch.get_num_threads(), self._call
             call.x, call.y, call.m, call.x_stride = x.data_ptr(), y.data_ptr(), x.shape[0], x.stride(0)
-            wide = self._workspace.address(num_threads * self._library.wide_bytes(self.in_features))
-            self._library.linear(ctypes.byref(call), wide, num_threads)
+            wide = self._workspace.address(num_threads * self._wide_bytes)
+            self._library.linear(ctypes.addressof(call), wide, num_threads)
         return y
 
     def unpack(self) -> Tensor:

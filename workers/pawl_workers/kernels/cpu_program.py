@@ -152,39 +152,34 @@ class CpuProgram:
         self._scratch_bytes = library.program_scratch_bytes(widest)
         self._seconds = np.zeros((2, len(Kind)))
         self._choosing_s = 0.0
+        self._frame = Frame(
+            counters=self._counters.ctypes.data, seconds=self._seconds.ctypes.data, scratch_bytes=self._scratch_bytes
+        )
+        self._frame_address = ctypes.addressof(self._frame)
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """Run all layers over the stream, [T, D] float32, in place; writes keys and values into the cache."""
         layout = batch.attention
         assert isinstance(layout, CpuLayout)  # noqa: S101 - narrows the type
         x = x.contiguous()
-        num_rows, num_threads = x.shape[0], torch.get_num_threads()
+        num_rows, num_threads, frame = x.shape[0], torch.get_num_threads(), self._frame
         self._make_room(num_rows, num_threads)
-        partials = torch.empty(layout.partial_floats(self._num_kv_heads, self._padded))
-        frame = Frame(
-            slots=layout.slots.data_ptr(),
-            tables=layout.tables.data_ptr(),
-            tiles=layout.tiles.data_ptr(),
-            pairs=None if layout.pairs is None else layout.pairs.data_ptr(),
-            partials=partials.data_ptr(),
-            counters=self._counters.ctypes.data,
-            scratch=-(-self._scratch.data_ptr() // 64) * 64,
-            seconds=self._seconds.ctypes.data,
-            routing=self._routing.data_ptr(),
-            rows=num_rows,
-            num_tiles=len(layout.tiles),
-            num_pairs=0 if layout.pairs is None else len(layout.pairs),
-            table_stride=layout.table_stride,
-            scratch_bytes=self._scratch_bytes,
-        )
+        partials: Tensor | None = None  # lives as long as the call
         frame.buffers[Buffer.STREAM] = x.data_ptr()
-        for buffer, memory in enumerate(self._memory, start=1):
-            frame.buffers[buffer] = memory.data_ptr()
+        frame.slots, frame.tables = layout.slots.data_ptr(), layout.tables.data_ptr()
+        frame.tiles = layout.tiles.data_ptr()
+        frame.rows, frame.num_tiles, frame.table_stride = num_rows, layout.tiles.shape[0], layout.table_stride
+        if layout.pairs is None:
+            frame.pairs = None
+        else:
+            partials = torch.empty(layout.partial_floats(self._num_kv_heads, self._padded))
+            frame.pairs, frame.num_pairs = layout.pairs.data_ptr(), len(layout.pairs)
+            frame.partials = partials.data_ptr()
         for i, (cosines, sines) in enumerate(batch.rotary):
             frame.cosines[i], frame.sines[i] = cosines.data_ptr(), sines.data_ptr()
             frame.turned[i] = cosines.shape[-1]
         for operations, router in self._segments:
-            self._library.run(operations, len(operations), ctypes.byref(frame), num_threads)
+            self._library.run(operations, len(operations), self._frame_address, num_threads)
             if router is not None:
                 before = time.perf_counter()
                 scores = self._memory[Buffer.SCORES - 1][:num_rows]
@@ -212,13 +207,18 @@ class CpuProgram:
         return taken
 
     def _make_room(self, num_rows: int, num_threads: int) -> None:
+        frame = self._frame
         if num_rows > self._rows:
             self._memory = [torch.empty(num_rows, width) for width in self._widths]
             sizes = [self._library.routing_bytes(num_rows, r.num_experts, r.num_active) for r in self._routers]
             self._routing = torch.empty(-(-max(sizes, default=0) // 8), dtype=torch.int64)
             self._rows = num_rows
+            for buffer, memory in enumerate(self._memory, start=1):
+                frame.buffers[buffer] = memory.data_ptr()
+            frame.routing = self._routing.data_ptr()
         if self._scratch.numel() < num_threads * self._scratch_bytes + 64:
             self._scratch = torch.empty(num_threads * self._scratch_bytes + 64, dtype=torch.uint8)
+            frame.scratch = -(-self._scratch.data_ptr() // 64) * 64
 
 
 def _by_kind(seconds: Sequence[float]) -> LayerSeconds:

@@ -72,6 +72,14 @@ class CpuSampler:
     def __init__(self, library: Library) -> None:
         self._library = library
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._table: SamplingTable | None = None
+        self._columns = _Columns()
+
+    def _columns_of(self, table: SamplingTable) -> int:
+        """Where the addresses of a table's columns lie; they stay those that the table was made with."""
+        if table is not self._table:
+            self._table, self._columns = table, _columns(table)
+        return ctypes.addressof(self._columns)
 
     def _scratch(self, vocab_size: int, num_threads: int) -> int:
         num_bytes = num_threads * self._library.sampling_scratch_bytes(vocab_size)
@@ -84,7 +92,7 @@ class CpuSampler:
         scores, num_threads = scores.contiguous(), torch.get_num_threads()
         num_samples, vocab_size = scores.shape
         adjustments = gather_adjustments(batch)  # holds the lists while C reads them
-        columns, changes = _columns(batch.table), _changes(adjustments)
+        changes = _changes(adjustments)
         chosen = np.empty(num_samples, dtype=np.int64)
         self._library.choose_tokens(
             scores.data_ptr(),
@@ -92,7 +100,7 @@ class CpuSampler:
             vocab_size,
             _address(batch.rows),
             _address(batch.positions),
-            ctypes.addressof(columns),
+            self._columns_of(batch.table),
             None if changes is None else ctypes.addressof(changes),
             _address(chosen),
             self._scratch(vocab_size, num_threads),
