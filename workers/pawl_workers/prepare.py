@@ -68,7 +68,8 @@ def build_batch(
     token_ids = table.token_ids[rows[sequence], positions].astype(np.int64)
     starts = np.cumsum(num_tokens) - num_tokens
     contexts = table.num_computed[rows] + num_tokens
-    most_blocks = -(-int(contexts.max()) // settings.kernels.block_size)
+    furthest = int(contexts.max()) - 1
+    most_blocks = furthest // settings.kernels.block_size + 1
     arrays = SequenceArrays(
         starts=starts,
         lengths=num_tokens,
@@ -102,7 +103,7 @@ def build_batch(
     batch = Batch(
         token_ids=device_token_ids,
         positions=device_positions,
-        rotary=() if padded else batch_angles(device_positions, settings),
+        rotary=() if padded else batch_angles(device_positions, settings, furthest),
         attention=layout,
         last=device_last,
         sampling=samples,
@@ -133,9 +134,11 @@ def with_masks(batch: Batch, masks: RowMasks) -> Batch:
     return replace(batch, sampling=replace(batch.sampling, masks=TokenMasks(masks.words, of_sample)))
 
 
-def batch_angles(positions: Tensor, settings: BatchSettings) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Cosines and signed sines of some positions, [T], for each of the model's rotary embeddings."""
-    return tuple(rotary_angles(table, positions, settings.dtype) for table in settings.rotaries)
+def batch_angles(
+    positions: Tensor, settings: BatchSettings, furthest: int | None = None
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Cosines and signed sines of some positions, [T], for each rotary embedding of the model; see `rotary_angles`."""
+    return tuple(rotary_angles(table, positions, settings.dtype, furthest) for table in settings.rotaries)
 
 
 def pad_decodes(arrays: SequenceArrays, num_rows: int) -> SequenceArrays:

@@ -13,12 +13,25 @@ from pawl_workers.model.spec import RotarySpec
 __all__ = ["RotaryTable", "rotary_angles", "rotary_table"]
 
 
+_KEPT_BYTES = 1 << 22
+"""Memory for the angles of the first positions, 8192 of them where 64 dimensions turn."""
+
+
 @dataclass(frozen=True, slots=True)
 class RotaryTable:
-    """Radians per position of each pair of dimensions, [rotary_dim / 2] float32, and a factor of cosines and sines."""
+    """What the angles of a rotary embedding are worked out from.
+
+    Attributes:
+        frequencies: radians per position of each pair of dimensions, [rotary_dim / 2] float32.
+        scale: a factor of cosines and sines.
+        cosines, sines: those of the first positions, as of `rotary_angles`, [positions, rotary_dim] float32: on a CPU
+            it takes a short step longer to work angles out than to look them up.
+    """
 
     frequencies: Tensor
     scale: float
+    cosines: Tensor
+    sines: Tensor
 
 
 def rotary_table(spec: RotarySpec, max_context: int, device: torch.device) -> RotaryTable:
@@ -42,7 +55,9 @@ def rotary_table(spec: RotarySpec, max_context: int, device: torch.device) -> Ro
         case "longrope":
             factors = spec.long_factors if max_context > spec.original_max_position else spec.short_factors
             frequencies = 1.0 / (torch.tensor(factors) * spec.theta**exponents)
-    return RotaryTable(frequencies.to(device), spec.attention_factor)
+    num_kept = min(max_context, _KEPT_BYTES // (8 * spec.rotary_dim)) if device.type == "cpu" else 0
+    cosines, sines = _angles(frequencies, spec.attention_factor, torch.arange(num_kept))
+    return RotaryTable(frequencies.to(device), spec.attention_factor, cosines, sines)
 
 
 def _blend_by_wavelength(spec: RotarySpec, frequencies: Tensor) -> Tensor:
@@ -71,8 +86,25 @@ def _blend_by_rotations(spec: RotarySpec, frequencies: Tensor) -> Tensor:
     return frequencies / spec.factor * ramp + frequencies * (1 - ramp)
 
 
-def rotary_angles(table: RotaryTable, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (the first half negative) of positions [T], each [T, 1, rotary_dim]."""
-    angles = (positions.float().unsqueeze(1) * table.frequencies).unsqueeze(1)
-    cosines, sines = angles.cos() * table.scale, angles.sin() * table.scale
-    return torch.cat((cosines, cosines), dim=-1).to(dtype), torch.cat((-sines, sines), dim=-1).to(dtype)
+def rotary_angles(
+    table: RotaryTable, positions: Tensor, dtype: torch.dtype, furthest: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (the first half negative) of positions [T], each [T, 1, rotary_dim].
+
+    Args:
+        table: of the embedding.
+        positions: where tokens stand.
+        dtype: of the model.
+        furthest: at least the largest position; where it is known and small, angles are looked up, with the same bits.
+    """
+    if furthest is not None and furthest < table.cosines.shape[0]:
+        cosines, sines = table.cosines.index_select(0, positions), table.sines.index_select(0, positions)
+    else:
+        cosines, sines = _angles(table.frequencies, table.scale, positions)
+    return cosines.unsqueeze(1).to(dtype), sines.unsqueeze(1).to(dtype)
+
+
+def _angles(frequencies: Tensor, scale: float, positions: Tensor) -> tuple[Tensor, Tensor]:
+    angles = positions.float().unsqueeze(1) * frequencies
+    cosines, sines = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
