@@ -78,7 +78,7 @@ class Batch:
         positions: [T] int64.
         rotary: cosines and signed sines, each [T, 1, rotary_dim], of each of the model's rotary embeddings.
         attention: the backend's layout.
-        last: token rows whose logits are sampled from, [S'] int64, in the order of `sampling`.
+        last: token rows whose logits are sampled from, [S'] int64, increasing, in the order of `sampling`.
         sampling: how.
         prompts: prompt positions to be scored.
     """
@@ -90,3 +90,7 @@ class Batch:
     last: Tensor
     sampling: SamplingBatch
     prompts: list[PromptRows]
+
+    def samples(self, stream: Tensor) -> Tensor:
+        """The rows of a stream, [T, D], that are sampled from, [S', D]: the stream itself where all of them are."""
+        return stream if self.last.shape[0] == stream.shape[0] else stream[self.last]

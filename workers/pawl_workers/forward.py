@@ -58,7 +58,7 @@ def compute(batch: Batch, weights: Weights, cache: KvCache) -> tuple[Tensor, Ten
         x = add(x, norm(found, w.attention_output_norm), w.residual_scale)
         fired = mlp(norm(x, w.mlp_norm), w.mlp)  # features ignite
         x = add(x, norm(fired, w.mlp_output_norm), w.residual_scale)
-    return x, logits(norm(x[batch.last], weights.final_norm), weights.head)  # [S, V]  every direction is scored
+    return x, logits(norm(batch.samples(x), weights.final_norm), weights.head)  # [S, V]  every direction is scored
 
 
 def finish(x: Tensor, scores: Tensor, batch: Batch, weights: Weights) -> StepOutput:

@@ -254,8 +254,8 @@ class Worker:
         # What fails after a draft is not accepted; if it must, the row fails there once it comes there.
         reached = (i for i in failures if sampling.positions[i] == known[sampling.rows[i]])
         failed = {int(sampling.rows[i]): failures[i] for i in reached}
-        if not failures and self._settings.staging is not None and len(sampling) == num_tokens.sum():
-            return failed  # every token's logits were found finite; to look at the stream would wait for it once more
+        if not failures and len(sampling) == num_tokens.sum():
+            return failed  # every token's logits were found finite, which those of a stream that is not never are
         # Where a stream is not finite, neither are the keys and values just written.
         finite = output.stream.sum(dim=-1, dtype=torch.float32).isfinite()
         if not bool(finite.all()):
