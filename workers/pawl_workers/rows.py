@@ -5,6 +5,8 @@ A plan is checked as a whole before anything changes. Arrays are indexed by row 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,7 @@ class RowTable:
     """Tokens, blocks and sampling state of up to `max_running` sequences.
 
     Attributes:
+        max_context: most tokens that a row computes.
         token_ids: [rows, max_context + 1] int32; -1 - i where sample i of the step in flight will stand. A step's
             drafts stand after the tokens known.
         block_tables: [rows, most blocks] int64, 0 past the end.
@@ -40,7 +43,7 @@ class RowTable:
         vocab_size: int,
         num_host_blocks: int = 0,
     ) -> None:
-        self._max_running, self._max_context = max_running, max_context
+        self._max_running, self.max_context = max_running, max_context
         self._num_host_blocks = num_host_blocks
         self._block_size, self._last_block, self._vocab_size = block_size, num_blocks, vocab_size
         most_blocks = -(-max_context // block_size)
@@ -72,17 +75,32 @@ class RowTable:
             if self.known[row] and row not in freed:
                 raise PlanError(f"row {row} is given a new sequence but still holds one")
             self._check_sequence(sequence)
+        appended = self.check_appended(plan.append_blocks, added.keys() | freed)
+        self._check_grants(plan, freed, added, appended)
+        self._check_moves(plan)
+
+    def check_appended(
+        self, append_blocks: Sequence[tuple[int, list[int]]], changing: Collection[int] = ()
+    ) -> dict[int, int]:
+        """Check the blocks that rows are given; how many each of them is given.
+
+        Args:
+            append_blocks: of a plan.
+            changing: rows that it frees or gives a sequence.
+
+        Raises:
+            PlanError: as of `check`.
+        """
         appended: dict[int, int] = {}
-        for row, block_ids in plan.append_blocks:
+        for row, block_ids in append_blocks:
             self._check_row(row)
-            if row in added or row in freed or not self.known[row]:
+            if row in changing or not self.known[row]:
                 raise PlanError(f"row {row} is given more blocks but holds no earlier sequence")
             self._check_blocks(row, block_ids)
             appended[row] = appended.get(row, 0) + len(block_ids)
             if self.num_blocks[row] + appended[row] > self.block_tables.shape[1]:
                 raise PlanError(f"row {row} is given more than {self.block_tables.shape[1]} blocks")
-        self._check_grants(plan, freed, added, appended)
-        self._check_moves(plan)
+        return appended
 
     def _check_moves(self, plan: StepPlan) -> None:
         if not (plan.copies or plan.swap_out or plan.swap_in):
@@ -113,8 +131,8 @@ class RowTable:
 
     def _check_sequence(self, sequence: NewSequence) -> None:
         row, ids = sequence.row, sequence.token_ids
-        if not 1 <= len(ids) <= self._max_context:
-            raise PlanError(f"row {row} has {len(ids)} tokens, not in [1, {self._max_context}]")
+        if not 1 <= len(ids) <= self.max_context:
+            raise PlanError(f"row {row} has {len(ids)} tokens, not in [1, {self.max_context}]")
         for token_ids in (ids, sequence.sampling.suppressed_ids, sequence.sampling.logit_bias.keys()):
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
                 raise PlanError(f"row {row} names a token outside the vocabulary of {self._vocab_size}")
@@ -153,11 +171,11 @@ class RowTable:
         after = computed[rows] + grants
         if plan.drafts:
             self._check_drafts(plan, rows, after, known, added)
-        wrong = (grants < 1) | (after > np.minimum(known[rows], self._max_context))
+        wrong = (grants < 1) | (after > np.minimum(known[rows], self.max_context))
         for row, grant in zip(rows[wrong].tolist(), grants[wrong].tolist(), strict=True):
             raise PlanError(
                 f"row {row} is granted {grant} tokens; {computed[row]} of its {known[row]} are computed and "
-                f"{self._max_context} is the longest context"
+                f"{self.max_context} is the longest context"
             )
         wrong = blocks[rows] * self._block_size < after
         for row, end in zip(rows[wrong].tolist(), after[wrong].tolist(), strict=True):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pawl_workers.batch import Batch, IntArray, SamplingBatch
+from pawl_workers.decodes import Decodes
 from pawl_workers.errors import PlanError
 from pawl_workers.facts import WorkerFacts, worker_facts
 from pawl_workers.forward import StepOutput, compute, finish
@@ -70,6 +71,7 @@ class Worker:
         self._table = self._new_table()
         self._pipeline = self._new_pipeline()
         self._graphs = self._prepare_graphs()
+        self._decodes: Decodes | None = None  # of the last step, if it was one that may go on
 
     def _prepare_graphs(self) -> DecodeGraphs | None:
         facts, settings, staging = self.facts, self._settings, self._settings.staging
@@ -174,6 +176,16 @@ class Worker:
                 f"step {plan.step} of epoch {plan.epoch} was sent; the worker is after step {self._step} of "
                 f"epoch {self._epoch}"
             )
+        decodes, self._decodes = self._decodes, None
+        with torch.inference_mode():
+            if decodes is not None:
+                batch = decodes.next(plan)
+                if batch is not None:
+                    self._step = plan.step
+                    return self._run(plan, batch, decodes.rows, decodes.num_tokens, [], masks, started, decodes=decodes)
+            return self._launch_anew(plan, masks, started)
+
+    def _launch_anew(self, plan: StepPlan, masks: MaskSource | None, started: float) -> PendingStep:
         self._table.check(plan)
         if self._pipeline is not None:
             self._pipeline.make_room()
@@ -186,32 +198,55 @@ class Worker:
             if not queues:
                 pipeline.settle_all()
             pipeline = pipeline if queues else None
-        self._move(plan)
+        if plan.swap_out or plan.swap_in:
+            self._host.swap_out(plan.swap_out)
+            self._host.swap_in(plan.swap_in)
         alive = ~self._table.failed[rows]
         failures = [RowFailure(row, FAILED_EARLIER) for row in rows[~alive].tolist()]
         rows, num_tokens = rows[alive], num_tokens[alive]
         if len(rows) == 0:
-            self._copy(plan)
+            self._cache.copy_blocks(plan.copies)
             seconds = time.perf_counter() - started
             return DoneStep(StepResult(plan.step, plan.epoch, [], [], [], [], failures, seconds, 0.0, 0.0))
         num_drafts = _num_drafts(plan, rows) if plan.drafts else None
-        with torch.inference_mode():
-            padded = self._graph_rows(rows, num_tokens) if num_drafts is None else None
-            batch, _ = build_batch(self._table, rows, num_tokens, self._settings, padded, num_drafts)
-            if pipeline is not None:
-                pipeline.insert(batch)
-            prepared = time.perf_counter()
-            stream, scores = self._compute(batch, len(rows), padded)
-            if pipeline is not None and (masks is not None or pipeline.choice_must_wait(plan)):
-                pipeline.settle_all()
-            if masks is not None:
-                batch = with_masks(batch, masks())
-            if pipeline is not None:
-                return pipeline.add(plan, rows, num_tokens, failures, stream, scores, batch.sampling, started, prepared)
-            output = finish(stream, scores, batch, self._weights)
-            forward_s = time.perf_counter() - prepared - output.sampled.sample_s
-            failed = self._find_failures(output, rows, num_tokens, batch.sampling)
-        self._copy(plan)
+        padded = self._graph_rows(rows, num_tokens) if num_drafts is None else None
+        batch, _ = build_batch(self._table, rows, num_tokens, self._settings, padded, num_drafts)
+        if pipeline is None:
+            follows = num_drafts is None and Decodes.can_follow(batch, self._settings)
+            decodes = Decodes(self._table, rows, batch, self._settings) if follows else None
+            return self._run(plan, batch, rows, num_tokens, failures, masks, started, padded=padded, decodes=decodes)
+        pipeline.insert(batch)
+        prepared = time.perf_counter()
+        stream, scores = self._compute(batch, len(rows), padded)
+        if masks is not None or pipeline.choice_must_wait(plan):
+            pipeline.settle_all()
+        if masks is not None:
+            batch = with_masks(batch, masks())
+        return pipeline.add(plan, rows, num_tokens, failures, stream, scores, batch.sampling, started, prepared)
+
+    def _run(
+        self,
+        plan: StepPlan,
+        batch: Batch,
+        rows: IntArray,
+        num_tokens: IntArray,
+        failures: list[RowFailure],
+        masks: MaskSource | None,
+        started: float,
+        *,
+        padded: int | None = None,
+        decodes: Decodes | None,
+    ) -> DoneStep:
+        """Compute a step whose plan is applied; `decodes` is kept for the next one if no row fails."""
+        prepared = time.perf_counter()
+        stream, scores = self._compute(batch, len(rows), padded)
+        if masks is not None:
+            batch = with_masks(batch, masks())
+        output = finish(stream, scores, batch, self._weights)
+        forward_s = time.perf_counter() - prepared - output.sampled.sample_s
+        failed = self._find_failures(output, rows, num_tokens, batch.sampling)
+        # Forked sequences get what the step wrote; where it is not finite, it has been made so by now.
+        self._cache.copy_blocks(plan.copies)
         self._table.num_computed[rows] += num_tokens
         unsure = {row for row, _ in plan.drafts if row in failed}  # the drafts may have done it
         for row in failed.keys() - unsure:
@@ -219,6 +254,7 @@ class Worker:
             failures.append(RowFailure(row, failed[row]))
         for row in unsure:
             self._table.num_computed[row] -= num_tokens[rows == row].item()
+        self._decodes = None if failures else decodes
         return DoneStep(self._settle(plan, output, batch.sampling, failed, failures, prepared - started, forward_s))
 
     def _compute(self, batch: Batch, num_rows: int, padded: int | None) -> tuple[Tensor, Tensor]:
@@ -234,18 +270,6 @@ class Worker:
         table = self._table
         samples = table.samples[rows] & (table.num_computed[rows] + num_tokens == table.num_tokens[rows])
         return self._graphs.rows_of(num_tokens, int(samples.sum()))
-
-    def _move(self, plan: StepPlan) -> None:
-        if plan.swap_out or plan.swap_in:
-            with torch.inference_mode():
-                self._host.swap_out(plan.swap_out)
-                self._host.swap_in(plan.swap_in)
-
-    def _copy(self, plan: StepPlan) -> None:
-        """Forked sequences get what the step wrote; where it is not finite, it has been made so by now."""
-        if plan.copies:
-            with torch.inference_mode():
-                self._cache.copy_blocks(plan.copies)
 
     def _find_failures(
         self, output: StepOutput, rows: IntArray, num_tokens: IntArray, sampling: SamplingBatch
@@ -309,6 +333,7 @@ class Worker:
         """Forget every row and begin an epoch: the next plan is its step 1. KV blocks keep their contents."""
         self._table = self._new_table()
         self._pipeline = self._new_pipeline()
+        self._decodes = None
         self._step, self._epoch = 0, epoch
 
     def self_test(self) -> SelfTest:
