@@ -11,7 +11,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["HUB_CONFIGS"]
+from pawl_workers.model.config_reader import ConfigReader
+from pawl_workers.model.families import find_family
+from pawl_workers.model.spec import ModelSpec
+
+__all__ = ["HUB_CONFIGS", "read_hub_config"]
 
 Values = Mapping[str, object]
 
@@ -20,3 +24,9 @@ HUB_CONFIGS: Mapping[str, Values] = {
     for path in sorted(Path(__file__).parent.glob("*.json"))
     for hub_id, values in json.loads(path.read_text()).items()
 }
+
+
+def read_hub_config(hub_id: str, **changes: object) -> ModelSpec:
+    """Read the configuration of a model, with other values for some of its keys."""
+    values = {**HUB_CONFIGS[hub_id], **changes}
+    return find_family(values["architectures"])[1].spec(ConfigReader(values))

@@ -206,7 +206,7 @@ def test_configurations_that_cannot_be_served_are_refused(tmp_path: Path) -> Non
     folder = make_llama(tmp_path / "a")
     for changes, message in (
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*known: LlamaForCausalLM, .*GPT2LMHeadModel"),
-        ({"rope_parameters": {"rope_type": "spiral", "factor": 4.0}}, "rope scaling 'spiral'"),
+        ({"rope_parameters": {"rope_type": "spiral", "factor": 4.0}}, "rope_parameters.rope_type 'spiral'"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu'"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers must be a positive integer"),
         ({"num_key_value_heads": 3}, "4 attention heads are no multiple of 3"),

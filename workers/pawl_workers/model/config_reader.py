@@ -1,20 +1,37 @@
-"""ConfigReader: typed access to `config.json`; a wrong type is an error that names the key."""
+"""ConfigReader: typed access to `config.json`; what cannot be is an error that names the key."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from pawl_workers.errors import CheckpointError
 from pawl_workers.model.spec import Activation
 
 __all__ = ["ConfigReader"]
 
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+}
+
 
 class ConfigReader:
-    """Typed access to a `config.json`; a wrong type is an error that names the key."""
+    """Typed access to a `config.json`; a wrong type or a number out of range is an error that names the key.
 
-    def __init__(self, values: Mapping[str, object]) -> None:
+    Args:
+        values: the keys.
+        at: names of the sections that they are in, each with a dot.
+    """
+
+    def __init__(self, values: Mapping[str, object], at: str = "") -> None:
         self._values = values
+        self._at = at
 
     def __bool__(self) -> bool:
         """Whether there is anything to read."""
@@ -22,15 +39,19 @@ class ConfigReader:
 
     def without(self, key: str) -> ConfigReader:
         """Read as if a key were absent."""
-        return ConfigReader({name: value for name, value in self._values.items() if name != key})
+        return ConfigReader({name: value for name, value in self._values.items() if name != key}, self._at)
 
     def with_defaults(self, values: Mapping[str, object]) -> ConfigReader:
         """Read as if these were there where nothing else is."""
-        return ConfigReader({**values, **self._values})
+        return ConfigReader({**values, **self._values}, self._at)
 
     def over(self, other: ConfigReader) -> ConfigReader:
         """Read as if what the other holds were there where nothing is."""
         return self.with_defaults(other._values)
+
+    def error(self, key: str, problem: str) -> CheckpointError:
+        """Make an error of a key: where it stands, and what is wrong with it."""
+        return CheckpointError(f"config.json: {self._at}{key} {problem}")
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Read a positive integer; null and absent mean the default."""
@@ -38,7 +59,7 @@ class ConfigReader:
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"config.json: {key} must be a positive integer, not {value!r}")
+            raise self._wrong(key, "a positive integer")
         return value
 
     def count(self, key: str, default: int) -> int:
@@ -46,29 +67,38 @@ class ConfigReader:
         return 0 if self._values.get(key) == 0 else self.integer(key, default)
 
     def number(self, key: str, default: float) -> float:
-        """Read a number; null and absent mean the default."""
+        """Read a finite number; null and absent mean the default."""
         value = self._values.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
+        if not _is_number(value):
+            raise self._wrong(key, "a number")
         return float(value)
 
-    def optional_number(self, key: str, absent: float | None = None) -> float | None:
-        """Read a number; None when it is null, `absent` when it is not there."""
-        return None if self._values.get(key, absent) is None else self.number(key, absent or 0.0)
+    def positive(self, key: str, default: float | None = None) -> float:
+        """Read a number above 0; null and absent mean the default."""
+        if self._values.get(key) is None and default is not None:
+            return default
+        value = self.number(key, 0.0)
+        if value <= 0.0:
+            raise self._wrong(key, "a number above 0")
+        return value
+
+    def optional_positive(self, key: str, absent: float | None = None) -> float | None:
+        """Read a number above 0; None when it is null, `absent` when it is not there."""
+        return None if self._values.get(key, absent) is None else self.positive(key, absent)
 
     def optional_integer(self, key: str, absent: int | None = None) -> int | None:
         """Read a positive integer; None when it is null, `absent` when it is not there."""
         return None if self._values.get(key, absent) is None else self.integer(key, absent)
 
     def numbers(self, key: str) -> tuple[float, ...]:
-        """Read a list of numbers; empty when it is null or absent."""
+        """Read a list of finite numbers; empty when it is null or absent."""
         value = self._values.get(key)
         if value is None:
             return ()
-        if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int | float) for i in value):
-            raise CheckpointError(f"config.json: {key} must be a list of numbers, not {value!r}")
+        if not isinstance(value, list) or not all(_is_number(i) for i in value):
+            raise self._wrong(key, "a list of numbers")
         return tuple(float(i) for i in value)
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -77,7 +107,7 @@ class ConfigReader:
         if value is None:
             return ()
         if not isinstance(value, list) or any(not isinstance(i, str) for i in value):
-            raise CheckpointError(f"config.json: {key} must be a list of strings, not {value!r}")
+            raise self._wrong(key, "a list of strings")
         return tuple(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -86,8 +116,16 @@ class ConfigReader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {key} must be true or false, not {value!r}")
+            raise self._wrong(key, "true or false")
         return value
+
+    def refuse(self, *keys: str) -> None:
+        """Refuse what would change the forward pass in a way that is not known here, where a flag says that it does."""
+        for key in keys:
+            if self.flag(key, False):
+                raise self.error(
+                    key, "= true is not supported, and as false gives wrong logits; choose another checkpoint"
+                )
 
     def text(self, key: str, default: str) -> str:
         """Read a string; null and absent mean the default."""
@@ -95,7 +133,7 @@ class ConfigReader:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise CheckpointError(f"config.json: {key} must be a string, not {value!r}")
+            raise self._wrong(key, "a string")
         return value
 
     def section(self, key: str) -> ConfigReader | None:
@@ -104,20 +142,28 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise CheckpointError(f"config.json: {key} must be an object, not {value!r}")
-        return ConfigReader(value)
+            raise self._wrong(key, "an object")
+        return ConfigReader(value, f"{self._at}{key}.")
+
+    def needed_section(self, key: str) -> ConfigReader:
+        """Read a nested object that has to be there."""
+        section = self.section(key)
+        if section is None:
+            raise self._wrong(key, "an object")
+        return section
 
     def activation(self, key: str, default: str) -> Activation:
         """Read an activation by its name in a configuration."""
         name = self.text(key, default)
-        known = {
-            "silu": Activation.SILU,
-            "swish": Activation.SILU,
-            "gelu": Activation.GELU,
-            "gelu_new": Activation.GELU_TANH,
-            "gelu_pytorch_tanh": Activation.GELU_TANH,
-            "relu": Activation.RELU,
-        }
-        if name not in known:
-            raise CheckpointError(f"config.json: {key} {name!r} is not supported; known: {', '.join(known)}")
-        return known[name]
+        if name not in _ACTIVATIONS:
+            raise self.error(key, f"{name!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
+
+    def _wrong(self, key: str, wanted: str) -> CheckpointError:
+        value = self._values.get(key)
+        return self.error(key, f"is missing; must be {wanted}" if value is None else f"must be {wanted}, not {value!r}")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is one that a float holds: json also reads NaN, infinities and integers of any size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -61,18 +61,19 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise CheckpointError(
             f"config.json: {spec.num_heads} attention heads are no multiple of {spec.num_kv_heads} KV heads"
         )
+    if spec.experts is not None and spec.experts.num_active > spec.experts.num_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok must be at most {spec.experts.num_experts}, the number of experts, "
+            f"not {spec.experts.num_active}"
+        )
     generation = _read_json(folder / "generation_config.json") or {}
-    eos = next(
-        (found["eos_token_id"] for found in (generation, *sections) if found.get("eos_token_id") is not None), None
-    )
-    ids = eos if isinstance(eos, list) else [eos]
     bos = next((found["bos_token_id"] for found in sections if found.get("bos_token_id") is not None), None)
     return CheckpointConfig(
         folder=folder,
         architectures=(name,),
         family=family,
         spec=spec,
-        eos_token_ids=tuple(i for i in ids if isinstance(i, int)),
+        eos_token_ids=_eos_token_ids((generation, *sections), spec.vocab_size),
         bos_token_id=bos if isinstance(bos, int) and 0 <= bos < spec.vocab_size else None,
     )
 
@@ -81,6 +82,18 @@ def _sections(values: Mapping[str, object]) -> list[Mapping[str, object]]:
     """A configuration and, where it has one, that of the part that makes text."""
     text = values.get("text_config")
     return [values, text] if isinstance(text, dict) else [values]
+
+
+def _eos_token_ids(sections: Sequence[Mapping[str, object]], vocab_size: int) -> tuple[int, ...]:
+    """What ends a text, by the first section that says so; ids that are none of the vocabulary's never come."""
+    found = next((values["eos_token_id"] for values in sections if values.get("eos_token_id") is not None), [])
+    listed = found if isinstance(found, list) else [found]
+    ids = [i for i in listed if isinstance(i, int) and not isinstance(i, bool)]
+    if len(ids) < len(listed):
+        raise CheckpointError(
+            f"config.json, generation_config.json: eos_token_id must be an integer or a list of them, not {found!r}"
+        )
+    return tuple(i for i in ids if 0 <= i < vocab_size)
 
 
 def _refuse_quantised(sections: Sequence[Mapping[str, object]]) -> None:

@@ -40,8 +40,13 @@ def find_family(architectures: object) -> tuple[str, Family]:
     Raises:
         CheckpointError: none of them is known; the message lists those that are.
     """
-    if isinstance(architectures, list):
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        problem = f"must be a list of names, not {architectures!r}"
+    elif not architectures:
+        problem = "names none"
+    else:
         for name in architectures:
-            if isinstance(name, str) and name in FAMILIES:
+            if name in FAMILIES:
                 return name, FAMILIES[name]
-    raise CheckpointError(f"architecture {architectures!r} is not supported; known: {', '.join(FAMILIES)}")
+        problem = f"{', '.join(architectures)}: not supported"
+    raise CheckpointError(f"config.json: architectures {problem}; known: {', '.join(FAMILIES)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows
 from pawl_workers.model.spec import LayerSpec, ModelSpec, NormKind, TensorTarget
@@ -13,22 +12,18 @@ __all__ = ["FAMILIES"]
 
 
 def _base(config: ConfigReader, architecture: str, theta: float) -> ModelSpec:
-    scale = config.number("logit_scale", 0.0625)
-    if scale <= 0.0:
-        raise CheckpointError(f"config.json: logit_scale must be above 0, not {scale}")
     return replace(
         decoder_spec(config, architecture, theta=theta, tied=True),
         norm=NormKind.LAYER,
-        norm_epsilon=config.number("layer_norm_eps", 1e-5),
+        norm_epsilon=config.positive("layer_norm_eps", 1e-5),
         mlp_bias=False,
         parallel_blocks=True,
-        logit_divisor=1.0 / scale,
+        logit_divisor=1.0 / config.positive("logit_scale", 0.0625),
     )
 
 
 def _command_r(config: ConfigReader) -> ModelSpec:
-    if config.flag("use_qk_norm", False):
-        raise CheckpointError("config.json: use_qk_norm=true is not supported")
+    config.refuse("use_qk_norm")
     return _base(config, "CohereForCausalLM", 500000.0)
 
 

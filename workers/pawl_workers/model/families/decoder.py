@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.families.rope import read_rotary
 from pawl_workers.model.spec import Interleaved, LayerSpec, ModelSpec, TensorTarget
@@ -81,7 +80,7 @@ def decoder_spec(
         intermediate_size=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size"),
         max_context=max_context,
-        norm_epsilon=config.number("rms_norm_eps", epsilon),
+        norm_epsilon=config.positive("rms_norm_eps", epsilon),
         activation=config.activation(activation_key, activation),
         rotaries=(rotary,),
         qkv_bias=attention_bias,
@@ -99,10 +98,10 @@ def layer_windows(
     if not kinds:
         return tuple(window if slides(layer) else None for layer in range(num_layers))
     if len(kinds) != num_layers:
-        raise CheckpointError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
+        raise config.error("layer_types", f"has {len(kinds)} entries for {num_layers} layers")
     if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        raise CheckpointError(
-            f"config.json: layers of {', '.join(unknown)} are not supported; known: full_attention, sliding_attention"
+        raise config.error(
+            "layer_types", f"of {', '.join(unknown)} are not supported; known: full_attention, sliding_attention"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 

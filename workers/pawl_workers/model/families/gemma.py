@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows
 from pawl_workers.model.families.rope import read_rotaries
@@ -32,20 +31,15 @@ _NORMS = {
 
 
 def _gemma(config: ConfigReader) -> ModelSpec:
-    _check_attention(config)
+    config.refuse("use_bidirectional_attention")
     base = decoder_spec(config, "GemmaForCausalLM", head_dim=256, tied=True, activation="gelu_pytorch_tanh")
     # The first checkpoints say "gelu" and mean the approximate one.
     approximate = Activation.GELU_TANH if base.activation is Activation.GELU else base.activation
     return replace(base, activation=approximate, embedding_scale=base.hidden_size**0.5)
 
 
-def _check_attention(config: ConfigReader) -> None:
-    if config.flag("use_bidirectional_attention", False):
-        raise CheckpointError("config.json: use_bidirectional_attention=true is not supported")
-
-
 def _base(config: ConfigReader, architecture: str) -> ModelSpec:
-    _check_attention(config)
+    config.refuse("use_bidirectional_attention")
     base = decoder_spec(
         config,
         architecture,
@@ -57,7 +51,7 @@ def _base(config: ConfigReader, architecture: str) -> ModelSpec:
     return replace(
         base,
         embedding_scale=base.hidden_size**0.5,
-        attention_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_scale=config.positive("query_pre_attn_scalar", 256.0) ** -0.5,
     )
 
 
@@ -68,8 +62,8 @@ def _gemma2(config: ConfigReader) -> ModelSpec:
     return replace(
         base,
         layers=tuple(LayerSpec(w) for w in windows),
-        attention_softcap=config.optional_number("attn_logit_softcapping", 50.0),
-        logit_softcap=config.optional_number("final_logit_softcapping", 30.0),
+        attention_softcap=config.optional_positive("attn_logit_softcapping", 50.0),
+        logit_softcap=config.optional_positive("final_logit_softcapping", 30.0),
     )
 
 
@@ -80,18 +74,15 @@ def _gemma3(config: ConfigReader) -> ModelSpec:
     return replace(
         base,
         layers=tuple(LayerSpec(w, rotary=0 if w is None else 1) for w in windows),
-        rotaries=read_rotaries(config, base, 1e6, config.number("rope_local_base_freq", 10000.0)),
+        rotaries=read_rotaries(config, base, 1e6, config.positive("rope_local_base_freq", 10000.0)),
         query_key_norm=QueryKeyNorm.HEAD,
-        logit_softcap=config.optional_number("final_logit_softcapping"),
+        logit_softcap=config.optional_positive("final_logit_softcapping"),
     )
 
 
 def _gemma3_with_vision(config: ConfigReader) -> ModelSpec:
     """Read the part that makes text; its section leaves out what is as in the family's 4 B model."""
-    text = config.section("text_config")
-    if text is None:
-        raise CheckpointError("config.json: Gemma3ForConditionalGeneration needs a text_config")
-    base = _gemma3(text.with_defaults(_GEMMA3_DEFAULTS))
+    base = _gemma3(config.needed_section("text_config").with_defaults(_GEMMA3_DEFAULTS))
     return replace(
         base, architecture="Gemma3ForConditionalGeneration", logit_softcap=None
     )  # capped in text models only

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.families.decoder import Family
 from pawl_workers.model.spec import LayerSpec, ModelSpec, NormKind, TensorTarget
@@ -12,9 +11,10 @@ __all__ = ["FAMILIES"]
 
 def _spec(config: ConfigReader) -> ModelSpec:
     hidden_size, num_heads = config.integer("n_embd"), config.integer("n_head")
-    if config.flag("scale_attn_by_inverse_layer_idx", False) or not config.flag("scale_attn_weights", True):
-        raise CheckpointError(
-            "config.json: scale_attn_by_inverse_layer_idx=true and scale_attn_weights=false are not supported"
+    config.refuse("scale_attn_by_inverse_layer_idx")
+    if not config.flag("scale_attn_weights", True):
+        raise config.error(
+            "scale_attn_weights", "= false is not supported, and as true gives wrong logits; choose another checkpoint"
         )
     return ModelSpec(
         architecture="GPT2LMHeadModel",
@@ -27,7 +27,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         vocab_size=config.integer("vocab_size"),
         max_context=config.integer("n_positions", 1024),
         norm=NormKind.LAYER,
-        norm_epsilon=config.number("layer_norm_epsilon", 1e-5),
+        norm_epsilon=config.positive("layer_norm_epsilon", 1e-5),
         activation=config.activation("activation_function", "gelu_new"),
         gated_mlp=False,
         rotaries=(),

@@ -14,10 +14,10 @@ __all__ = ["FAMILIES"]
 def _spec(config: ConfigReader) -> ModelSpec:
     return replace(
         decoder_spec(config, "GraniteForCausalLM"),
-        embedding_scale=config.number("embedding_multiplier", 1.0),
-        attention_scale=config.number("attention_multiplier", 1.0),
-        residual_scale=config.number("residual_multiplier", 1.0),
-        logit_divisor=config.number("logits_scaling", 1.0),
+        embedding_scale=config.positive("embedding_multiplier", 1.0),
+        attention_scale=config.positive("attention_multiplier", 1.0),
+        residual_scale=config.positive("residual_multiplier", 1.0),
+        logit_divisor=config.positive("logits_scaling", 1.0),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.families.decoder import Family, decoder_names, decoder_spec, layer_windows
 from pawl_workers.model.spec import ExpertSpec, LayerSpec, ModelSpec, TensorTarget
@@ -35,12 +34,10 @@ def _spec(config: ConfigReader) -> ModelSpec:
 
 def _mistral3_spec(config: ConfigReader) -> ModelSpec:
     """Read the part that makes text; its section leaves out what is as in Mistral Small 3.1."""
-    text = config.section("text_config")
-    if text is None:
-        raise CheckpointError("config.json: Mistral3ForConditionalGeneration needs a text_config")
+    text = config.needed_section("text_config")
     kind = text.text("model_type", "mistral")
     if kind != "mistral":  # Ministral 3 scales its queries by their positions
-        raise CheckpointError(f"config.json: a text_config of model_type {kind!r} is not supported; known: mistral")
+        raise text.error("model_type", f"{kind!r} is not supported; known: mistral")
     return replace(
         _spec(text.with_defaults(_MISTRAL3_DEFAULTS)),
         architecture="Mistral3ForConditionalGeneration",

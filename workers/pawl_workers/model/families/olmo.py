@@ -26,7 +26,7 @@ def _olmo3(config: ConfigReader) -> ModelSpec:
     return replace(
         base,
         layers=tuple(LayerSpec(w, rotary=0 if w is None else 1) for w in windows),
-        rotaries=read_rotaries(config, base, _THETA, config.number("rope_theta", _THETA)),
+        rotaries=read_rotaries(config, base, _THETA, config.positive("rope_theta", _THETA)),
         query_key_norm=QueryKeyNorm.WIDTH,
     )
 

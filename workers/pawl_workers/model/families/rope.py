@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.spec import ModelSpec, RotarySpec
 
 __all__ = ["read_rotaries", "read_rotary"]
+
+_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def read_rotary(
@@ -20,17 +21,20 @@ def read_rotary(
     model card's advice on long contexts adds it.
     """
     scaling = section or config.section("rope_scaling") or config.section("rope_parameters") or ConfigReader({})
-    theta = scaling.number("rope_theta", config.number("rope_theta", theta))
-    share = scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    rotary_dim = int(head_dim * share)
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise CheckpointError(f"config.json: {rotary_dim} of {head_dim} dimensions of a head turn; must be even, not 0")
-    kind = scaling.text("rope_type", scaling.text("type", "default"))
+    for kind in ("full_attention", "sliding_attention"):
+        if scaling.section(kind) is not None:
+            raise scaling.error(kind, "is not supported: all layers of this architecture turn alike; give one section")
+    theta = scaling.positive("rope_theta", config.positive("rope_theta", theta))
+    if theta <= 1.0:
+        raise config.error("rope_theta", f"must be a number above 1, not {theta}")
+    rotary_dim = _rotary_dim(config, scaling, head_dim)
+    key = "type" if scaling.text("rope_type", "") == "" else "rope_type"
+    kind = scaling.text(key, "default")
     # Beside `rope_scaling` the length before stretching counts more than inside of it, as it does in transformers.
     original = config.integer(
         "original_max_position_embeddings", scaling.integer("original_max_position_embeddings", max_context)
     )
-    factor = scaling.number("factor", max_context / original)
+    factor = scaling.positive("factor", max_context / original)
     if kind == "su" or (kind == "yarn" and scaling.numbers("long_factor")):
         kind = "longrope"  # as Phi-3 called it first
     match kind:
@@ -38,36 +42,25 @@ def read_rotary(
         case "default" | "dynamic":
             return RotarySpec(theta, rotary_dim)
         case "linear":
-            return RotarySpec(theta, rotary_dim, "linear", factor=factor)
+            return RotarySpec(theta, rotary_dim, "linear", factor=scaling.positive("factor"))
         case "llama3":
-            return RotarySpec(
-                theta,
-                rotary_dim,
-                "llama3",
-                factor=factor,
-                low_frequency_factor=scaling.number("low_freq_factor", 1.0),
-                high_frequency_factor=scaling.number("high_freq_factor", 4.0),
-                original_max_position=original,
-            )
+            return _llama3(config, scaling, theta, rotary_dim)
         case "yarn":
             return RotarySpec(
                 theta,
                 rotary_dim,
                 "yarn",
                 factor=factor,
-                attention_factor=scaling.number("attention_factor", _yarn_attention_factor(scaling, factor)),
+                attention_factor=scaling.positive("attention_factor", _yarn_attention_factor(scaling, factor)),
                 original_max_position=original,
-                beta_slow=scaling.number("beta_slow", 1.0),
-                beta_fast=scaling.number("beta_fast", 32.0),
+                beta_slow=scaling.positive("beta_slow", 1.0),
+                beta_fast=scaling.positive("beta_fast", 32.0),
                 truncate=scaling.flag("truncate", True),
             )
         case "longrope":
             return _longrope(scaling, theta, rotary_dim, max_context, original)
         case _:
-            raise CheckpointError(
-                f"config.json: rope scaling {kind!r} is not supported; known: default, linear, dynamic, llama3, yarn, "
-                "longrope"
-            )
+            raise scaling.error(key, f"{kind!r} is not supported; known: {', '.join(_KINDS)}")
 
 
 def read_rotaries(
@@ -76,11 +69,39 @@ def read_rotaries(
     """Read those of global and of local layers, of which only the global one is stretched (transformers 4 and 5)."""
     nothing = ConfigReader({})
     both, plain = config.section("rope_parameters") or nothing, config.without("rope_parameters")
-    everywhere = (config.section("rope_scaling") or nothing).over(both.section("full_attention") or nothing)
+    scaling, everywhere = config.section("rope_scaling"), both.section("full_attention") or nothing
+    everywhere = everywhere if scaling is None else scaling.over(everywhere)
     local = ConfigReader({"rope_theta": local_theta})
     return (
         read_rotary(plain, base.head_dim, base.max_context, theta, everywhere),
         read_rotary(local, base.head_dim, base.max_context, local_theta, both.section("sliding_attention")),
+    )
+
+
+def _rotary_dim(config: ConfigReader, scaling: ConfigReader, head_dim: int) -> int:
+    share = scaling.positive("partial_rotary_factor", config.positive("partial_rotary_factor", 1.0))
+    turned = int(head_dim * share)
+    if turned % 2 or not 0 < turned <= head_dim:
+        raise config.error(
+            "partial_rotary_factor",
+            f"{share:g} turns {turned} of {head_dim} dimensions of a head; must be an even number of them, not 0",
+        )
+    return turned
+
+
+def _llama3(config: ConfigReader, scaling: ConfigReader, theta: float, rotary_dim: int) -> RotarySpec:
+    low, high = scaling.positive("low_freq_factor"), scaling.positive("high_freq_factor")
+    if high <= low:
+        raise scaling.error("high_freq_factor", f"must be above low_freq_factor, {low:g}, not {high:g}")
+    key = "original_max_position_embeddings"
+    return RotarySpec(
+        theta,
+        rotary_dim,
+        "llama3",
+        factor=scaling.positive("factor"),
+        low_frequency_factor=low,
+        high_frequency_factor=high,
+        original_max_position=config.optional_integer(key) or scaling.integer(key),
     )
 
 
@@ -96,14 +117,16 @@ def _longrope(scaling: ConfigReader, theta: float, rotary_dim: int, max_context:
     short, long = scaling.numbers("short_factor"), scaling.numbers("long_factor")
     for key, factors in (("short_factor", short), ("long_factor", long)):
         if len(factors) != rotary_dim // 2:
-            raise CheckpointError(f"config.json: {key} has {len(factors)} entries; {rotary_dim // 2} pairs turn")
-    factor = scaling.number("factor", max_context / original)
+            raise scaling.error(key, f"has {len(factors)} entries; {rotary_dim // 2} pairs turn")
+        if min(factors) <= 0.0:
+            raise scaling.error(key, f"must hold numbers above 0, not {min(factors):g}")
+    factor = scaling.positive("factor", max_context / original)
     default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return RotarySpec(
         theta,
         rotary_dim,
         "longrope",
-        attention_factor=scaling.number("attention_factor", default),
+        attention_factor=scaling.positive("attention_factor", default),
         original_max_position=original,
         short_factors=short,
         long_factors=long,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pawl_workers.errors import CheckpointError
 from pawl_workers.model.config_reader import ConfigReader
 from pawl_workers.model.families.decoder import NORMS, Family, decoder_names, decoder_spec
 from pawl_workers.model.spec import ModelSpec, NormKind, TensorTarget
@@ -13,13 +12,12 @@ __all__ = ["FAMILIES"]
 
 
 def _spec(config: ConfigReader) -> ModelSpec:
-    if config.flag("qk_layernorm", False):
-        raise CheckpointError("config.json: qk_layernorm=true is not supported")
+    config.refuse("qk_layernorm")
     config = config.without("head_dim").with_defaults({"partial_rotary_factor": 0.25, "num_key_value_heads": 32})
     return replace(
         decoder_spec(config, "StableLmForCausalLM"),
         norm=NormKind.LAYER,
-        norm_epsilon=config.number("layer_norm_eps", 1e-5),
+        norm_epsilon=config.positive("layer_norm_eps", 1e-5),
         qkv_bias=config.flag("use_qkv_bias", False),
         attention_output_bias=False,
         mlp_bias=False,

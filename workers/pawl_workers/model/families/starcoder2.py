@@ -19,7 +19,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         base,
         layers=(LayerSpec(config.optional_integer("sliding_window")),) * base.num_layers,
         norm=NormKind.LAYER,
-        norm_epsilon=config.number("norm_epsilon", 1e-5),
+        norm_epsilon=config.positive("norm_epsilon", 1e-5),
         gated_mlp=False,
         qkv_bias=bias,
         attention_output_bias=bias,
