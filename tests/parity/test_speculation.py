@@ -24,7 +24,7 @@ from tests.fakes.worker_driver import Generation, WorkerDriver
 
 BOUNDED = (Phase.explicit, Phase.reuse, Phase.generate)
 NUM_TOKENS = 24
-NAMES = ["mistral", "qwen3-moe", "gemma2", "gpt2", "olmo2"]
+NAMES = ["mistral", "qwen3-moe", "qwen2-moe", "gemma2", "gpt2", "olmo2", "phi", "cohere2", "glm4", "stablelm-parallel"]
 
 
 @pytest.fixture(autouse=True)
