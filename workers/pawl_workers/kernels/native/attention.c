@@ -9,6 +9,9 @@
    The rows of a tile are taken in groups, whose scores for a split stay in the first-level cache. A block of fewer bits
    is widened once for all of them, unless one pass over it in registers is enough.
 
+   What decodes read lies in blocks all over memory, where no processor finds the next one by itself. So each block is
+   fetched while the one before it is computed with: keys, then values of a split, then the next split's or tile's keys.
+
    Source: Dao et al., "FlashAttention", 2022, for the tiling; Hong et al., "FlashDecoding++", 2023, for splits in
    parallel. */
 #include "attention.h"
@@ -19,8 +22,6 @@
 #include "linear.h"
 #include "softmax.h"
 #include "vector.h"
-
-#define MOST_PREFETCHED 2 /* groups that share what is prefetched */
 
 typedef struct {
     Rows group;
@@ -43,6 +44,7 @@ typedef struct {
     int64_t first_key, wide_keys, wide_values;
     const char *keys[SPLIT_BLOCKS], *values[SPLIT_BLOCKS];
     const float *key_scales[SPLIT_BLOCKS], *value_scales[SPLIT_BLOCKS];
+    const char *then; /* what is read after it */
     int scaled, widened;
 } Split;
 
@@ -55,17 +57,24 @@ INLINE int64_t row_offset(const Tile *t, int row) {
     return (token * t->step->heads + head) * t->step->head_dim;
 }
 
-static void open_split(const Tile *t, int64_t first_key, Split *split) {
+/* Of a key's block and the tile's head, bytes into the keys and into the values. */
+INLINE int64_t block_offset(const Tile *t, int64_t key) {
     const Attention *step = t->step;
-    int64_t bytes = cache_bytes(step->format, step->padded), count = smaller(t->num_keys - first_key, SPLIT);
+    return (t->table[key / BLOCK] * step->kv_heads + t->head) * cache_bytes(step->format, step->padded);
+}
+
+static void open_split(const Tile *t, int64_t first_key, const char *then, Split *split) {
+    const Attention *step = t->step;
+    int64_t count = smaller(t->num_keys - first_key, SPLIT);
     split->first_key = first_key, split->wide_keys = split->wide_values = 0;
     split->scaled = step->format == BYTE, split->widened = step->format != FLOAT && passes_of(t->rows) > 1;
     for (int64_t i = 0; i * BLOCK < count; i++) {
-        int64_t at = (t->table[first_key / BLOCK + i] * step->kv_heads + t->head) * bytes;
+        int64_t at = block_offset(t, first_key + i * BLOCK);
         split->keys[i] = step->keys + at, split->values[i] = step->values + at;
         split->key_scales[i] = (const float *)(split->keys[i] + step->padded * BLOCK);
         split->value_scales[i] = (const float *)(split->values[i] + step->padded * BLOCK);
     }
+    split->then = then ? then : split->values[(count - 1) / BLOCK];
 }
 
 static void widen(const Tile *t, const char **block, float *to) {
@@ -84,8 +93,15 @@ static void widen_up_to(const Tile *t, int64_t start, int64_t end, int64_t *done
     }
 }
 
-INLINE void prefetch(const char *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+INLINE void prefetch(const void *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+}
+
+/* The values that are taken next, or what is read after the last of them. */
+static void prefetch_values(const Split *split, int64_t key, int64_t end, int64_t bytes) {
+    if (key >= end) prefetch(split->then, bytes);
+    for (int64_t until = smaller(key + VALUES_AT_ONCE, end); key < until; key += BLOCK)
+        prefetch(split->values[key / BLOCK], bytes);
 }
 
 static void take_queries(const Tile *t, Scratch *s, int first, int rows) {
@@ -143,22 +159,31 @@ static void attend_group(const Tile *t, Scratch *s, Split *split, int first, int
     }
     if (start >= end) return; /* other groups of the tile see keys of this split */
     take_queries(t, s, first, rows);
+    int reads = first == 0; /* before other groups of the tile do */
     for (int64_t key = start; key < end; key += BLOCK) {
         int64_t i = key / BLOCK;
-        if (first == 0 && t->groups <= MOST_PREFETCHED) { /* else there is more to compute than to read */
-            if (key + BLOCK < end) prefetch(split->keys[i + 1], bytes);
-            if (!split->widened) prefetch(split->values[i], bytes);
+        const char *ahead = key + BLOCK < end ? split->keys[i + 1] : split->values[start / BLOCK];
+        if (reads && split->scaled) {
+            prefetch(split->value_scales[i], BLOCK * 4);
+            prefetch(ahead + dims * BLOCK, BLOCK * 4);
         }
-        if (split->widened) widen_up_to(t, start, key + BLOCK, &split->wide_keys, split->keys, s->keys);
+        if (split->widened) {
+            widen_up_to(t, start, key + BLOCK, &split->wide_keys, split->keys, s->keys);
+            if (reads) prefetch(ahead, bytes);
+        }
         score_block(&s->group, rows, format, split->keys[i], split->scaled ? split->key_scales[i] : NULL, dims, key,
-                    end - key);
+                    end - key, reads && !split->widened ? ahead : NULL);
     }
     weigh(t, s, split, first, rows, start, end);
     int64_t at_once = passes_of(rows) > 1 ? VALUES_AT_ONCE : SPLIT;
     for (int64_t key = start; key < end; key += at_once) {
         int64_t until = smaller(key + at_once, end);
-        if (split->widened) widen_up_to(t, key, until, &split->wide_values, split->values, s->values);
-        add_values(&s->group, rows, format, split->values, dims, key, until);
+        const char *then = until < end ? split->values[until / BLOCK] : split->then;
+        if (split->widened) {
+            widen_up_to(t, key, until, &split->wide_values, split->values, s->values);
+            if (reads) prefetch_values(split, until, end, bytes);
+        }
+        add_values(&s->group, rows, format, split->values, dims, key, until, reads && !split->widened ? then : NULL);
     }
 }
 
@@ -196,12 +221,14 @@ static Tile tile_of(const Attention *step, const int64_t *fields, int64_t head) 
 
 INLINE int64_t first_seen(const Tile *t) { return larger(t->first_position + 1 - t->step->window, 0); }
 
-static void attend_tile(const Tile *t, Scratch *s) {
+/* `then`: the keys that are read after it, or NULL. */
+static void attend_tile(const Tile *t, Scratch *s, const char *then) {
     int64_t dims = t->step->padded;
     for (int row = 0; row < t->rows; row++) begin(t, s, row);
     for (int64_t key = first_seen(t) / SPLIT * SPLIT; key < t->num_keys; key += SPLIT) {
         Split split;
-        open_split(t, key, &split);
+        int64_t after = key + SPLIT;
+        open_split(t, key, after < t->num_keys ? t->step->keys + block_offset(t, after) : then, &split);
         for (int group = 0; group < t->groups; group++) {
             int first = group_start(t, group), rows = group_start(t, group + 1) - first;
             attend_group(t, s, &split, first, rows);
@@ -218,16 +245,15 @@ INLINE float *partial_of(const Attention *step, int64_t pair, int64_t head, int 
 }
 
 /* A partial is a row's maximum, total and sums of one split. */
-static void attend_pair(const Attention *step, Scratch *s, int64_t pair, int64_t head) {
-    const int64_t *which = step->pairs + pair * 2;
-    Tile t = tile_of(step, step->tiles + which[0] * TILE_FIELDS, head);
+static void attend_pair(const Tile *t, Scratch *s, int64_t pair, const char *then) {
+    const Attention *step = t->step;
     Split split;
-    open_split(&t, which[1] * SPLIT, &split);
-    for (int group = 0; group < t.groups; group++) {
-        int first = group_start(&t, group), rows = group_start(&t, group + 1) - first;
-        attend_group(&t, s, &split, first, rows);
+    open_split(t, step->pairs[pair * 2 + 1] * SPLIT, then, &split);
+    for (int group = 0; group < t->groups; group++) {
+        int first = group_start(t, group), rows = group_start(t, group + 1) - first;
+        attend_group(t, s, &split, first, rows);
         for (int i = 0; i < rows; i++) {
-            float *partial = partial_of(step, pair, head, first + i);
+            float *partial = partial_of(step, pair, t->head, first + i);
             partial[0] = s->split_maximum[i], partial[1] = s->split_total[i];
             memcpy(partial + 2, s->group.sums[i], (size_t)step->padded * sizeof(float));
         }
@@ -236,17 +262,39 @@ static void attend_pair(const Attention *step, Scratch *s, int64_t pair, int64_t
 
 int64_t attention_scratch_bytes(void) { return ((int64_t)sizeof(Scratch) + 63) / 64 * 64; }
 
-void attention_part(const Attention *step, int64_t *next, char *scratch) {
+/* What a thread takes at a time: a tile, or one split of it. */
+typedef struct {
+    Tile tile;
+    int64_t pair;
+    const char *first_keys;
+} Item;
+
+/* Takes an item if more than so many are left. */
+static int take(const Attention *step, int64_t *next, int64_t left, Item *item) {
     int64_t items = (step->pairs ? step->num_pairs : step->num_tiles) * step->kv_heads;
-    for (;;) {
-        int64_t item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-        if (item >= items) return;
-        if (step->pairs) {
-            attend_pair(step, (Scratch *)scratch, item / step->kv_heads, item % step->kv_heads);
-            continue;
-        }
-        Tile t = tile_of(step, step->tiles + item / step->kv_heads * TILE_FIELDS, item % step->kv_heads);
-        attend_tile(&t, (Scratch *)scratch);
+    if (__atomic_load_n(next, __ATOMIC_RELAXED) + left >= items) return 0;
+    int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    if (i >= items) return 0;
+    item->pair = i / step->kv_heads;
+    int64_t tile = step->pairs ? step->pairs[item->pair * 2] : item->pair;
+    item->tile = tile_of(step, step->tiles + tile * TILE_FIELDS, i % step->kv_heads);
+    int64_t key = first_seen(&item->tile);
+    if (step->pairs) key = larger(key, step->pairs[item->pair * 2 + 1] * SPLIT);
+    item->first_keys = step->keys + block_offset(&item->tile, key);
+    return 1;
+}
+
+void attention_part(const Attention *step, int64_t *next, char *scratch) {
+    Item item, after;
+    int64_t others = omp_get_num_threads() - 1;
+    int more = take(step, next, 0, &item);
+    while (more) {
+        more = take(step, next, others, &after); /* what the others would wait for is left to them */
+        const char *then = more ? after.first_keys : NULL;
+        if (step->pairs) attend_pair(&item.tile, (Scratch *)scratch, item.pair, then);
+        else attend_tile(&item.tile, (Scratch *)scratch, then);
+        if (!more) more = take(step, next, 0, &after);
+        item = after;
     }
 }
 

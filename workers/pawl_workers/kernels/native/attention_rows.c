@@ -7,6 +7,7 @@
 #include "vector.h"
 
 #define COLUMNS (BLOCK / WIDTH)
+#define LINE 64 /* bytes of the caches */
 
 #if WIDTH == 16
 #define ROWS 12 /* 12 x 32 floats of sums fill 24 of 32 registers */
@@ -24,10 +25,17 @@ INLINE vw element_at(int format, const char *p, int64_t i) {
     }
 }
 
-/* sums[r][0 .. columns * WIDTH) += a[r][i] * b[i * stride + 0 ..) over i in order. */
+INLINE int64_t element_bytes(int format) { return format == FLOAT ? 4 : format == HALF ? 2 : 1; }
+
+/* sums[r][0 .. columns * WIDTH) += a[r][i] * b[i * stride + 0 ..) over i in order. The same part of the block `ahead`, if
+   there is one, is fetched, a few bytes with every product: of more at once the products would have to wait for some. */
 INLINE void product(int format, int rows, int columns, const float *a, int64_t a_stride, const char *b, int64_t stride,
-                    int64_t n, vw *sums) {
+                    int64_t n, vw *sums, const char *ahead) {
+    int64_t size = element_bytes(format);
     for (int64_t i = 0; i < n; i++) {
+        if (ahead)
+            for (int64_t at = 0; at < columns * WIDTH * size; at += LINE)
+                __builtin_prefetch(ahead + i * stride * size + at, 0, 2);
         vw right[64 / WIDTH]; /* the most that are asked for, see DIMS_AT_ONCE */
         for (int c = 0; c < columns; c++) right[c] = element_at(format, b, i * stride + c * WIDTH);
         for (int r = 0; r < rows; r++) {
@@ -38,10 +46,10 @@ INLINE void product(int format, int rows, int columns, const float *a, int64_t a
 }
 
 INLINE void some_scores(int format, int rows, int columns, const float *queries, const char *keys, const float *scales,
-                        int64_t dims, float *scores) {
+                        int64_t dims, float *scores, const char *ahead) {
     vw sums[ROWS * COLUMNS];
     for (int i = 0; i < rows * columns; i++) sums[i] = allw(0.0f);
-    product(format, rows, columns, queries, DIM_STRIDE, keys, BLOCK, dims, sums);
+    product(format, rows, columns, queries, DIM_STRIDE, keys, BLOCK, dims, sums, ahead);
     for (int c = 0; c < columns; c++) {
         vw scale = scales ? loadw(scales + c * WIDTH) : allw(1.0f);
         for (int r = 0; r < rows; r++) {
@@ -53,40 +61,45 @@ INLINE void some_scores(int format, int rows, int columns, const float *queries,
 
 /* Some dimensions of the values, from `dim` on. */
 INLINE void some_values(int format, int rows, int columns, const float *weights, const char *const *blocks, int64_t dims,
-                        int64_t dim, int64_t start, int64_t end, float *to) {
+                        int64_t dim, int64_t start, int64_t end, float *to, const char *then) {
     vw sums[MOST_SUMS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) sums[r * columns + c] = loadw(to + r * DIM_STRIDE + dim + c * WIDTH);
     for (int64_t key = start; key < end; key += BLOCK) {
-        int64_t n = end - key < BLOCK ? end - key : BLOCK, size = format == FLOAT ? 4 : format == HALF ? 2 : 1;
+        int64_t n = end - key < BLOCK ? end - key : BLOCK, size = element_bytes(format);
         const char *values = blocks[key / BLOCK] + dim * size;
-        product(format, rows, columns, weights + key, SCORE_STRIDE, values, dims, n, sums);
+        const char *ahead = then && key + BLOCK < end ? blocks[key / BLOCK + 1] : then;
+        product(format, rows, columns, weights + key, SCORE_STRIDE, values, dims, n, sums,
+                ahead ? ahead + dim * size : NULL);
     }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) storew(to + r * DIM_STRIDE + dim + c * WIDTH, sums[r * columns + c]);
 }
 
 /* A function for each format and number of rows. */
-typedef void Scores(const float *queries, const char *keys, const float *scales, int64_t dims, float *to, int whole);
-typedef void Values(const float *weights, const char *const *blocks, int64_t dims, int64_t start, int64_t end, float *to);
+typedef void Scores(const float *queries, const char *keys, const float *scales, int64_t dims, float *to, int whole,
+                    const char *ahead);
+typedef void Values(const float *weights, const char *const *blocks, int64_t dims, int64_t start, int64_t end, float *to,
+                    const char *then);
 
 /* Of few rows more dimensions at a time: enough sums that do not wait for each other. */
 #define DIMS_AT_ONCE(rows) ((rows) * 64 / WIDTH <= MOST_SUMS / 2 ? 64 : 32)
-#define BOTH(format, rows)                                                                                           \
-    static void scores_##format##_##rows(const float *queries, const char *keys, const float *scales, int64_t dims,  \
-                                         float *to, int whole) {                                                     \
-        if (whole) some_scores(format, rows, COLUMNS, queries, keys, scales, dims, to);                              \
-        else some_scores(format, rows, COLUMNS / 2, queries, keys, scales, dims, to);                                \
-    }                                                                                                                \
-    static void values_##format##_##rows(const float *weights, const char *const *blocks, int64_t dims,              \
-                                         int64_t start, int64_t end, float *to) {                                    \
-        int64_t dim = 0;                                                                                             \
-        if (DIMS_AT_ONCE(rows) == 64)                                                                                \
-            for (; dim + 64 <= dims; dim += 64)                                                                      \
-                some_values(format, rows, 64 / WIDTH, weights, blocks, dims, dim, start, end, to);                   \
-        for (; dim + 32 <= dims; dim += 32)                                                                          \
-            some_values(format, rows, COLUMNS, weights, blocks, dims, dim, start, end, to);                          \
-        for (; dim < dims; dim += WIDTH) some_values(format, rows, 1, weights, blocks, dims, dim, start, end, to);   \
+#define BOTH(format, rows)                                                                                             \
+    static void scores_##format##_##rows(const float *queries, const char *keys, const float *scales, int64_t dims,    \
+                                         float *to, int whole, const char *ahead) {                                    \
+        if (whole) some_scores(format, rows, COLUMNS, queries, keys, scales, dims, to, ahead);                         \
+        else some_scores(format, rows, COLUMNS / 2, queries, keys, scales, dims, to, ahead);                           \
+    }                                                                                                                  \
+    static void values_##format##_##rows(const float *weights, const char *const *blocks, int64_t dims,                \
+                                         int64_t start, int64_t end, float *to, const char *then) {                    \
+        int64_t dim = 0;                                                                                               \
+        if (DIMS_AT_ONCE(rows) == 64)                                                                                  \
+            for (; dim + 64 <= dims; dim += 64)                                                                        \
+                some_values(format, rows, 64 / WIDTH, weights, blocks, dims, dim, start, end, to, then);               \
+        for (; dim + 32 <= dims; dim += 32)                                                                            \
+            some_values(format, rows, COLUMNS, weights, blocks, dims, dim, start, end, to, then);                      \
+        for (; dim < dims; dim += WIDTH)                                                                               \
+            some_values(format, rows, 1, weights, blocks, dims, dim, start, end, to, then);                            \
     }
 #define THREE(format, DO) DO(format, 1) DO(format, 2) DO(format, 3)
 #if WIDTH == 16
@@ -112,16 +125,20 @@ int passes_of(int rows) { return (rows + ROWS - 1) / ROWS; }
 INLINE int rows_at_once(int rows) { return (rows + passes_of(rows) - 1) / passes_of(rows); }
 
 void score_block(Rows *r, int rows, int format, const char *keys, const float *scales, int64_t dims, int64_t key,
-                 int64_t num_keys) {
+                 int64_t num_keys, const char *ahead) {
     int at_once = rows_at_once(rows);
     for (int row = 0; row < rows; row += at_once) {
         Scores *score = SCORES[format][smaller(rows - row, at_once)];
-        score(r->queries[row], keys, scales, dims, &r->scores[row][key], num_keys > BLOCK / 2);
+        score(r->queries[row], keys, scales, dims, &r->scores[row][key], num_keys > BLOCK / 2,
+              row == 0 ? ahead : NULL);
     }
 }
 
-void add_values(Rows *r, int rows, int format, const char *const *blocks, int64_t dims, int64_t start, int64_t end) {
+void add_values(Rows *r, int rows, int format, const char *const *blocks, int64_t dims, int64_t start, int64_t end,
+                const char *then) {
     int at_once = rows_at_once(rows);
-    for (int row = 0; row < rows; row += at_once)
-        VALUES[format][smaller(rows - row, at_once)](r->scores[row], blocks, dims, start, end, r->sums[row]);
+    for (int row = 0; row < rows; row += at_once) {
+        Values *values = VALUES[format][smaller(rows - row, at_once)];
+        values(r->scores[row], blocks, dims, start, end, r->sums[row], row == 0 ? then : NULL);
+    }
 }

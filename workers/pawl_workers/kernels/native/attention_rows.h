@@ -20,11 +20,13 @@ typedef struct {
 int passes_of(int rows);
 
 /* scores[.][key ..) = the products of the queries with the first num_keys of a block, of which 16 or 32 are computed;
-   times the keys' scales, if there are any. */
+   times the keys' scales, if there are any. `ahead`: the block that is read next, which is fetched meanwhile; or NULL. */
 void score_block(Rows *r, int rows, int format, const char *keys, const float *scales, int64_t dims, int64_t key,
-                 int64_t num_keys);
+                 int64_t num_keys, const char *ahead);
 
-/* sums += the weights that stand in scores[.][start .. end) times these keys' values, in order. */
-void add_values(Rows *r, int rows, int format, const char *const *blocks, int64_t dims, int64_t start, int64_t end);
+/* sums += the weights that stand in scores[.][start .. end) times these keys' values, in order. `then`: the block that is
+   read after those, each of which is fetched while the one before it is computed with; or NULL, and none is. */
+void add_values(Rows *r, int rows, int format, const char *const *blocks, int64_t dims, int64_t start, int64_t end,
+                const char *then);
 
 #endif
