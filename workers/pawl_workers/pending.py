@@ -42,15 +42,21 @@ class DoneStep:
     """
 
     def __init__(self, result: StepResult) -> None:
-        self.future: Future[StepResult] = Future()
-        self.future.set_result(result)
+        self._result = result
+
+    @property
+    def future(self) -> Future[StepResult]:
+        """One that is done."""
+        future: Future[StepResult] = Future()
+        future.set_result(self._result)
+        return future
 
     def wait(self) -> None:
         """Return at once."""
 
     def result(self) -> StepResult:
         """Return what the step gave."""
-        return self.future.result()
+        return self._result
 
 
 class Arrival:

@@ -186,6 +186,8 @@ def _sampling(table: RowTable, rows: IntArray, settings: BatchSettings, most_dra
         num_output=positions - table.num_prompt[rows],
         drafts=drafts,
         words=words,
+        adjusts=bool(table.sampling.adjusted[rows].any()),
+        describes=bool((table.sampling.alternatives[rows] >= 0).any()),
     )
 
 

@@ -34,8 +34,7 @@ class _Adjustments(ctypes.Structure):  # as in sampling.c
 def _address(array: NDArray[np.generic]) -> int:
     if not array.flags.c_contiguous:
         raise ValueError(f"an array of shape {array.shape} does not lie in one piece; pass np.ascontiguousarray of it")
-    address: int = array.__array_interface__["data"][0]
-    return address
+    return array.ctypes.data
 
 
 def _columns(table: SamplingTable) -> _Columns:
@@ -72,19 +71,23 @@ class CpuSampler:
     def __init__(self, library: Library) -> None:
         self._library = library
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._table: SamplingTable | None = None
+        self._sized = (0, 0)  # vocabulary and threads
+        self._batch: SamplingBatch | None = None
         self._columns = _Columns()
+        self._addresses = (0, 0, 0)
 
-    def _columns_of(self, table: SamplingTable) -> int:
-        """Where the addresses of a table's columns lie; they stay those that the table was made with."""
-        if table is not self._table:
-            self._table, self._columns = table, _columns(table)
-        return ctypes.addressof(self._columns)
+    def _addresses_of(self, batch: SamplingBatch) -> tuple[int, int, int]:
+        """Where the rows and positions of a batch lie, and the addresses of its table's columns."""
+        if batch is not self._batch:  # a decode step may be of the arrays of the last one, changed in place
+            self._columns = _columns(batch.table)
+            columns = ctypes.addressof(self._columns)
+            self._batch, self._addresses = batch, (_address(batch.rows), _address(batch.positions), columns)
+        return self._addresses
 
     def _scratch(self, vocab_size: int, num_threads: int) -> int:
-        num_bytes = num_threads * self._library.sampling_scratch_bytes(vocab_size)
-        if self._memory.numel() < num_bytes:
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        if self._sized != (vocab_size, num_threads):
+            num_bytes = num_threads * self._library.sampling_scratch_bytes(vocab_size)
+            self._memory, self._sized = torch.empty(num_bytes, dtype=torch.uint8), (vocab_size, num_threads)
         return self._memory.data_ptr()
 
     def choose(self, scores: Tensor, batch: SamplingBatch) -> IntArray:
@@ -93,16 +96,17 @@ class CpuSampler:
         num_samples, vocab_size = scores.shape
         adjustments = gather_adjustments(batch)  # holds the lists while C reads them
         changes = _changes(adjustments)
+        rows, positions, columns = self._addresses_of(batch)
         chosen = np.empty(num_samples, dtype=np.int64)
         self._library.choose_tokens(
             scores.data_ptr(),
             num_samples,
             vocab_size,
-            _address(batch.rows),
-            _address(batch.positions),
-            self._columns_of(batch.table),
+            rows,
+            positions,
+            columns,
             None if changes is None else ctypes.addressof(changes),
-            _address(chosen),
+            chosen.ctypes.data,
             self._scratch(vocab_size, num_threads),
             num_threads,
         )

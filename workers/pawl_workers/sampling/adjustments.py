@@ -59,6 +59,8 @@ class Adjustments:
 
 def gather_adjustments(batch: SamplingBatch) -> Adjustments | None:
     """Gather what applies to a batch; None when no logit of it is to be changed."""
+    if batch.masks is None and not batch.adjusts:
+        return None
     table, rows = batch.table, batch.rows
     adjusted = table.adjusted[rows]
     if batch.masks is None and not adjusted.any():

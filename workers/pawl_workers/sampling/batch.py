@@ -52,6 +52,8 @@ class SamplingBatch:
         masks: None where all tokens are allowed to all.
         words: [S, 2 * WORDS] int32 on the device, `parameter_words` by their halves; None where a step's integers do
             not travel together.
+        adjusts: False where it is known that no row has penalties, bias or suppression.
+        describes: False where it is known that no row wants log-probabilities.
     """
 
     sampler: Sampler
@@ -62,6 +64,8 @@ class SamplingBatch:
     drafts: IntArray
     masks: TokenMasks | None = None
     words: Tensor | None = None
+    adjusts: bool = True
+    describes: bool = True
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -47,14 +47,14 @@ def sample(scores: Tensor, sampling: SamplingBatch) -> Sampled:
     if not len(sampling):
         return Sampled(np.zeros(0, dtype=np.int64), [], {}, time.perf_counter() - started)
     token_ids = sampling.sampler.choose(scores, sampling)
-    failures = {i: MESSAGES[int(token_ids[i])] for i in (token_ids < 0).nonzero()[0].tolist()}
-    logprobs = _describe(scores, sampling, token_ids)
+    failures = {i: MESSAGES[token_id] for i, token_id in enumerate(token_ids.tolist()) if token_id < 0}
+    logprobs = _describe(scores, sampling, token_ids) if sampling.describes else []
     return Sampled(token_ids, logprobs, failures, time.perf_counter() - started)
 
 
 def _describe(scores: Tensor, sampling: SamplingBatch, token_ids: IntArray) -> list[TokenLogprobs | None]:
     alternatives = sampling.table.alternatives[sampling.rows]
-    (wanted,) = ((alternatives >= 0) & (token_ids >= 0)).nonzero()
+    wanted = np.flatnonzero((alternatives >= 0) & (token_ids >= 0))
     if not len(wanted):
         return []
     chosen, counts = token_ids[wanted], alternatives[wanted]
