@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pawl_workers.batch import AttentionShape, Batch, IntArray
+from pawl_workers.batch import AttentionShape, Batch, IntArray, PromptRows
 from pawl_workers.decodes import Decodes
 from pawl_workers.errors import PlanError
 from pawl_workers.kernels import choose_backend
@@ -24,14 +24,16 @@ from pawl_workers.rows import RowTable
 
 CPU, SIZE, CONTEXT, ROWS = torch.device("cpu"), 32, 1600, 6
 SHAPE = AttentionShape(6, 3, 16)
-LENGTHS = [1, 2, 30, 31, 32, 33, 250, 490, 500, 511, 512, 513, 1000, 1020]
-ROTARY = RotarySpec(rotary_dim=16, theta=1e4)
+KEPT = 1015  # positions whose angles are looked up
+LENGTHS = [1, 2, 30, 31, 32, 33, 250, 490, 500, 511, 512, 513, 1000, 1010, 1020]
+ROTARY = RotarySpec(theta=1e4, rotary_dim=16)
 
 
 @pytest.fixture(scope="module")
 def settings_of_steps() -> BatchSettings:
     kernels = choose_backend(CPU, torch.float32, SHAPE, "cpu")
-    return BatchSettings(kernels, SHAPE, (rotary_table(ROTARY, CONTEXT, CPU),), CPU, torch.float32)
+    tables = rotary_table(ROTARY, KEPT, CPU), rotary_table(replace(ROTARY, theta=100.0), CONTEXT, CPU)
+    return BatchSettings(kernels, SHAPE, tables, CPU, torch.float32)
 
 
 class Rows:
@@ -62,6 +64,11 @@ class Rows:
         """The step is computed, and gives a token for each row."""
         self.table.num_computed[self.rows] += 1
         self.table.append_tokens(self.rows, self.rows + self.step)
+
+    def decodes(self, settings: BatchSettings) -> Decodes:
+        decodes = Decodes.after(self.built_anew(settings), self.rows, self.table, settings)
+        assert decodes is not None
+        return decodes
 
     def built_anew(self, settings: BatchSettings) -> Batch:
         return build_batch(self.table, self.rows, np.ones(len(self.rows), dtype=np.int64), settings)[0]
@@ -106,7 +113,7 @@ def test_moved_on_batches_are_those_built_anew(
     try:
         rows, settings = Rows(lengths), settings_of_steps
         rows.step += 1
-        decodes = Decodes(rows.table, rows.rows, rows.built_anew(settings), settings)
+        decodes = rows.decodes(settings)
         for _ in range(num_steps):
             rows.sample()
             plan = rows.plan()
@@ -115,8 +122,8 @@ def test_moved_on_batches_are_those_built_anew(
                 rows.table.check(plan)
                 rows.table.apply(plan)
                 positions = rows.table.num_computed[rows.rows]
-                assert (positions % 512 == 0).any() or (positions % (8 * SIZE) == 0).any()
-                decodes = Decodes(rows.table, rows.rows, rows.built_anew(settings), settings)
+                assert (positions % 512 == 0).any() or (positions % (8 * SIZE) == 0).any() or KEPT in positions
+                decodes = rows.decodes(settings)
             else:
                 assert_same(moved, rows.built_anew(settings))
     finally:
@@ -149,7 +156,7 @@ def test_other_steps_are_left_to_others(name: str, settings_of_steps: BatchSetti
     """Nothing has changed then."""
     rows = Rows([5, 40, 7])
     rows.rows = np.array([1, 0])
-    decodes = Decodes(rows.table, rows.rows, rows.built_anew(settings_of_steps), settings_of_steps)
+    decodes = rows.decodes(settings_of_steps)
     rows.sample()
     before = rows.table.num_blocks.copy(), rows.table.block_tables.copy(), rows.table.known.copy()
     assert decodes.next(changed(rows.plan())[name]) is None
@@ -159,7 +166,7 @@ def test_other_steps_are_left_to_others(name: str, settings_of_steps: BatchSetti
 
 def test_a_row_that_lacks_a_block_is_left_to_the_check(settings_of_steps: BatchSettings) -> None:
     rows = Rows([5, 32])
-    decodes = Decodes(rows.table, rows.rows, rows.built_anew(settings_of_steps), settings_of_steps)
+    decodes = rows.decodes(settings_of_steps)
     rows.sample()
     plan = rows.plan()
     assert plan.append_blocks
@@ -176,7 +183,7 @@ def test_blocks_against_the_contract_are_refused(
     blocks: list[tuple[int, list[int]]], message: str, settings_of_steps: BatchSettings
 ) -> None:
     rows = Rows([5, 33])
-    decodes = Decodes(rows.table, rows.rows, rows.built_anew(settings_of_steps), settings_of_steps)
+    decodes = rows.decodes(settings_of_steps)
     rows.sample()
     with pytest.raises(PlanError, match=message):
         decodes.next(msgspec.structs.replace(rows.plan(), append_blocks=blocks))
@@ -184,8 +191,12 @@ def test_blocks_against_the_contract_are_refused(
 
 def test_who_can_go_on(settings_of_steps: BatchSettings) -> None:
     """Steps in which every token samples, and no prompt is scored."""
-    rows = Rows([5, 33])
-    batch = rows.built_anew(settings_of_steps)
-    assert Decodes.can_follow(batch, settings_of_steps)
+    rows, settings = Rows([5, 33]), settings_of_steps
+    batch = rows.built_anew(settings)
+    assert Decodes.after(batch, rows.rows, rows.table, settings) is not None
     fewer = replace(batch.sampling, rows=batch.sampling.rows[:1])
-    assert not Decodes.can_follow(replace(batch, sampling=fewer), settings_of_steps)
+    assert Decodes.after(replace(batch, sampling=fewer), rows.rows, rows.table, settings) is None
+    scored = PromptRows(0, 0, 1, np.zeros(1, dtype=np.int64), 0)
+    assert Decodes.after(replace(batch, prompts=[scored]), rows.rows, rows.table, settings) is None
+    reference = replace(settings, kernels=choose_backend(CPU, torch.float32, SHAPE, "reference"))
+    assert Decodes.after(batch, rows.rows, rows.table, reference) is None

@@ -5,7 +5,6 @@ Rows of tokens lie sequence after sequence, without padding. Knows no rows of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,20 +26,6 @@ class AttentionLayout:
     """What a kernel backend works out once a step for all layers; each backend has its own subclass."""
 
     __slots__ = ()
-
-    def move_on(self, positions: IntArray, appended: Sequence[tuple[int, int, Sequence[int]]]) -> bool:
-        """Make a step in which each sequence computed one token that in which each computes its next one, in place.
-
-        Args:
-            positions: of those tokens, [S].
-            appended: blocks that sequences were given since: the sequence's number, the first block's place in its
-                table, the blocks; a sequence is named once.
-
-        Returns:
-            Whether it was done; False where the step must be laid out anew, and this layout is not to be used again.
-        """
-        del positions, appended
-        return False
 
 
 @dataclass(frozen=True, slots=True)

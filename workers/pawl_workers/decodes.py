@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from pawl_workers.batch import Batch, IntArray
+from pawl_workers.kernels.decode_mover import DecodeArrays, DecodeMover, MovesDecodes
 from pawl_workers.plan import StepPlan
 from pawl_workers.prepare import BatchSettings, batch_angles
 from pawl_workers.rows import RowTable
@@ -25,19 +26,36 @@ class Decodes:
         num_tokens: 1 of each, [S].
     """
 
-    def __init__(self, table: RowTable, rows: IntArray, batch: Batch, settings: BatchSettings) -> None:
-        self.rows, self.num_tokens = rows, np.ones(len(rows), dtype=np.int64)
-        self._table, self._batch, self._settings = table, batch, settings
-        self._named, self._granted = rows.tolist(), self.num_tokens.tolist()
+    def __init__(self, arrays: DecodeArrays, mover: DecodeMover, table: RowTable, settings: BatchSettings) -> None:
+        self.rows, self.num_tokens = arrays.rows, np.ones(len(arrays.rows), dtype=np.int64)
+        self._batch, self._capacity, self._mover = arrays.batch, arrays.capacity, mover
+        self._table, self._settings = table, settings
+        self._named, self._granted = self.rows.tolist(), self.num_tokens.tolist()
         self._places = {row: place for place, row in enumerate(self._named)}
-        self._positions, self._token_ids = batch.positions.numpy(), batch.token_ids.numpy()
-        self._capacity = table.num_blocks[rows] * settings.kernels.block_size
-        self._furthest = int(self._positions.max())
+        self._furthest = int(self._batch.positions.max())
+        self._end = table.max_context
+        if arrays.rotaries:
+            self._end = min(self._end, *(len(angles.cosines) for angles in arrays.rotaries))
+        self._works_out = not arrays.rotaries
 
-    @staticmethod
-    def can_follow(batch: Batch, settings: BatchSettings) -> bool:
-        """Whether a step is one that `Decodes` can move on, if it has no drafts and none of its rows fails."""
-        return settings.staging is None and len(batch.sampling) == len(batch.token_ids) and not batch.prompts
+    @classmethod
+    def after(cls, batch: Batch, rows: IntArray, table: RowTable, settings: BatchSettings) -> Decodes | None:
+        """Prepare for the steps after this one, which has no drafts; None where its backend cannot move it on."""
+        kernels = settings.kernels
+        decodes = len(batch.sampling) == len(batch.token_ids) and not batch.prompts
+        if not decodes or settings.staging is not None or not isinstance(kernels, MovesDecodes):
+            return None
+        furthest = int(batch.positions.max()) + 1
+        looked_up = all(furthest < len(angles.cosines) for angles in settings.rotaries)
+        arrays = DecodeArrays(
+            batch=batch,
+            rows=rows,
+            known=table.token_ids,
+            capacity=table.num_blocks[rows] * kernels.block_size,
+            rotaries=settings.rotaries if looked_up else (),
+        )
+        mover = kernels.decode_mover(arrays)
+        return None if mover is None else cls(arrays, mover, table, settings)
 
     def next(self, plan: StepPlan) -> Batch | None:
         """Apply a plan to the table and build its batch, out of the last one, whose tokens have been appended.
@@ -52,27 +70,24 @@ class Decodes:
         same = plan.rows == self._named and plan.num_tokens == self._granted
         if not same or plan.new or plan.freed_rows or plan.drafts or plan.copies or plan.swap_out or plan.swap_in:
             return None
-        table, positions, furthest = self._table, self._positions, self._furthest + 1
-        appended = self._appended(plan) if plan.append_blocks else []
-        if appended is None or furthest >= table.max_context:
+        self._furthest += 1
+        if self._furthest >= self._end or (plan.append_blocks and not self._append(plan)) or not self._mover.move_on():
             return None
-        positions += 1
-        if (positions >= self._capacity).any() or not self._batch.attention.move_on(positions, appended):
-            return None
-        table.apply(plan)
-        self._furthest = furthest
-        self._token_ids[:] = table.token_ids[self.rows, positions]
-        sampling = self._batch.sampling
-        sampling.positions[:] += 1
-        sampling.num_output[:] += 1
-        return replace(self._batch, rotary=batch_angles(self._batch.positions, self._settings, furthest))
+        if plan.append_blocks:
+            self._table.apply(plan)
+        if self._works_out:
+            angles = batch_angles(self._batch.positions, self._settings)
+            return replace(self._batch, rotary=angles)
+        return self._batch
 
-    def _appended(self, plan: StepPlan) -> list[tuple[int, int, list[int]]] | None:
-        """The blocks that sequences are given, as of `move_on`; None where a row is not of the step, or named twice."""
+    def _append(self, plan: StepPlan) -> bool:
+        """Note the blocks that sequences are given; False where one is not of the step, named twice or has no room."""
         table, places = self._table, self._places
         given = table.check_appended(plan.append_blocks)
         if len(given) < len(plan.append_blocks) or not given.keys() <= places.keys():
-            return None
-        for row, num_blocks in given.items():
-            self._capacity[places[row]] += num_blocks * self._settings.kernels.block_size
-        return [(places[row], int(table.num_blocks[row]), block_ids) for row, block_ids in plan.append_blocks]
+            return False
+        for row, block_ids in plan.append_blocks:
+            self._capacity[places[row]] += len(block_ids) * self._settings.kernels.block_size
+            if not self._mover.append(places[row], int(table.num_blocks[row]), block_ids):
+                return False
+        return True

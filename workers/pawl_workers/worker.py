@@ -212,8 +212,7 @@ class Worker:
         padded = self._graph_rows(rows, num_tokens) if num_drafts is None else None
         batch, _ = build_batch(self._table, rows, num_tokens, self._settings, padded, num_drafts)
         if pipeline is None:
-            follows = num_drafts is None and Decodes.can_follow(batch, self._settings)
-            decodes = Decodes(self._table, rows, batch, self._settings) if follows else None
+            decodes = Decodes.after(batch, rows, self._table, self._settings) if num_drafts is None else None
             return self._run(plan, batch, rows, num_tokens, failures, masks, started, padded=padded, decodes=decodes)
         pipeline.insert(batch)
         prepared = time.perf_counter()
@@ -275,11 +274,11 @@ class Worker:
         self, output: StepOutput, rows: IntArray, num_tokens: IntArray, sampling: SamplingBatch
     ) -> dict[int, str]:
         failures, known = output.sampled.failures, self._table.num_tokens
+        if not failures and len(sampling) == output.stream.shape[0]:
+            return {}  # every token's logits were found finite, which those of a stream that is not never are
         # What fails after a draft is not accepted; if it must, the row fails there once it comes there.
         reached = (i for i in failures if sampling.positions[i] == known[sampling.rows[i]])
         failed = {int(sampling.rows[i]): failures[i] for i in reached}
-        if not failures and len(sampling) == num_tokens.sum():
-            return failed  # every token's logits were found finite, which those of a stream that is not never are
         # Where a stream is not finite, neither are the keys and values just written.
         finite = output.stream.sum(dim=-1, dtype=torch.float32).isfinite()
         if not bool(finite.all()):
@@ -300,13 +299,17 @@ class Worker:
         forward_s: float,
     ) -> StepResult:
         sampled = output.sampled
+        kept: IntArray | None = None  # all
         if plan.drafts:
             kept = find_accepted(sampled.token_ids, sampling, self._table)
-        else:
+        elif sampled.failures or failed:
             kept = np.flatnonzero(sampled.token_ids >= 0)
-        if failed:
+        if failed and kept is not None:
             kept = kept[~np.isin(sampling.rows[kept], list(failed))]
-        rows, token_ids = sampling.rows[kept], sampled.token_ids[kept]
+        rows, token_ids, logprobs = sampling.rows, sampled.token_ids, sampled.logprobs
+        if kept is not None:
+            rows, token_ids = rows[kept], token_ids[kept]
+            logprobs = [logprobs[i] for i in kept.tolist()] if logprobs else []
         if plan.drafts:
             append_accepted(self._table, rows, token_ids, sampling.positions[kept] - self._table.num_tokens[rows])
         else:
@@ -316,7 +319,7 @@ class Worker:
             epoch=plan.epoch,
             rows=rows.tolist(),
             token_ids=token_ids.tolist(),
-            logprobs=[sampled.logprobs[i] for i in kept.tolist()] if sampled.logprobs else [],
+            logprobs=logprobs,
             prompt_logprobs=[entry for entry in output.prompts if entry.row not in failed],
             failures=failures,
             prepare_s=prepare_s,

@@ -17,10 +17,12 @@ from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.byte_weights import ByteScales
 from pawl_workers.kernels.cpu_calls import activation_number, attention_call, norm_call, padded_dim, place_call
 from pawl_workers.kernels.cpu_compile import compile_program
+from pawl_workers.kernels.cpu_decodes import CpuDecodeMover
 from pawl_workers.kernels.cpu_layout import CpuLayout, lay_out
 from pawl_workers.kernels.cpu_linear import NARROW, CpuLinear, Workspace, packed_bytes
 from pawl_workers.kernels.cpu_program import CpuProgram
 from pawl_workers.kernels.cpu_sampler import CpuSampler
+from pawl_workers.kernels.decode_mover import DecodeArrays
 from pawl_workers.kernels.native.library import Library, load_library
 from pawl_workers.kernels.weight_memory import WeightMemory
 from pawl_workers.model.spec import Activation
@@ -143,6 +145,12 @@ class CpuKernels:
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:
         """Cut the step into tiles; where they are cut changes no bits."""
         return lay_out(sequences, shape, torch.get_num_threads())
+
+    def decode_mover(self, arrays: DecodeArrays) -> CpuDecodeMover | None:
+        """See `MovesDecodes`."""
+        layout = arrays.batch.attention
+        assert isinstance(layout, CpuLayout)  # noqa: S101 - narrows the type
+        return CpuDecodeMover(arrays, layout, self._library) if CpuDecodeMover.can_move(arrays) else None
 
     def place(
         self,

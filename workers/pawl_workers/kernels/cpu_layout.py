@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ _SPLIT = 512
 _MOST_ROWS = 192  # query rows of a tile, as in attention.h
 _LEAST_ROWS = 24  # where tiles are cut no smaller; MOST_PAIR_ROWS in attention.h
 _MOST_HEADS = 24  # of a tile
-_FIELDS, _POSITION = 7, 2
+_FIELDS = 7
 _SPARE_BLOCKS = 8  # columns of the tables for blocks that sequences will be given
 _ITEMS_PER_THREAD = 8  # below, tiles become smaller, and then the splits of long contexts are shared out too
 
@@ -43,18 +42,6 @@ class CpuLayout(AttentionLayout):
     def table_stride(self) -> int:
         """Blocks of each row of the tables."""
         return self.tables.shape[1]
-
-    def move_on(self, positions: IntArray, appended: Sequence[tuple[int, int, Sequence[int]]]) -> bool:
-        """As the base class says: not where a sequence comes to another split, or to the end of its table."""
-        tables, tiles = self.tables.numpy(), self.tiles.numpy()
-        offsets = positions % _SPLIT
-        if not offsets.all() or any(begin + len(blocks) > tables.shape[1] for _, begin, blocks in appended):
-            return False
-        for sequence, begin, blocks in appended:
-            tables[sequence, begin : begin + len(blocks)] = blocks
-        tiles[:, _POSITION] += 1
-        self.slots.numpy()[:] = tables[np.arange(len(positions)), positions // _BLOCK] * _BLOCK + offsets % _BLOCK
-        return True
 
     def partial_floats(self, num_kv_heads: int, padded: int) -> int:
         """Floats that the results of all pairs take before they are merged."""

@@ -30,6 +30,7 @@ _SOURCES = (
     "elementwise.c",
     "experts.c",
     "program.c",
+    "decodes.c",
     "best_tokens.c",
     "sampling.c",
     "describe.c",

@@ -13,6 +13,7 @@ import torch  # noqa: F401 - loaded before the library, so that both share one p
 from pawl_workers.kernels.native.build import BuildError, find_or_build
 from pawl_workers.kernels.native.structures import (
     AttentionCall,
+    DecodesCall,
     ExpertsCall,
     Frame,
     LinearCall,
@@ -56,6 +57,7 @@ class Library:
     place: Function
     activate: Function
     run: Function
+    move_on: Function
     choose_tokens: Function
     describe_tokens: Function
     panel_width: int
@@ -97,6 +99,7 @@ _ARGUMENTS: dict[str, list[type[ctypes._SimpleCData]]] = {  # type: ignore[type-
     "place": [_P, _I],
     "activate": [_P, _P, _N, _N, _I, _I, _I],
     "run": [_P, _N, _P, _I],
+    "move_on": [_P],
     "choose_tokens": [_P, _N, _N, _P, _P, _P, _P, _P, _P, _I],
     "describe_tokens": [_P, _N, _N, _P, _P, _P, _N, _P, _P, _P, _P, _P, _I],
 }
@@ -108,7 +111,7 @@ _COUNTS: dict[str, list[type[ctypes.c_int64]]] = {
     "sampling_scratch_bytes": [_N],
     "routing_bytes": [_N, _N, _N],
 }
-_STRUCTURES = (NormCall, LinearCall, PlaceCall, AttentionCall, Operation, Frame, ExpertsCall)
+_STRUCTURES = (NormCall, LinearCall, PlaceCall, AttentionCall, Operation, Frame, ExpertsCall, DecodesCall)
 
 
 @cache

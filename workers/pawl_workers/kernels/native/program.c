@@ -6,11 +6,11 @@
 #include <string.h>
 
 #include "attention.h"
+#include "decodes.h"
 #include "elementwise.h"
 #include "experts.h"
 #include "linear.h"
 
-#define MOST_ROTARIES 4
 #define NUM_BUFFERS 14
 
 enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4, GROUP = 5, GATHER = 6, UP = 7, DOWN = 8, COMBINE = 9 };
@@ -133,4 +133,5 @@ int64_t pawl_routing_bytes(int64_t tokens, int64_t num_experts, int64_t num_acti
 void pawl_structure_sizes(int64_t *sizes) {
     sizes[0] = sizeof(Norm), sizes[1] = sizeof(Linear), sizes[2] = sizeof(Place), sizes[3] = sizeof(Attention);
     sizes[4] = sizeof(Operation), sizes[5] = sizeof(Frame), sizes[6] = sizeof(Experts);
+    sizes[7] = sizeof(Decodes);
 }

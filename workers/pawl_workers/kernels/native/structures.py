@@ -9,6 +9,7 @@ __all__ = [
     "MOST_ROTARIES",
     "NO_WINDOW",
     "AttentionCall",
+    "DecodesCall",
     "ExpertsCall",
     "Frame",
     "LinearCall",
@@ -110,4 +111,18 @@ class Frame(ctypes.Structure):
         *_fields(
             rows__num_tiles__num_pairs__table_stride__scratch_bytes=_N,
         ),
+    ]
+
+
+class DecodesCall(ctypes.Structure):
+    """`Decodes` of decodes.h."""
+
+    _fields_: ClassVar = [
+        *_fields(rows__known__capacity__positions__token_ids__slots__sampled_at__num_output__tables__tiles=_P),
+        ("all_cosines", _P * MOST_ROTARIES),
+        ("all_sines", _P * MOST_ROTARIES),
+        ("cosines", _P * MOST_ROTARIES),
+        ("sines", _P * MOST_ROTARIES),
+        ("turned", _N * MOST_ROTARIES),
+        *_fields(count__num_tiles__known_stride__table_stride__num_rotaries__moved=_N),
     ]
