@@ -12,7 +12,7 @@ from pawl_workers.errors import OutOfMemoryError
 from pawl_workers.model.spec import ModelSpec
 from pawl_workers.plan import LEAST_SAMPLES
 
-__all__ = ["MemoryPlan", "activation_bytes", "available_bytes", "plan_memory"]
+__all__ = ["MemoryPlan", "activation_bytes", "available_bytes", "elements_per_token", "plan_memory"]
 
 _ATTENTION_WORKSPACE_BYTES = 16 << 20
 
@@ -38,17 +38,28 @@ def available_bytes(device: torch.device) -> int:
 
 
 def activation_bytes(spec: ModelSpec, max_batch_tokens: int, max_running: int, element_bytes: int) -> int:
-    """Estimate the most that the tensors of one step take, from the widest moments of the forward pass."""
-    shared = 0 if spec.experts is None else spec.experts.shared_size
-    up = max(spec.intermediate_size, shared) * (3 if spec.gated_mlp else 2)
-    attention = 3 * spec.qkv_size
-    routed = 0
-    if spec.experts is not None:  # a row for each token at each of its experts
-        inner = spec.experts.intermediate_size * (3 if spec.gated_mlp else 2)
-        routed = spec.experts.num_experts + spec.experts.num_active * (2 * spec.hidden_size + inner)
-    per_token = 3 * spec.hidden_size + max(up, attention, routed)
+    """Estimate the most that the tensors of one step take."""
     logits = max(max_running, LEAST_SAMPLES) * spec.vocab_size * 4 * 3
-    return max_batch_tokens * per_token * element_bytes + logits + _ATTENTION_WORKSPACE_BYTES
+    return max_batch_tokens * elements_per_token(spec) * element_bytes + logits + _ATTENTION_WORKSPACE_BYTES
+
+
+def elements_per_token(spec: ModelSpec) -> int:
+    """Numbers that a token takes in the layers, at most.
+
+    Stage by stage those of the widest moment; in the CPU's program those of all its buffers, which are kept.
+    """
+    hidden, gates = spec.hidden_size, 3 if spec.gated_mlp else 2
+    inner, routed, routed_buffers = spec.intermediate_size, 0, 0
+    if spec.experts is not None:
+        shared = spec.experts.shared_size
+        inner = max(inner, shared)
+        # A row for each token at each of its experts.
+        num_scores, active, expert = spec.experts.num_experts, spec.experts.num_active, spec.experts.intermediate_size
+        routed = num_scores + active * (2 * hidden + expert * gates)
+        routed_buffers = num_scores + active * (2 * hidden + expert) + (hidden + 1 if shared else 0)
+    widest = 3 * hidden + max(inner * gates, 3 * spec.qkv_size, routed)
+    buffers = 4 * hidden + spec.qkv_size + 2 * spec.num_heads * spec.head_dim + inner + routed_buffers
+    return max(widest, buffers)
 
 
 def plan_memory(

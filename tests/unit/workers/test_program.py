@@ -15,6 +15,7 @@ from torch import Tensor
 from pawl_workers.errors import WorkerError
 from pawl_workers.kernels import Precision
 from pawl_workers.kernels.cpu_program import CpuProgram, KernelSeconds, LayerSeconds
+from pawl_workers.memory import elements_per_token
 from pawl_workers.options import WorkerOptions
 from pawl_workers.worker import Worker
 from tests.fakes.checkpoints import make_llama
@@ -64,6 +65,9 @@ def test_the_program_gives_the_bits_of_the_stages(
     assert staged.cache.program is None
     for ours, theirs in zip(logits_of(at_once, lengths, chunk), logits_of(staged, lengths, chunk), strict=True):
         assert torch.equal(ours, theirs)
+    if isinstance(at_once.cache.program, CpuProgram):
+        needed = at_once.spec.hidden_size + at_once.cache.program.floats_per_token
+        assert elements_per_token(at_once.spec) >= needed, "more than a start sets aside for activations"
 
 
 @given(

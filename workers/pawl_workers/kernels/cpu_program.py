@@ -191,6 +191,11 @@ class CpuProgram:
                 self._choosing_s += time.perf_counter() - before
         return x
 
+    @property
+    def floats_per_token(self) -> int:
+        """What a token takes in all buffers, without the stream."""
+        return sum(self._widths)
+
     def take_seconds(self) -> KernelSeconds:
         """Seconds since this was last called; of the head and of sampling, those of every model in this process."""
         work, waits = (_by_kind(seconds) for seconds in self._seconds.tolist())
