@@ -7,6 +7,8 @@ closed enums: nothing a client sends becomes a label. Rules and dashboards in `d
 
 from __future__ import annotations
 
+import selectors
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -268,10 +270,14 @@ class MetricsServer:
     host: str
     port: int
     server: ThreadingHTTPServer
+    thread: threading.Thread
+    ending: socket.socket
 
     def stop(self) -> None:
         """Close the listener."""
-        self.server.shutdown()
+        self.ending.send(b"x")
+        self.thread.join()
+        self.ending.close()
         self.server.server_close()
 
 
@@ -309,10 +315,23 @@ def serve_metrics(host: str, port: int, exposition: CollectorRegistry | Callable
         allow_reuse_address = True
 
     server = Server((host, port), Handler)
-    # A short poll, so that `stop` does not wait half a second.
-    poll = {"poll_interval": 0.05}
-    threading.Thread(target=server.serve_forever, kwargs=poll, name="pawl-metrics", daemon=True).start()
-    return MetricsServer(host, server.server_address[1], server)
+    server.timeout = 0  # of `handle_request`, which is called when somebody is there
+    ending, ended = socket.socketpair()
+    thread = threading.Thread(target=_serve_until, args=(server, ended), name="pawl-metrics", daemon=True)
+    thread.start()
+    return MetricsServer(host, server.server_address[1], server, thread, ending)
+
+
+def _serve_until(server: ThreadingHTTPServer, ended: socket.socket) -> None:
+    """Serve until something can be read from `ended`.
+
+    `serve_forever` looks again and again whether it should end, each time with the lock that a step loop wants.
+    """
+    with ended, selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        selector.register(ended, selectors.EVENT_READ)
+        while all(key.fileobj is not ended for key, _ in selector.select()):
+            server.handle_request()
 
 
 def join_expositions(texts: Iterable[str]) -> bytes:
