@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _COMMAND = (sys.executable, "-m", "pawl_server.serve.frontend_child")
 _KILL_MARGIN_S = 5.0  # beyond the grace, for closing listeners
+# gRPC reads this when it is imported. By itself it has threads that read sockets, and each message wakes one of them
+# and then the one on which asyncio waits for gRPC. Many threads gain by many cores; a front end is one of Python.
+_ONE_POLLER = ("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 
 class FrontendProcess:
@@ -43,6 +46,7 @@ class FrontendProcess:
         """Start it. Its listeners open at once; health says NOT_SERVING until a replica is ready."""
         # Ray's token and addresses are not for the process that faces the network.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment.setdefault(*_ONE_POLLER)
         self._process = process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
