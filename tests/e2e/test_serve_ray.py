@@ -16,6 +16,8 @@ from tests.fakes.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
+_FRONT_END = "pawl_server.serve.frontend_child"
+
 
 def _listens_at(server: RunningServer) -> set[str]:
     """Addresses on which any process of the server listens."""
@@ -28,13 +30,20 @@ def _listens_at(server: RunningServer) -> set[str]:
     return found
 
 
-def _useless(server: RunningServer) -> list[str]:
-    """Processes of Ray that take time from the model and do nothing for pawl: its log monitor, workers in reserve."""
-    found = []
+def _command_lines(server: RunningServer) -> dict[int, list[str]]:
+    """Of every process of the server, by its id."""
+    found = {}
     for process in server.processes():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            found += [part for part in process.cmdline() if "log_monitor.py" in part or part.startswith("ray::IDLE")]
+            found[process.pid] = process.cmdline()
     return found
+
+
+def _useless(server: RunningServer) -> list[str]:
+    """Processes of Ray that take time from the model and do nothing for pawl."""
+    helpers = {"log_monitor.py", "monitor.py", "dashboard.py"}
+    parts = [part for line in _command_lines(server).values() for part in line]
+    return [part for part in parts if Path(part).name in helpers or part.startswith("ray::IDLE")]
 
 
 def test_a_life_in_ray() -> None:
@@ -42,6 +51,9 @@ def test_a_life_in_ray() -> None:
     with pawl_serve(fleet="ray") as server:
         serve_story.answers(server)
         wait_until(lambda: not _useless(server))
+        front_ends = [number for number, line in _command_lines(server).items() if _FRONT_END in line]
+        assert front_ends
+        assert all("-event_engine_listener" in psutil.Process(n).environ()["GRPC_EXPERIMENTS"] for n in front_ends)
         assert all(ipaddress.ip_address(host.removeprefix("::ffff:")).is_loopback for host in _listens_at(server))
         serve_story.survives_the_loss_of_an_engine(server)
         serve_story.drains_on_sigterm(server)

@@ -7,11 +7,9 @@ Ray places, starts and watches; no token passes here.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import math
-import os
 import signal
 import socket
 import threading
@@ -24,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pawl.errors import Unavailable
 from pawl_server.config import Config
+from pawl_server.fleet import own_ray
 from pawl_server.fleet.ray_actor import NAMESPACE, FleetActor, FleetPlan, encode_plan
 from pawl_server.fleet.replicas import EventBatch, decode_batch
 from pawl_server.fleet.specs import num_cores, served_name
@@ -34,9 +33,6 @@ log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 100 << 20  # nothing of ours goes through it
 _LEFTOVER_S = 5.0
-# Workers that Ray keeps in reserve wake up a hundred times a second, and pawl starts no second actor in a hurry.
-_NO_RESERVE = ("RAY_num_workers_soft_limit", "0")
-_LOG_MONITOR = "log_monitor.py"
 
 
 class RayFleet:
@@ -130,7 +126,7 @@ class RayFleet:
             )
             return
         fleet = self._config.fleet
-        os.environ.setdefault(*_NO_RESERVE)
+        own_ray.set_environment()
         ray.init(
             "local",
             # Counts of reservations, not of threads: two replicas fit on one core if they are asked for.
@@ -141,7 +137,7 @@ class RayFleet:
             object_store_memory=_OBJECT_STORE_BYTES,
             namespace=NAMESPACE,
         )
-        _end_log_monitor()
+        own_ray.end_idle_helpers()
 
     def _find_or_create(self) -> ray.actor.ActorHandle:
         """The running fleet of the same settings, else a new one; one of other settings is replaced."""
@@ -202,17 +198,6 @@ class RayFleet:
             log.warning("killing %d (%s), left over by Ray", process.pid, process.name())
             process.kill()
         psutil.wait_procs(left, timeout=_LEFTOVER_S)
-
-
-def _end_log_monitor() -> None:
-    """End the process that looks through Ray's log files ten times a second.
-
-    `ray.init` starts it in any case, for drivers that show their workers' output; ours does not (`log_to_driver`).
-    """
-    for process in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if any(part.endswith(_LOG_MONITOR) for part in process.cmdline()):
-                process.terminate()
 
 
 def _reclaim_signals() -> None:
