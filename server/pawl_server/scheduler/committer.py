@@ -130,11 +130,14 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
             f" the oldest in flight is {in_flight}"
         )
     state.ledger.popleft()
-    num_gave_way = sum(victim.reason == "priority" for victim in plan.victims)
-    committed = Committed(num_preempted=len(plan.victims), num_gave_way=num_gave_way)
-    records = [victim.sequence.last_preemption for victim in plan.victims]
-    committed.num_lost = sum(record.num_lost for record in records if record is not None)
-    committed.num_prompt_cached = sum(admission.num_computed for admission in plan.admissions)
+    committed = Committed()
+    if plan.victims:
+        committed.num_preempted = len(plan.victims)
+        committed.num_gave_way = sum(victim.reason == "priority" for victim in plan.victims)
+        records = [victim.sequence.last_preemption for victim in plan.victims]
+        committed.num_lost = sum(record.num_lost for record in records if record is not None)
+    if plan.admissions:
+        committed.num_prompt_cached = sum(admission.num_computed for admission in plan.admissions)
     owned: BoolArray = np.zeros(len(state.slots.length), dtype=np.bool_)  # rows whose results still count, [rows]
     owned[entry.rows] = entry.alive(state.slots)
     if result.failures:
@@ -145,7 +148,8 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
     fail_rows(state, committed, entry, owned, result, now)
     going = owned[entry.rows]
     num_tokens = subtract_rejected(state, entry, going, result) if entry.drafts else entry.num_tokens
-    advance(state, committed, entry.rows[going], num_tokens[going])
+    all_go = bool(going.all())
+    advance(state, committed, *((entry.rows, num_tokens) if all_go else (entry.rows[going], num_tokens[going])))
     for scored in result.prompt_logprobs:
         sequence = state.slots.owner(scored.row) if owned[scored.row] else entry.stale.get(scored.row)
         if sequence is not None and sequence.status is not Status.ENDED:
@@ -157,7 +161,8 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
         click(state, committed, owned, result, now)
     if entry.stale:
         deliver_late(state, committed, entry, result, now)
-    end_scored(state, committed, entry.rows[owned[entry.rows]], now)
+    if state.slots.num_scored:
+        end_scored(state, committed, entry.rows[owned[entry.rows]], now)
     state.queue.promote(now)
     if state.journal is not None:
         state.journal.settled(result, committed, now)

@@ -9,6 +9,7 @@ import numpy as np
 from pawl_server.kv.block_hash import HashChain, root_hash
 from pawl_server.scheduler.admission import blocks_for
 from pawl_server.scheduler.sequence import SequenceState, Status
+from pawl_server.scheduler.slots import NEVER
 from pawl_server.scheduler.state import SchedulerState
 
 __all__ = ["InvariantError", "check_invariants"]
@@ -104,7 +105,10 @@ def _check_running(state: SchedulerState, sequence: SequenceState) -> None:
         reach <= known and slots.expected[sequence.row] <= sequence.limit, "computed and known tokens are out of order"
     )
     _hold(reach <= sequence.limit, "drafts reach beyond the sequence's limit")
-    _hold(slots.published[sequence.row] * size <= sequence.num_computed, "a block is published before it is computed")
+    published = int(slots.published[sequence.row])
+    _hold(published * size <= sequence.num_computed, "a block is published before it is computed")
+    publish_at = (published + 1) * size if sequence.chain is not None else NEVER
+    _hold(slots.publish_at[sequence.row] == publish_at, "the next block is published at another length")
 
 
 def _drafts_in_flight(state: SchedulerState, sequence: SequenceState) -> int:

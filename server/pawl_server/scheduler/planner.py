@@ -98,7 +98,7 @@ def _attempt(
         _preempt(plan, victim, want)
     decodes = want == 1
     _grant_decodes(plan, slots, want, decodes)
-    behind = np.flatnonzero(want > 1)
+    behind = (want > 1).nonzero()[0]
     if limits.max_drafts and state.speculation is not None and plan.num_decodes:
         grant_drafts(plan, state, limits, len(behind))
     if len(behind) > 1:
@@ -139,11 +139,11 @@ def _grant_decodes(plan: Plan, slots: SlotTable, want: IntArray, decodes: BoolAr
             short[row] = decodes[row] = False
             _preempt(plan, victim, want)
     if needed:
-        rows = np.flatnonzero(short).tolist()
+        rows = short.nonzero()[0].tolist()
         blocks = plan.draft.take(min(needed, plan.draft.num_available)) or []
         plan.append_blocks += [(row, [block]) for row, block in zip(rows, blocks, strict=False)]
         decodes[rows[len(blocks) :]] = False
-    plan.rows = np.flatnonzero(decodes)
+    plan.rows = decodes.nonzero()[0]
     plan.num_decodes = len(plan.rows)
     plan.grants = np.ones(plan.num_decodes, dtype=np.int64)
     plan.num_pairs = plan.num_read = int(slots.planned[plan.rows].sum()) + plan.num_decodes

@@ -62,16 +62,16 @@ def advance(state: SchedulerState, committed: Committed, rows: IntArray, num_tok
     before = slots.computed[rows]
     after = before + num_tokens
     slots.computed[rows] = after
-    recompute_until, num_prompt = slots.recompute_until[rows], slots.num_prompt[rows]
-    if (before < recompute_until).any() or (before < num_prompt).any():  # not where everybody decodes
+    if (before < slots.new_from[rows]).any():  # not where everybody decodes
+        recompute_until, num_prompt = slots.recompute_until[rows], slots.num_prompt[rows]
         again = np.minimum(recompute_until - before, num_tokens).clip(0)
         prompt = np.minimum(num_prompt - before, num_tokens) - again
         committed.num_recomputed += int(again.sum())
         committed.num_prompt_computed += int(prompt.clip(0).sum())
-    full = after // slots.block_size
-    fuller = (full > slots.published[rows]) & slots.shares[rows]
-    for row, num_full in zip(rows[fuller].tolist(), full[fuller].tolist(), strict=True):
-        _publish(state, slots.owner(row), num_full)
+    fuller = after >= slots.publish_at[rows]
+    if fuller.any():
+        for row, num_full in zip(rows[fuller].tolist(), (after[fuller] // slots.block_size).tolist(), strict=True):
+            _publish(state, slots.owner(row), num_full)
 
 
 def _publish(state: SchedulerState, sequence: SequenceState, num_full: int) -> None:
@@ -84,7 +84,7 @@ def _publish(state: SchedulerState, sequence: SequenceState, num_full: int) -> N
         state.journal.named(sequence)
     for index in range(int(state.slots.published[sequence.row]), num_full):
         state.pool.publish(sequence.blocks[index], chain, index)
-    state.slots.published[sequence.row] = num_full
+    state.slots.set_published(sequence.row, num_full)
 
 
 def fail_rows(
@@ -151,12 +151,15 @@ def _append(state: SchedulerState, committed: Committed, rows: IntArray, token_i
     slots.append(rows, token_ids)
     slots.last_token_at[rows] = now
     state.accounts.charge_output(slots.tenant[rows])
-    for row in rows[slots.watched[rows]].tolist():
-        slots.owner(row).caught_up(now)
-        slots.watched[row] = False
+    watched = slots.watched[rows]
+    if watched.any():
+        for row in rows[watched].tolist():
+            slots.owner(row).caught_up(now)
+            slots.watched[row] = False
     stopping = slots.hits_stop(rows, token_ids) | (slots.length[rows] >= slots.stop_at[rows])
-    for row, token_id in zip(rows[stopping].tolist(), token_ids[stopping].tolist(), strict=True):
-        _stop(state, committed, slots.owner(row), token_id, now)
+    if stopping.any():
+        for row, token_id in zip(rows[stopping].tolist(), token_ids[stopping].tolist(), strict=True):
+            _stop(state, committed, slots.owner(row), token_id, now)
 
 
 def deliver_late(
@@ -183,10 +186,7 @@ def deliver_late(
 def end_scored(state: SchedulerState, committed: Committed, rows: IntArray, now: float) -> None:
     """Sequences that wanted nothing but log-probabilities of their prompt end when it is computed."""
     slots = state.slots
-    samples = slots.samples[rows]
-    if samples.all():
-        return
-    rows = rows[~samples]
+    rows = rows[~slots.samples[rows]]
     for row in rows[(slots.length[rows] > 0) & (slots.computed[rows] == slots.length[rows])].tolist():
         _end(state, committed, slots.owner(row), EndReason.MAX_TOKENS, now)
 

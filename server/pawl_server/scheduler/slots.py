@@ -37,7 +37,9 @@ class SlotTable:
         stop_at: length at which generation ends.
         num_prompt: tokens of the prompt.
         recompute_until: tokens that had been computed before a preemption.
-        published: blocks that are published or shared.
+        new_from: computed tokens from which on those that follow are neither prompt nor computed again.
+        published: blocks that are published or shared; written by `set_published`.
+        publish_at: computed tokens at which one more block is to be published; NEVER where none is.
         generation: counts up when a row is vacated, so that results for its last owner are known as such.
         order: number of arrival; the older, the smaller.
         level: priority class.
@@ -50,6 +52,7 @@ class SlotTable:
         constrained: whether not every token may follow.
         last_token_at: seconds.
         handles: of the sequences that run in the rows.
+        num_scored: how many of the sequences do not generate.
     """
 
     def __init__(self, max_running: int, block_size: int) -> None:
@@ -58,6 +61,8 @@ class SlotTable:
         self.length, self.expected, self.computed, self.planned, self.capacity = _zeros(shape, 5)
         self.stop_at, self.num_prompt, self.recompute_until, self.published = _zeros(shape, 4)
         self.generation, self.order, self.level, self.tenant, self.draft_at = _zeros(shape, 5)
+        self.new_from, self.publish_at = _zeros(shape, 2)
+        self.num_scored = 0
         self.samples: BoolArray = np.zeros(shape, dtype=np.bool_)
         self.settled: BoolArray = np.zeros(shape, dtype=np.bool_)
         self.shares: BoolArray = np.zeros(shape, dtype=np.bool_)
@@ -75,14 +80,16 @@ class SlotTable:
         self.length[row] = self.expected[row] = sequence.num_tokens
         self.computed[row] = self.planned[row] = num_computed
         self.capacity[row] = len(sequence.blocks) * self.block_size
-        self.published[row] = num_computed // self.block_size
         self.stop_at[row] = sequence.limit if sequence.samples else NEVER
         self.num_prompt[row] = sequence.num_prompt
         self.recompute_until[row] = sequence.recompute_until
+        self.new_from[row] = max(sequence.num_prompt, sequence.recompute_until)
         self.order[row], self.level[row] = sequence.order, sequence.level
         self.tenant[row] = sequence.tenant
         self.samples[row], self.settled[row] = sequence.samples, sequence.settled
+        self.num_scored += not sequence.samples
         self.shares[row] = sequence.chain is not None
+        self.set_published(row, num_computed // self.block_size)
         self.watched[row] = True
         self.constrained[row] = sequence.constrained
         if len(stop_ids) > self._stop_ids.shape[1]:
@@ -92,12 +99,19 @@ class SlotTable:
         self._stop_ids[row] = -1
         self._stop_ids[row, : len(stop_ids)] = list(stop_ids)
 
+    def set_published(self, row: int, num_blocks: int) -> None:
+        """So many of a sequence's blocks are published or shared."""
+        self.published[row] = num_blocks
+        self.publish_at[row] = (num_blocks + 1) * self.block_size if self.shares[row] else NEVER
+
     def leave(self, row: int) -> None:
         """Vacate a row. Its sequence must have its tokens by then (`tokens_since`)."""
         self._owners[row] = self.handles[row] = None
+        self.num_scored -= not self.samples[row]
         for array in (
             self.length, self.expected, self.computed, self.planned, self.capacity, self.stop_at, self.num_prompt,
             self.recompute_until, self.published, self.order, self.level, self.tenant, self.draft_at,
+            self.new_from, self.publish_at,
         ):  # fmt: skip
             array[row] = 0
         self.samples[row] = self.settled[row] = self.shares[row] = self.watched[row] = False
@@ -138,7 +152,7 @@ class SlotTable:
 
     def running(self) -> IntArray:
         """Rows in which a sequence runs, in order."""
-        return np.flatnonzero(self.length)
+        return self.length.nonzero()[0]
 
 
 def _zeros(shape: tuple[int], count: int) -> list[IntArray]:
