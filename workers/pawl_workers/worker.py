@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pawl_workers.batch import Batch, IntArray, SamplingBatch
+from pawl_workers.batch import Batch, IntArray
 from pawl_workers.decodes import Decodes
 from pawl_workers.errors import PlanError
 from pawl_workers.facts import WorkerFacts, worker_facts
-from pawl_workers.forward import StepOutput, compute, finish
+from pawl_workers.forward import compute, finish
 from pawl_workers.graphs import DecodeGraphs, bucket_of
 from pawl_workers.host_cache import HostCache
 from pawl_workers.kernels.cpu_program import CpuProgram, KernelSeconds
@@ -27,6 +27,7 @@ from pawl_workers.model.loading import load_weights
 from pawl_workers.model.rotary import rotary_table
 from pawl_workers.model.weights import Weights
 from pawl_workers.options import WorkerOptions
+from pawl_workers.outcome import Work, conclude
 from pawl_workers.parallel import set_num_threads
 from pawl_workers.pending import DoneStep, PendingStep
 from pawl_workers.pipeline import FAILED_EARLIER, Pipeline
@@ -37,7 +38,6 @@ from pawl_workers.rows import RowTable
 from pawl_workers.sampling.batch import QueueingSampler
 from pawl_workers.self_test import SelfTest, run_self_test
 from pawl_workers.start_plan import StartPlan, plan_start
-from pawl_workers.verify import append_accepted, find_accepted
 
 __all__ = ["Progress", "Worker", "WorkerFacts", "WorkerOptions"]
 
@@ -178,11 +178,9 @@ class Worker:
             )
         decodes, self._decodes = self._decodes, None
         with torch.inference_mode():
-            if decodes is not None:
-                batch = decodes.next(plan)
-                if batch is not None:
-                    self._step = plan.step
-                    return self._run(plan, batch, decodes.rows, decodes.num_tokens, [], masks, started, decodes=decodes)
+            if decodes is not None and (batch := decodes.next(plan)) is not None:
+                self._step = plan.step
+                return self._run(Work(plan, decodes.rows, decodes.num_tokens, [], started), batch, masks, decodes)
             return self._launch_anew(plan, masks, started)
 
     def _launch_anew(self, plan: StepPlan, masks: MaskSource | None, started: float) -> PendingStep:
@@ -213,7 +211,7 @@ class Worker:
         batch, _ = build_batch(self._table, rows, num_tokens, self._settings, padded, num_drafts)
         if pipeline is None:
             decodes = Decodes.after(batch, rows, self._table, self._settings) if num_drafts is None else None
-            return self._run(plan, batch, rows, num_tokens, failures, masks, started, padded=padded, decodes=decodes)
+            return self._run(Work(plan, rows, num_tokens, failures, started), batch, masks, decodes, padded)
         pipeline.insert(batch)
         prepared = time.perf_counter()
         stream, scores = self._compute(batch, len(rows), padded)
@@ -225,36 +223,22 @@ class Worker:
 
     def _run(
         self,
-        plan: StepPlan,
+        work: Work,
         batch: Batch,
-        rows: IntArray,
-        num_tokens: IntArray,
-        failures: list[RowFailure],
         masks: MaskSource | None,
-        started: float,
-        *,
-        padded: int | None = None,
         decodes: Decodes | None,
+        padded: int | None = None,
     ) -> DoneStep:
-        """Compute a step whose plan is applied; `decodes` is kept for the next one if no row fails."""
+        """Compute a step, and wait for it; `decodes` is kept for the next one if no row fails."""
         prepared = time.perf_counter()
-        stream, scores = self._compute(batch, len(rows), padded)
+        stream, scores = self._compute(batch, len(work.rows), padded)
         if masks is not None:
             batch = with_masks(batch, masks())
         output = finish(stream, scores, batch, self._weights)
         forward_s = time.perf_counter() - prepared - output.sampled.sample_s
-        failed = self._find_failures(output, rows, num_tokens, batch.sampling)
-        # Forked sequences get what the step wrote; where it is not finite, it has been made so by now.
-        self._cache.copy_blocks(plan.copies)
-        self._table.num_computed[rows] += num_tokens
-        unsure = {row for row, _ in plan.drafts if row in failed}  # the drafts may have done it
-        for row in failed.keys() - unsure:
-            self._table.failed[row] = True
-            failures.append(RowFailure(row, failed[row]))
-        for row in unsure:
-            self._table.num_computed[row] -= num_tokens[rows == row].item()
-        self._decodes = None if failures else decodes
-        return DoneStep(self._settle(plan, output, batch.sampling, failed, failures, prepared - started, forward_s))
+        result = conclude(work, batch.sampling, output, self._table, self._cache, prepared - work.started, forward_s)
+        self._decodes = None if output.sampled.failures or result.failures else decodes
+        return DoneStep(result)
 
     def _compute(self, batch: Batch, num_rows: int, padded: int | None) -> tuple[Tensor, Tensor]:
         if self._graphs is None or padded is None:
@@ -269,63 +253,6 @@ class Worker:
         table = self._table
         samples = table.samples[rows] & (table.num_computed[rows] + num_tokens == table.num_tokens[rows])
         return self._graphs.rows_of(num_tokens, int(samples.sum()))
-
-    def _find_failures(
-        self, output: StepOutput, rows: IntArray, num_tokens: IntArray, sampling: SamplingBatch
-    ) -> dict[int, str]:
-        failures, known = output.sampled.failures, self._table.num_tokens
-        if not failures and len(sampling) == output.stream.shape[0]:
-            return {}  # every token's logits were found finite, which those of a stream that is not never are
-        # What fails after a draft is not accepted; if it must, the row fails there once it comes there.
-        reached = (i for i in failures if sampling.positions[i] == known[sampling.rows[i]])
-        failed = {int(sampling.rows[i]): failures[i] for i in reached}
-        # Where a stream is not finite, neither are the keys and values just written.
-        finite = output.stream.sum(dim=-1, dtype=torch.float32).isfinite()
-        if not bool(finite.all()):
-            tokens = np.repeat(rows, num_tokens)[~finite.cpu().numpy()]
-            for row in np.unique(tokens).tolist():
-                failed[row] = "the hidden state is not finite"
-                self._cache.make_finite(self._table.blocks_of(row).tolist())
-        return failed
-
-    def _settle(
-        self,
-        plan: StepPlan,
-        output: StepOutput,
-        sampling: SamplingBatch,
-        failed: dict[int, str],
-        failures: list[RowFailure],
-        prepare_s: float,
-        forward_s: float,
-    ) -> StepResult:
-        sampled = output.sampled
-        kept: IntArray | None = None  # all
-        if plan.drafts:
-            kept = find_accepted(sampled.token_ids, sampling, self._table)
-        elif sampled.failures or failed:
-            kept = np.flatnonzero(sampled.token_ids >= 0)
-        if failed and kept is not None:
-            kept = kept[~np.isin(sampling.rows[kept], list(failed))]
-        rows, token_ids, logprobs = sampling.rows, sampled.token_ids, sampled.logprobs
-        if kept is not None:
-            rows, token_ids = rows[kept], token_ids[kept]
-            logprobs = [logprobs[i] for i in kept.tolist()] if logprobs else []
-        if plan.drafts:
-            append_accepted(self._table, rows, token_ids, sampling.positions[kept] - self._table.num_tokens[rows])
-        else:
-            self._table.append_tokens(rows, token_ids)
-        return StepResult(
-            step=plan.step,
-            epoch=plan.epoch,
-            rows=rows.tolist(),
-            token_ids=token_ids.tolist(),
-            logprobs=logprobs,
-            prompt_logprobs=[entry for entry in output.prompts if entry.row not in failed],
-            failures=failures,
-            prepare_s=prepare_s,
-            forward_s=forward_s,
-            sample_s=sampled.sample_s,
-        )
 
     def take_kernel_seconds(self) -> KernelSeconds | None:
         """Seconds by the kernels' own clocks since this was last called; None where kernels do not count."""
