@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from pawl import AsyncClient, Completion, Stop, user
-from pawl_server.metrics import parse_exposition
+from pawl_server.exposition import parse_exposition
 
 __all__ = ["main"]
 

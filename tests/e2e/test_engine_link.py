@@ -13,9 +13,9 @@ from pawl.errors import Unauthenticated, Unavailable
 from pawl_server.engine.link import client as client_module
 from pawl_server.engine.link.auth import token_metadata
 from pawl_server.engine.link.protocol import PROTOCOL_VERSION
+from pawl_server.exposition import parse_exposition
 from pawl_server.internal.v1 import engine_pb2, engine_pb2_grpc
 from pawl_server.kv.block_hash import CacheRoot, HashChain, root_hash
-from pawl_server.metrics import parse_exposition
 from tests.fakes.engine_harness import (
     Recorder,
     ended,

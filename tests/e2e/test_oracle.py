@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from pawl import AdminClient, AsyncClient, CancelOutcome, PawlError, Stop
-from pawl_server.metrics import parse_exposition
+from pawl_server.exposition import parse_exposition
 from pawl_workers.demo_model import corpus
 from tests.fakes.servers import RunningServer, pawl_serve
 from tests.fakes.waiting import wait_until

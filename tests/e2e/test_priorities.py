@@ -10,8 +10,8 @@ import pytest
 
 from pawl import AsyncClient
 from pawl_server.config import EngineSettings
+from pawl_server.exposition import parse_exposition
 from pawl_server.frontend.auth import hash_key, new_key
-from pawl_server.metrics import parse_exposition
 from tests.fakes.shadow_worker import isolated_output
 from tests.fakes.tokenizer import VOCAB_SIZE
 from tests.fakes.whole_server import WholeServer, whole_server

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from pawl import Client, Completion, Delta, Sampling, Stop
-from pawl_server.metrics import parse_exposition
+from pawl_server.exposition import parse_exposition
 from tests.fakes.servers import RunningServer, StartFailedError, pawl_serve
 
 REPETITIVE = "red ball blue ball green ball red ball blue ball green ball red ball blue ball"

@@ -29,10 +29,11 @@ from pawl_server.engine.meter import Meter
 from pawl_server.engine.spec import EngineAddresses, EngineProgress, EngineSpec, parse_ports
 from pawl_server.engine.warm_up import measure_prefill, warm_up
 from pawl_server.engine.watchdog import Watchdog
+from pawl_server.exposition import MetricsServer, serve_metrics
 from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.kv.host_tier import RestoreCost
-from pawl_server.metrics import EngineMetrics, MetricsServer, serve_metrics
+from pawl_server.metrics import EngineMetrics
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget
 from pawl_server.scheduler.journal import Journal

@@ -16,6 +16,7 @@ from prometheus_client import generate_latest
 
 from pawl.errors import Unavailable
 from pawl_server.config import Config
+from pawl_server.exposition import MetricsServer, serve_metrics
 from pawl_server.fleet.watch import FleetWatch
 from pawl_server.frontend.admin_service import package_version
 from pawl_server.frontend.core import Core
@@ -23,7 +24,6 @@ from pawl_server.frontend.drain import drain
 from pawl_server.frontend.health import Health
 from pawl_server.frontend.server import ADMIN_SERVICES, PUBLIC_SERVICES, admin_listener, public_listener
 from pawl_server.internal.v1 import fleet_pb2
-from pawl_server.metrics import MetricsServer, serve_metrics
 
 __all__ = ["FrontendAddresses", "run_frontend"]
 

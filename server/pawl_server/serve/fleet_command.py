@@ -7,9 +7,9 @@ import logging
 
 from pawl.errors import Unavailable
 from pawl_server.config import Config
+from pawl_server.exposition import serve_metrics
 from pawl_server.fleet.opening import Fleet, make_fleet
 from pawl_server.fleet.specs import served_name
-from pawl_server.metrics import serve_metrics
 from pawl_server.serve.checks import check_internal_listeners, check_port
 from pawl_server.serve.events import Output, ServerAddresses
 from pawl_server.serve.fleet_life import FleetLife

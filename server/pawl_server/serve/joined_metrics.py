@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client import generate_latest
 
+from pawl_server.exposition import MetricsServer, join_expositions, serve_metrics
 from pawl_server.fleet.replicas import FleetEvent, ReplicaChanged, ReplicaState, ReplicaStatus
-from pawl_server.metrics import FleetMetrics, MetricsServer, join_expositions, serve_metrics
+from pawl_server.metrics import FleetMetrics
 
 __all__ = ["FleetGauges", "JoinedMetrics", "fetch_exposition"]
 

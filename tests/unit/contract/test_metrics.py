@@ -6,15 +6,8 @@ import urllib.request
 import pytest
 from prometheus_client import generate_latest
 
-from pawl_server.metrics import (
-    PHASES,
-    EngineMetrics,
-    FleetMetrics,
-    FrontendMetrics,
-    join_expositions,
-    parse_exposition,
-    serve_metrics,
-)
+from pawl_server.exposition import join_expositions, parse_exposition, serve_metrics
+from pawl_server.metrics import PHASES, EngineMetrics, FleetMetrics, FrontendMetrics
 
 
 def test_phases_sum_to_total() -> None:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import dataclasses
 
 from pawl_server.engine.meter import Meter, StepRecord
-from pawl_server.metrics import STEP_PHASES, EngineMetrics, parse_exposition
+from pawl_server.exposition import parse_exposition
+from pawl_server.metrics import STEP_PHASES, EngineMetrics
 
 RECORD = StepRecord(
     kind="decode",

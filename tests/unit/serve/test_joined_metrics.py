@@ -6,8 +6,9 @@ import urllib.request
 
 import pytest
 
+from pawl_server.exposition import parse_exposition, serve_metrics
 from pawl_server.fleet.replicas import ReplicaChanged, ReplicaState, ReplicaStatus
-from pawl_server.metrics import EngineMetrics, FrontendMetrics, parse_exposition, serve_metrics
+from pawl_server.metrics import EngineMetrics, FrontendMetrics
 from pawl_server.serve.joined_metrics import FleetGauges, JoinedMetrics
 
 
