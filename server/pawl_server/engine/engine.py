@@ -9,19 +9,17 @@ import asyncio
 import dataclasses
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from llguidance import LLTokenizer
 
-from pawl.errors import InvalidRequest, Unavailable
+from pawl.errors import Unavailable
 from pawl_server.engine.executor import EngineWorker, InProcessExecutor, WorkerFacts
 from pawl_server.engine.grammar.compiler import checkpoint_tokenizer
 from pawl_server.engine.grammar.grammars import Grammars
 from pawl_server.engine.journal_file import JournalFile
-from pawl_server.engine.link.protocol import MAX_CACHE_EVENTS, PROTOCOL_VERSION
 from pawl_server.engine.link.server import EngineService, LinkServer, host_port
 from pawl_server.engine.load import LoadWorker, load_torch_worker
 from pawl_server.engine.loop import EngineLoop
@@ -29,8 +27,8 @@ from pawl_server.engine.meter import Meter
 from pawl_server.engine.spec import EngineAddresses, EngineProgress, EngineSpec, parse_ports
 from pawl_server.engine.warm_up import measure_prefill, warm_up
 from pawl_server.engine.watchdog import Watchdog
+from pawl_server.engine.worked_out import limits_of, served_name, steps_in_flight, welcome_of
 from pawl_server.exposition import MetricsServer, serve_metrics
-from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.kv.host_tier import RestoreCost
 from pawl_server.metrics import EngineMetrics
@@ -143,13 +141,13 @@ class Engine:
         metrics_ports = parse_ports(spec.metrics_ports, "engine_metrics_ports")
         worker = await self._load()
         facts = worker.facts
-        limits = _limits(spec, facts)
+        limits = limits_of(spec, facts)
         self._report_memory(facts, limits)
         await self._warm_up(limits)
         limits = await self._use_host_blocks(facts, limits)
         await self._self_test(worker)
         root = CacheRoot(facts.revision or spec.model.model, facts.kv_type, facts.block_size)
-        metrics = EngineMetrics(_served_name(spec), spec.replica)
+        metrics = EngineMetrics(served_name(spec), spec.replica)
         metrics.config(
             dtype=facts.data_type,
             kernels=facts.kernels,
@@ -170,11 +168,11 @@ class Engine:
             meter,
             budget=StepBudget(spec.engine.target_gap_s) if spec.engine.target_gap_s > 0 else None,
             grammars=self._grammars,
-            depth=_depth(spec, facts, limits),
+            depth=steps_in_flight(spec, facts, limits),
             check_every=spec.engine.check_every,
             journal=_open_journal(spec, state),
         )
-        service = EngineService(self._loop, _welcome(spec, facts, limits), spec.heartbeat_timeout_s)
+        service = EngineService(self._loop, welcome_of(spec, facts, limits), spec.heartbeat_timeout_s)
         self._link = LinkServer(service, spec.internal_token)
         port = await self._link.start(spec.host, ports)
         self._metrics_server = _serve_metrics(spec.metrics_host or spec.host, metrics_ports, meter)
@@ -282,90 +280,12 @@ class Engine:
         )
 
 
-def _depth(spec: EngineSpec, facts: WorkerFacts, limits: SchedulerLimits) -> int:
-    """Steps in flight at once. Drafts go on from the last token, so that with them there is never more than one."""
-    if not limits.max_drafts:
-        return spec.engine.pipeline_depth or facts.max_in_flight
-    if facts.max_in_flight > 1:
-        log.warning(
-            "speculation = %s: steps do not overlap, though %s could have %d in flight; drafts must make up for that",
-            spec.engine.speculation,
-            facts.device,
-            facts.max_in_flight,
-        )
-    return 1
-
-
 def _open_journal(spec: EngineSpec, state: SchedulerState) -> JournalFile | None:
     """The file that the scheduler's decisions are recorded in, `PATH.REPLICA`, or none."""
     if not spec.engine.journal:
         return None
     state.journal = Journal(state.limits, spec.engine.target_gap_s, epoch=state.epoch)
     return JournalFile(Path(f"{spec.engine.journal}.{spec.replica}"), state.journal)
-
-
-def _served_name(spec: EngineSpec) -> str:
-    return spec.served_name or spec.model.served_name or Path(spec.model.model).name
-
-
-def _limits(spec: EngineSpec, facts: WorkerFacts) -> SchedulerLimits:
-    """Settings and what the worker found, as the scheduler's limits.
-
-    Raises:
-        InvalidRequest: the settings contradict each other.
-    """
-    engine = spec.engine
-    if engine.speculation != "off" and engine.pipeline_depth > 1:
-        raise InvalidRequest(
-            f"speculation = {engine.speculation!r} with pipeline_depth = {engine.pipeline_depth}: drafts go on from the"
-            " last token, which is not known while a step is in flight: set pipeline_depth to 1 or speculation to off",
-            reason="BAD_SETTING",
-        )
-    try:
-        return SchedulerLimits(
-            num_blocks=facts.num_blocks,
-            block_size=facts.block_size,
-            max_running=engine.max_running,
-            max_batch_tokens=engine.max_batch_tokens,
-            max_context=facts.max_context,
-            max_partial_prefills=engine.max_partial_prefills,
-            max_prefill_chunk=engine.max_prefill_chunk,
-            max_waiting=engine.max_waiting,
-            prefix_cache=engine.prefix_cache,
-            retained_share=engine.retained_share,
-            max_cache_events=MAX_CACHE_EVENTS,
-            watermark=engine.watermark,
-            max_bypass=engine.max_bypass,
-            max_preemptions=engine.max_preemptions,
-            preempt_below=engine.preempt_below,
-            output_quantile=engine.output_quantile,
-            max_drafts=engine.speculation_tokens if engine.speculation == "ngram" else 0,
-            ageing_s=engine.ageing_s,
-        )
-    except ValueError as error:
-        raise InvalidRequest(str(error), reason="BAD_SETTING") from error
-
-
-def _welcome(spec: EngineSpec, facts: WorkerFacts, limits: SchedulerLimits) -> engine_pb2.Welcome:
-    return engine_pb2.Welcome(
-        protocol_version=PROTOCOL_VERSION,
-        engine_id=secrets.token_hex(8),
-        replica=spec.replica,
-        model=engine_pb2.ModelFacts(
-            id=_served_name(spec),
-            source=spec.model.model,
-            architectures=facts.architectures,
-            max_context_tokens=limits.max_context,
-            vocab_size=facts.vocab_size,
-            data_type=facts.data_type,
-            eos_token_ids=facts.eos_token_ids,
-            revision=facts.revision,
-        ),
-        block_size=limits.block_size,
-        num_blocks=limits.num_blocks,
-        max_running=limits.max_running,
-        max_batch_tokens=limits.max_batch_tokens,
-    )
 
 
 def _serve_metrics(host: str, ports: range, meter: Meter) -> MetricsServer:
