@@ -12,11 +12,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import psutil
 
-from pawl.errors import ServerError
 from pawl_server.engine.executor import Executor
 from pawl_server.engine.grammar.grammars import Grammars
 from pawl_server.engine.intake import Intake
@@ -26,15 +24,15 @@ from pawl_server.engine.link.frames import SequenceKey, to_cache_events
 from pawl_server.engine.link.outbox import Outbox
 from pawl_server.engine.link.protocol import HEARTBEAT_PERIOD_S
 from pawl_server.engine.meter import Meter, StepRecord
-from pawl_server.engine.suspects import CRASH_WINDOW_S, MAX_CRASHES, Suspects, probation_limits
+from pawl_server.engine.recovery import InFlight, Recovery
+from pawl_server.engine.suspects import Suspects, probation_limits
 from pawl_server.engine.watchdog import Watchdog
 from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.block_pool import PoolError
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget
-from pawl_server.scheduler.committer import Committed, commit, launch, void
+from pawl_server.scheduler.committer import Committed, commit, launch
 from pawl_server.scheduler.invariants import InvariantError, check_invariants
-from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
 from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import Counts, SchedulerState, SequenceView
@@ -46,16 +44,6 @@ log = logging.getLogger(__name__)
 
 _STALLED_AFTER_S = 10.0  # work but no step for so long: not progressing
 _NOTHING_FITS_S = 0.05  # pause when sequences wait and none of them can be planned
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    """A launched step, oldest first in the loop's queue. Times of the loop's clock."""
-
-    plan: Plan
-    answer: asyncio.Future[StepResult]
-    planned_at: float
-    launched_at: float
 
 
 class EngineLoop:
@@ -102,10 +90,11 @@ class EngineLoop:
         self._check_every = check_every
         self._journal = journal
         self._depth = depth
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._delivery = Delivery()
         self._suspects = Suspects()
         self._wake = asyncio.Event()
+        self._recovery = Recovery(state, executor, watchdog, meter, self._delivery, self._suspects, grammars, clock)
         self._intake = Intake(state, limits, self._delivery, self._suspects, grammars, self._wake.set)
         self.stopped = asyncio.Event()  # set unless `run` is running
         self.stopped.set()
@@ -162,7 +151,7 @@ class EngineLoop:
         drafts = {} if plan.proposals is None else plan.proposals.drafts
         masks = None if self.grammars is None else self.grammars.masks.launched(self.state, drafts)
         answer = self.executor.run(plan.wire(), masks)
-        self._in_flight.append(_InFlight(plan, answer, planned_at, self.clock()))
+        self._in_flight.append(InFlight(plan, answer, planned_at, self.clock()))
         return True
 
     async def _click(self) -> None:
@@ -233,51 +222,17 @@ class EngineLoop:
                     await self._wake.wait()
 
     async def _recover(self, error: Exception) -> None:
-        """The oldest step crashed: void all in flight, queue their sequences again and find out who it was.
+        """The oldest step crashed.
 
         Raises:
-            ServerError: the worker crashes again and again, or cannot be reset.
+            ServerError: the worker is beyond repair.
         """
-        plan = self._in_flight[0].plan
-        if self.grammars is not None:
-            self.grammars.masks.void()
-        members = [sequence.request for sequence in self.state.ledger[0].members(self.state.slots)]
-        log.error("step %d crashed with %d sequences", plan.step, len(members), exc_info=error)
-        now = self.clock()
-        await self._void()
-        cause = f"{type(error).__name__}: {error}"
-        if self._suspects.crash_storm(now):
-            raise ServerError(
-                f"{MAX_CRASHES} steps crashed within {CRASH_WINDOW_S:g} s, the last with {cause}",
-                reason="WORKER_FAILED",
-            ) from error
-        self.meter.worker_lost(len(self.state.running))
-        try:
-            with self.watchdog.watch(plan.step):
-                await self.executor.reset(self.state.epoch + 1)
-        except Exception as again:
-            raise ServerError(f"the worker cannot be reset after {cause}: {again}", reason="WORKER_FAILED") from again
-        self.state.reset_worker(self.state.epoch + 1, now)
-        convicted = self._suspects.crashed(request.handle for request in members)
-        for handle in convicted:
-            for sample in reversed(self.state.siblings(handle)):  # of one prompt: the next would crash it again
-                if ended := self.state.abort(sample, "worker_failed", now):
-                    log.error("request %s crashed the worker in two steps and fails", ended.request_id)
-                    self._delivery.failed(ended, f"the worker crashes on this request: {cause}")
-                    self._suspects.gone([sample])
-        self._suspects.gone(convicted)
+        await self._recovery.recover(self._in_flight, error)
         settled_at = self.clock()
         self.meter.idle(settled_at - self._settled_at)  # nothing came of it
         self._settled_at = settled_at
 
-    async def _void(self) -> None:
-        """Take every step in flight back, the newest first; what still runs cannot count."""
-        with self.watchdog.watch(self._in_flight[-1].plan.step):
-            await asyncio.gather(*(step.answer for step in self._in_flight), return_exceptions=True)
-        while self._in_flight:
-            void(self.state, self._in_flight.pop().plan)
-
-    def _settle(self, step: _InFlight, result: StepResult, committed: Committed, answered_at: float) -> None:
+    def _settle(self, step: InFlight, result: StepResult, committed: Committed, answered_at: float) -> None:
         """Keep the books of a committed step."""
         plan = step.plan
         self.num_steps += 1
