@@ -145,6 +145,21 @@ def test_what_does_not_fit_together_is_named(
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b'{"architectures": [', "not JSON"),
+        (b"\xff\xfe{}", "not JSON"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON .*recursion"),
+        (b"[]", "not a JSON object"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(tmp_path: Path, content: bytes, named: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"config\.json: {named}"):
+        read_config(tmp_path)
+
+
 def test_what_ends_a_text_is_of_the_vocabulary(tmp_path: Path) -> None:
     """The generation's configuration says it first; ids beyond the vocabulary, which mean none, are left out."""
     (tmp_path / "config.json").write_text(json.dumps({**HUB_CONFIGS["openai-community/gpt2"], "eos_token_id": 5}))

@@ -114,7 +114,7 @@ def _read_json(path: Path) -> Mapping[str, object] | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
