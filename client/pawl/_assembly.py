@@ -90,11 +90,11 @@ class Assembly:
         """
         event = _convert.event(message)
         match event:
-            case Start():
-                self.start = event
             case Delta():
                 self._begun = True
                 self._add(event)
+            case Start():
+                self.start = event
             case SampleEnd():
                 self._begun = True
                 self._output(event.index).end = event
@@ -121,7 +121,10 @@ class Assembly:
         output.logprobs.extend(delta.logprobs)
 
     def _output(self, index: int) -> _Output:
-        return self._outputs.setdefault(index, _Output())
+        output = self._outputs.get(index)
+        if output is None:
+            output = self._outputs[index] = _Output()
+        return output
 
     @property
     def _num_tokens(self) -> int:

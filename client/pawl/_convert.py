@@ -170,7 +170,7 @@ def _delta(message: StreamMessage) -> Event:
         token_offset=delta.token_offset,
         token_count=delta.token_count,
         token_ids=tuple(delta.token_ids),
-        logprobs=_logprobs(delta.logprobs),
+        logprobs=_logprobs(found) if (found := delta.logprobs) else (),
         index=delta.index,
     )
 

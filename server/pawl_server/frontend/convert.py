@@ -20,8 +20,8 @@ from pawl_server.internal.v1 import engine_pb2
 __all__ = [
     "Finish",
     "Phases",
-    "delta",
     "engine_error",
+    "fill_delta",
     "phases",
     "prompt_logprobs",
     "sample",
@@ -123,17 +123,21 @@ def prompt_logprobs(
     return [first, *(token_logprob(entry, token_bytes) for entry in entries)]
 
 
-def delta(index: int, piece: Delta, output: OutputChoice, token_bytes: TokenBytes) -> inference_pb2.StreamDelta:
-    """A piece of a sample's output, with what the caller asked for."""
-    wanted = output.logprobs is not None
-    return inference_pb2.StreamDelta(
-        index=index,
-        token_offset=piece.offset,
-        token_count=len(piece.token_ids),
-        text=piece.text,
-        token_ids=piece.token_ids if output.token_ids else (),
-        logprobs=[token_logprob(entry, token_bytes) for entry in piece.logprobs] if wanted else (),
-    )
+def fill_delta(
+    delta: inference_pb2.StreamDelta, index: int, piece: Delta, output: OutputChoice, token_bytes: TokenBytes
+) -> None:
+    """A piece of a sample's output, with what the caller asked for.
+
+    Written into the message that is sent: one made by itself and copied there takes twice the time.
+    """
+    delta.index = index
+    delta.token_offset = piece.offset
+    delta.token_count = len(piece.token_ids)
+    delta.text = piece.text
+    if output.token_ids:
+        delta.token_ids.extend(piece.token_ids)
+    if output.logprobs is not None:
+        delta.logprobs.extend([token_logprob(entry, token_bytes) for entry in piece.logprobs])
 
 
 def sample_end(index: int, finish: Finish) -> inference_pb2.SampleEnd:
@@ -148,7 +152,8 @@ def sample_end(index: int, finish: Finish) -> inference_pb2.SampleEnd:
 
 def sample(index: int, whole: Delta, finish: Finish, output: OutputChoice, token_bytes: TokenBytes) -> types_pb2.Sample:
     """A whole sample, with what the caller asked for."""
-    piece = delta(index, whole, output, token_bytes)
+    piece = inference_pb2.StreamDelta()
+    fill_delta(piece, index, whole, output, token_bytes)
     return types_pb2.Sample(
         index=index,
         text=piece.text,

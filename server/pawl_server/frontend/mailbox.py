@@ -6,6 +6,7 @@ Owns the joining, the bound and the one end of a stream; knows neither gRPC nor 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ class Delta:
 class Mailbox(Generic[Ending]):
     """Holds what one reader has not taken yet. `put` and `finish` never wait.
 
+    The reader waits on a future of its own: an `asyncio.Event` would cost every token as much as its text does.
+
     Args:
         max_tokens: most tokens of the whole output; more is a defect of the engine.
         min_tokens: a delta has at least so many, the last one excepted.
@@ -60,7 +63,8 @@ class Mailbox(Generic[Ending]):
         self._waiting = Delta(0)
         self._texts: list[str] = []
         self._ending: Ending | None = None
-        self._ready = asyncio.Event()
+        self._ready = False
+        self._reader: asyncio.Future[None] | None = None  # pending while the reader waits
         self.num_tokens = 0
 
     @property
@@ -84,22 +88,30 @@ class Mailbox(Generic[Ending]):
         if text:
             self._texts.append(text)
         if len(self._waiting.token_ids) >= self._min_tokens:
-            self._ready.set()
+            self._ready = True
+            self._wake()
 
     def finish(self, ending: Ending) -> bool:
         """Put the end in. Only the first counts; returns whether this was it."""
         if self._ending is not None:
             return False
         self._ending = ending
-        self._ready.set()
+        self._ready = True
+        self._wake()
         return True
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     async def take(self) -> Delta | Ending:
         """What waits, as one delta; the end once nothing waits any more.
 
         The caller bounds the wait.
         """
-        await self._ready.wait()
+        while not self._ready:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         while self._ending is None and (pause := self._next_at - self._clock()) > 0:
             await self._wait_for_end(pause)
         if self._ending is not None and not self._waiting.token_ids and not self._texts:
@@ -107,19 +119,13 @@ class Mailbox(Generic[Ending]):
         taken, self._waiting = self._waiting, Delta(self.num_tokens)
         taken.text, self._texts = "".join(self._texts), []
         self._next_at = self._clock() + self._interval_s
-        if self._ending is None:
-            self._ready.clear()
+        self._ready = self._ending is not None
         return taken
 
     async def _wait_for_end(self, seconds: float) -> None:
         """Pause between two deltas, cut short by the end."""
-        self._ready.clear()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._ending is None:
-                    await self._ready.wait()
-                    if self._ending is None:
-                        self._ready.clear()
-        except TimeoutError:
-            pass
-        self._ready.set()
+                    self._reader = asyncio.get_running_loop().create_future()
+                    await self._reader

@@ -7,7 +7,7 @@ stands between the reader and it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pawl.v1 import types_pb2
@@ -25,10 +25,14 @@ class Samples:
 
     Args:
         streams: one per sample, in their order.
+
+    Attributes:
+        num_running: samples whose end `take` has not returned yet.
     """
 
     def __init__(self, streams: Sequence[RequestStream]) -> None:
         self.streams = streams
+        self.num_running = len(streams)
         self._link: EngineLink | None = None
         self._pumps: list[asyncio.Task[None]] = []
         # One piece: what a slow reader has not taken yet waits, joined, in the mailboxes.
@@ -71,26 +75,26 @@ class Samples:
         for stream, engine in zip(self.streams, link.open_samples(submit, self.streams), strict=True):
             stream.begin(engine, time_limit_s)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Delta | Finish]]:
-        """Pieces of output, each with the index of its sample, up to the end of the last sample.
-
-        The caller bounds the wait.
+    async def take(self) -> tuple[int, Delta | Finish]:
+        """The next piece of output of any running sample, with the index of it. The caller bounds the wait.
 
         Raises:
             PawlError: a sample failed, and with it the request; nothing follows.
         """
-        if len(self.streams) > 1:
+        index, piece = (0, await self.streams[0].take()) if len(self.streams) == 1 else await self._take_any()
+        self.num_running -= isinstance(piece, Finish)
+        return index, piece
+
+    async def _take_any(self) -> tuple[int, Delta | Finish]:
+        if not self._pumps:
             self._pumps = [
                 asyncio.create_task(self._pump(index, stream), name=f"sample {index}")
                 for index, stream in enumerate(self.streams)
             ]
-        left = len(self.streams)
-        while left:
-            index, piece = await self._pieces.get() if self._pumps else (0, await self.streams[0].take())
-            if isinstance(piece, Exception):
-                raise piece
-            left -= isinstance(piece, Finish)
-            yield index, piece
+        index, piece = await self._pieces.get()
+        if isinstance(piece, Exception):
+            raise piece
+        return index, piece
 
     async def _pump(self, index: int, stream: RequestStream) -> None:
         piece: Delta | Finish | Exception = Delta(0)

@@ -84,7 +84,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         ends: list[tuple[int, Finish]] = []
         async with running(self._core, request, call, context, streamed=False) as samples:
             outputs = [Delta(0)] * len(samples.streams)
-            async for index, piece in samples.pieces():
+            while samples.num_running:
+                index, piece = await samples.take()
                 if isinstance(piece, Delta):
                     outputs[index] = piece
                 else:
@@ -132,14 +133,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await writer.write(kind(start=start))
             first_delta, last_delta = 0.0, [0.0] * len(samples.streams)
             ends: list[tuple[int, Finish]] = []
-            async for index, piece in samples.pieces():
+            while samples.num_running:
+                index, piece = await samples.take()
                 if isinstance(piece, Finish):
                     ends.append((index, piece))
                     if len(ends) == len(samples.streams):
                         self._count(call, samples, ends, first_delta=first_delta)
                     await writer.write(kind(sample_end=convert.sample_end(index, piece)))
                     continue
-                now = await writer.write(kind(delta=convert.delta(index, piece, request.output, token_bytes)))
+                message = kind()
+                convert.fill_delta(message.delta, index, piece, request.output, token_bytes)
+                now = await writer.write(message)
                 if last_delta[index]:
                     self._core.metrics.output_gap.observe(now - last_delta[index])
                 first_delta, last_delta[index] = first_delta or now, now

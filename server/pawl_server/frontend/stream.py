@@ -145,8 +145,9 @@ class RequestStream:
         """New tokens."""
         if self._chosen is not None or self._mailbox.finished:
             return
-        repeats = self.journal.accept(indices, token_ids)
-        self._show(token_ids[repeats:], logprobs[repeats:])
+        if repeats := self.journal.accept(indices, token_ids):
+            token_ids, logprobs = token_ids[repeats:], logprobs[repeats:]
+        self._show(token_ids, logprobs)
 
     def on_prompt_logprobs(self, frame: engine_pb2.PromptLogprobs) -> None:
         """Log-probabilities of a stretch of the prompt."""

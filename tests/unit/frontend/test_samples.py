@@ -59,15 +59,15 @@ async def test_pieces_come_from_whoever_has_some_and_keep_their_order() -> None:
     samples = Samples(streams)
     assert (samples.phase, samples.num_tokens, samples.first_prompt_id) == ("queue", 0, 7)
     streams[2].on_tokens([0, 1], [11, 12], ())
-    pieces = samples.pieces()
-    assert await anext(pieces) == (2, Delta(0, [11, 12]))
+    assert await samples.take() == (2, Delta(0, [11, 12]))
     streams[2].on_tokens([2], [13], ())
     streams[0].on_tokens([0], [21], ())
     end = engine_pb2.End(reason=engine_pb2.END_REASON_MAX_TOKENS)
     for stream in (streams[1], streams[0], streams[2]):
         stream.on_end(end)
     found: dict[int, list[object]] = {0: [], 1: [], 2: []}
-    async for index, piece in pieces:
+    while samples.num_running:
+        index, piece = await samples.take()
         found[index].append(piece.token_ids if isinstance(piece, Delta) else "end")
     assert found == {0: [[21], "end"], 1: ["end"], 2: [[13], "end"]}
     assert (samples.phase, samples.num_tokens) == ("decode", 4)
@@ -79,9 +79,9 @@ async def test_one_that_fails_fails_the_request() -> None:
     streams[0].on_tokens([0], [5], ())
     error = engine_pb2.EngineError(code="internal", reason="SEQUENCE_FAILED", message="not finite")
     streams[1].on_end(engine_pb2.End(reason=engine_pb2.END_REASON_FAILED, error=error))
+    assert await samples.take() == (0, Delta(0, [5]))
     with pytest.raises(ServerError, match="not finite"):
-        async for _ in samples.pieces():
-            pass
+        await samples.take()
     samples.close(engine_pb2.ABORT_REASON_INTERNAL)
 
 

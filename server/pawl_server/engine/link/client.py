@@ -270,31 +270,57 @@ class EngineLink:
 
     def _on_tokens(self, tokens: engine_pb2.Tokens) -> None:
         """Hand each sequence its tokens of one frame: repeats are dropped, a gap loses the sequence."""
-        handles, logprobs = tokens.handles, tokens.logprobs
+        handles, logprobs = list(tokens.handles), tokens.logprobs
         indices, token_ids = list(tokens.indices), list(tokens.token_ids)
-        positions: dict[int, list[int]] = {}
-        for position, handle in enumerate(handles):
-            positions.setdefault(handle, []).append(position)
-        for handle, places in positions.items():
+        if len(set(handles)) < len(handles):
+            self._on_several_each(handles, indices, token_ids, logprobs)
+            return
+        for place, handle in enumerate(handles):  # nearly always: a token of each sequence
             stream = self._streams.get(handle)
-            if stream is None:
-                continue
-            news = [place for place in places if indices[place] >= stream.next_index]
+            if stream is not None:
+                news = slice(place, place + 1)
+                self._give(stream, indices[news], token_ids[news], logprobs[news] if logprobs else ())
+
+    def _on_several_each(
+        self,
+        handles: Sequence[int],
+        indices: Sequence[int],
+        token_ids: Sequence[int],
+        logprobs: Sequence[engine_pb2.PositionLogprobs],
+    ) -> None:
+        """A frame in which a sequence has several tokens, between those of others."""
+        places_of: dict[int, list[int]] = {}
+        for place, handle in enumerate(handles):
+            places_of.setdefault(handle, []).append(place)
+        for handle, places in places_of.items():
+            if stream := self._streams.get(handle):
+                self._give(
+                    stream,
+                    [indices[place] for place in places],
+                    [token_ids[place] for place in places],
+                    [logprobs[place] for place in places] if logprobs else (),
+                )
+
+    def _give(
+        self,
+        stream: EngineStream,
+        indices: Sequence[int],
+        token_ids: Sequence[int],
+        logprobs: Sequence[engine_pb2.PositionLogprobs],
+    ) -> None:
+        """Hand a sequence tokens of it, less those that it has."""
+        expected = stream.next_index
+        if len(indices) > 1 or indices[0] != expected:
+            news = [place for place, index in enumerate(indices) if index >= expected]
+            indices, token_ids = [indices[place] for place in news], [token_ids[place] for place in news]
+            logprobs = [logprobs[place] for place in news] if logprobs else ()
             if not news:
-                continue
-            expected = range(stream.next_index, stream.next_index + len(news))
-            new_indices = [indices[place] for place in news]
-            if new_indices != list(expected):
-                self._drop(stream, f"engine {self.address} sent tokens {new_indices[:8]}, expected {expected.start}")
-                continue
-            stream.next_index = expected.stop
-            self._tell(
-                stream,
-                stream.events.on_tokens,
-                new_indices,
-                [token_ids[place] for place in news],
-                [logprobs[place] for place in news] if logprobs else (),
-            )
+                return
+            if indices != list(range(expected, expected + len(news))):
+                self._drop(stream, f"engine {self.address} sent tokens {indices[:8]}, expected {expected}")
+                return
+        stream.next_index += len(indices)
+        self._tell(stream, stream.events.on_tokens, indices, token_ids, logprobs)
 
     def _tell(
         self, stream: EngineStream, callback: Callable[Told, None], *told: Told.args, **named: Told.kwargs
