@@ -91,10 +91,12 @@ def _fleet(parsed: argparse.Namespace) -> int:
 
 def _frontend(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, os.environ)
-    from pawl_server.cli.output import make_output  # noqa: PLC0415 (optional packages)
+    import uvloop  # noqa: PLC0415 (optional packages)
+
+    from pawl_server.cli.output import make_output  # noqa: PLC0415 (as above)
     from pawl_server.serve.frontend_command import run_frontend_alone  # noqa: PLC0415 (as above)
 
-    return _run(config, "frontend", lambda: run_frontend_alone(config, make_output(config)))
+    return _run(config, "frontend", lambda: run_frontend_alone(config, make_output(config)), uvloop.new_event_loop)
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
@@ -135,7 +137,12 @@ def _config(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _run(config: Config, process: str, work: Callable[[], Coroutine[None, None, int]]) -> int:
+def _run(
+    config: Config,
+    process: str,
+    work: Callable[[], Coroutine[None, None, int]],
+    new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> int:
     from pawl_server.logs import set_up_logs  # noqa: PLC0415 (optional packages)
 
     set_up_logs(config.log, process)
@@ -143,4 +150,5 @@ def _run(config: Config, process: str, work: Callable[[], Coroutine[None, None, 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
-    return asyncio.run(work())
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(work())

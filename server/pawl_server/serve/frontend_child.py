@@ -14,6 +14,8 @@ import signal
 import sys
 import threading
 
+import uvloop
+
 from pawl.errors import PawlError
 from pawl_server.collector import leave_alone
 from pawl_server.frontend.main import FrontendAddresses, run_frontend
@@ -51,7 +53,9 @@ def main() -> int:
         )
 
     try:
-        return asyncio.run(run_frontend(order.config, order.fleet_address, order.token, on_ready))
+        # grpc.aio wakes the loop once more for every message that it was woken for, so the loop's own time counts.
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run_frontend(order.config, order.fleet_address, order.token, on_ready))
     except PawlError as error:
         invalid = error.code == "invalid_request"
         _say(FrontendFailed(message=error.message, reason=error.reason, invalid=invalid))
