@@ -39,14 +39,11 @@
 #define KEEP_ROWS 8
 #endif
 
-/* The weights of k of one panel. odd: whether k is; shift: binary logarithm of the group. */
-INLINE vw weights_at(int format, int shift, int odd, const char *panel, int64_t k) {
+/* The weights of k of one panel. odd: whether k is; scale: of k's group, whose bytes lie behind the scales of all groups
+   up to it: `panel` is moved on by those. */
+INLINE vw weights_at(int format, int odd, vw scale, const char *panel, int64_t k) {
     switch (format) {
-        case GROUPS: {
-            int64_t before = (k >> shift) * WIDTH * 4;
-            const char *scales = panel + before + ((k >> shift) << shift) * WIDTH;
-            return bytew((const int8_t *)panel + before + WIDTH * 4 + k * WIDTH) * loadw((const float *)scales);
-        }
+        case GROUPS: return bytew((const int8_t *)panel + k * WIDTH) * scale;
         case FLOAT: return loadw((const float *)panel + k * WIDTH);
         case WIDE: return loadw((const float *)panel + k * 2 * WIDTH);
         case HALF: return halfw((const uint16_t *)panel + k * WIDTH);
@@ -60,10 +57,10 @@ INLINE vw weights_at(int format, int shift, int odd, const char *panel, int64_t 
 
 /* sums += x[k] * weights[k] for one k. bases: every third row of x; the two after it lie `stride` bytes on. wide: if not
    NULL, where the weights of k of two panels are kept as floats. */
-INLINE void add_products(int format, int shift, int odd, int rows, int panels, const char *const *bases, int64_t stride,
-                         const char *const *packed, int64_t k, float *wide, vw *sums) {
+INLINE void add_products(int format, int odd, int rows, int panels, const char *const *bases, int64_t stride,
+                         const char *const *packed, const vw *scales, int64_t k, float *wide, vw *sums) {
     vw weights[MOST_PANELS];
-    for (int p = 0; p < panels; p++) weights[p] = weights_at(format, shift, odd, packed[p], k);
+    for (int p = 0; p < panels; p++) weights[p] = weights_at(format, odd, scales[p], packed[p], k);
     for (int p = 0; wide && p < panels; p++) storew(wide + (k * 2 + p) * WIDTH, weights[p]);
     for (int r = 0; r < rows; r++) {
         vw value = allw(*(const float *)(bases[r / 3] + (r % 3) * stride + k * 4));
@@ -93,24 +90,31 @@ INLINE const char *place_of(const Panels *at, const char *first, int p) {
 INLINE void tile(const Panels *at, int format, int rows, int panels, int64_t row, int64_t panel, const char *first,
                  Ahead ahead, float *wide) {
     const Linear *l = at->linear;
-    vw sums[MOST_SUMS];
+    vw sums[MOST_SUMS], scales[MOST_PANELS];
     const char *bases[(ROWS + 2) / 3], *packed[MOST_PANELS];
-    int64_t stride = l->x_stride * 4, k = l->k, i = 0;
-    int shift = l->shift;
+    int64_t stride = l->x_stride * 4, k = l->k, group = format == GROUPS ? 1 << l->shift : k, i = 0;
     for (int b = 0; b * 3 < rows; b++) bases[b] = (const char *)(l->x + (row + b * 3) * l->x_stride);
     for (int p = 0; p < panels; p++) packed[p] = format == WIDE ? first + p * WIDTH * 4 : place_of(at, first, p);
+    for (int p = 0; p < panels; p++) scales[p] = allw(1.0f);
     for (int s = 0; s < rows * panels; s++) sums[s] = allw(0.0f);
-    for (; i + DEPTH <= k; i += DEPTH) {
-        if (i == ahead.turn) ahead.near += ahead.jump;
-        for (int p = 0; p < panels; p++)
-            for (int line = 0; line < lines_of(format); line++)
-                __builtin_prefetch(place_of(at, ahead.near, p) + line * 64);
-        ahead.near += ahead.step;
+    while (i < k) {
+        int64_t end = k - i < group ? k : i + group;
+        for (int p = 0; format == GROUPS && p < panels; p++) {
+            scales[p] = loadw((const float *)(packed[p] + i * WIDTH));
+            packed[p] += WIDTH * 4;
+        }
+        for (; i + DEPTH <= end; i += DEPTH) {
+            if (i == ahead.turn) ahead.near += ahead.jump;
+            for (int p = 0; p < panels; p++)
+                for (int line = 0; line < lines_of(format); line++)
+                    __builtin_prefetch(place_of(at, ahead.near, p) + line * 64);
+            ahead.near += ahead.step;
 #pragma GCC unroll 4
-        for (int j = 0; j < DEPTH; j++)
-            add_products(format, shift, j & 1, rows, panels, bases, stride, packed, i + j, wide, sums);
+            for (int j = 0; j < DEPTH; j++)
+                add_products(format, j & 1, rows, panels, bases, stride, packed, scales, i + j, wide, sums);
+        }
+        for (; i < end; i++) add_products(format, i & 1, rows, panels, bases, stride, packed, scales, i, wide, sums);
     }
-    for (; i < k; i++) add_products(format, shift, i & 1, rows, panels, bases, stride, packed, i, wide, sums);
     store_tile(l, rows, panels, row, panel, sums);
 }
 
