@@ -48,7 +48,7 @@ def cases(draw: st.DrawFn) -> CachedCase:
 @given(case=cases(), data=st.data())
 @settings(max_examples=60)
 def test_a_token_has_its_bits_in_any_chunk_and_company(case: CachedCase, data: st.DataObject) -> None:
-    """Whole prompts together are what fp64 finds; chunks, single tokens and two threads give the same bits."""
+    """Whole prompts together are what fp64 finds; chunks, single tokens and more threads give the same bits."""
     attention = CachedAttention(case)
     together = attention.attend([(i, 0, length) for i, length in enumerate(case.lengths)])
     for i, found in enumerate(together):
@@ -59,7 +59,7 @@ def test_a_token_has_its_bits_in_any_chunk_and_company(case: CachedCase, data: s
             start = data.draw(st.integers(0, length - 1))
             size = data.draw(st.sampled_from([1, 2, 5, 30, 64, 65, 300]))
             parts.append((i, start, min(length, start + size)))
-        torch.set_num_threads(data.draw(st.sampled_from([1, 2])))
+        torch.set_num_threads(data.draw(st.sampled_from([1, 2, 5])))  # 5: at times more than there are items
         for (i, start, end), found in zip(parts, attention.attend(parts), strict=True):
             assert torch.equal(found, together[i][start:end]), (i, start, end)
 

@@ -27,13 +27,13 @@ INLINE vw element_at(int format, const char *p, int64_t i) {
 
 INLINE int64_t element_bytes(int format) { return format == FLOAT ? 4 : format == HALF ? 2 : 1; }
 
-/* sums[r][0 .. columns * WIDTH) += a[r][i] * b[i * stride + 0 ..) over i in order. The same part of the block `ahead`, if
-   there is one, is fetched, a few bytes with every product: of more at once the products would have to wait for some. */
+/* sums[r][0 .. columns * WIDTH) += a[r][i] * b[i * stride + 0 ..) over i in order. The same part of as much of `ahead`
+   is fetched, a few bytes with every product: of more at once the products would have to wait for some. */
 INLINE void product(int format, int rows, int columns, const float *a, int64_t a_stride, const char *b, int64_t stride,
-                    int64_t n, vw *sums, const char *ahead) {
+                    int64_t n, vw *sums, const char *ahead, int64_t num_ahead) {
     int64_t size = element_bytes(format);
     for (int64_t i = 0; i < n; i++) {
-        if (ahead)
+        if (i < num_ahead)
             for (int64_t at = 0; at < columns * WIDTH * size; at += LINE)
                 __builtin_prefetch(ahead + i * stride * size + at, 0, 2);
         vw right[64 / WIDTH]; /* the most that are asked for, see DIMS_AT_ONCE */
@@ -49,7 +49,7 @@ INLINE void some_scores(int format, int rows, int columns, const float *queries,
                         int64_t dims, float *scores, const char *ahead) {
     vw sums[ROWS * COLUMNS];
     for (int i = 0; i < rows * columns; i++) sums[i] = allw(0.0f);
-    product(format, rows, columns, queries, DIM_STRIDE, keys, BLOCK, dims, sums, ahead);
+    product(format, rows, columns, queries, DIM_STRIDE, keys, BLOCK, dims, sums, ahead, ahead ? dims : 0);
     for (int c = 0; c < columns; c++) {
         vw scale = scales ? loadw(scales + c * WIDTH) : allw(1.0f);
         for (int r = 0; r < rows; r++) {
@@ -69,8 +69,9 @@ INLINE void some_values(int format, int rows, int columns, const float *weights,
         int64_t n = end - key < BLOCK ? end - key : BLOCK, size = element_bytes(format);
         const char *values = blocks[key / BLOCK] + dim * size;
         const char *ahead = then && key + BLOCK < end ? blocks[key / BLOCK + 1] : then;
+        int64_t num_ahead = !then ? 0 : key + BLOCK < end ? end - key - BLOCK : BLOCK;
         product(format, rows, columns, weights + key, SCORE_STRIDE, values, dims, n, sums,
-                ahead ? ahead + dim * size : NULL);
+                ahead ? ahead + dim * size : NULL, num_ahead);
     }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) storew(to + r * DIM_STRIDE + dim + c * WIDTH, sums[r * columns + c]);
