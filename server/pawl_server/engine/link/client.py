@@ -1,7 +1,8 @@
 """The front end's end of the link: one bidirectional stream to one engine.
 
-Owns the connection, the handles and the order of the tokens; calls back synchronously from its read loop and
-knows nothing of texts, clients or other engines. Imports no torch, no Ray and nothing else of the engine.
+Owns the connection and the handles; calls back synchronously from its read loop and knows nothing of texts, clients
+or other engines. What comes for a sequence is handed to it by `open_streams`. Imports no torch, no Ray and nothing
+else of the engine.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import ParamSpec, Self
+from typing import Self
 
 import grpc
 
 from pawl.errors import Unauthenticated, Unavailable
 from pawl_server.engine.link.auth import token_metadata
+from pawl_server.engine.link.open_streams import OpenStreams
 from pawl_server.engine.link.protocol import HEARTBEAT_PERIOD_S, PROTOCOL_VERSION, channel_options
 from pawl_server.engine.link.stream import EngineStream, StreamEvents
 from pawl_server.internal.v1 import engine_pb2, engine_pb2_grpc
@@ -26,8 +28,6 @@ from pawl_server.internal.v1 import engine_pb2, engine_pb2_grpc
 __all__ = ["EngineLink", "EngineStream", "StreamEvents"]
 
 log = logging.getLogger(__name__)
-
-Told = ParamSpec("Told")
 
 
 class EngineLink:
@@ -59,7 +59,7 @@ class EngineLink:
         self._frontend_id = frontend_id
         self._timeout_s = heartbeat_timeout_s
         self._connect_timeout_s = connect_timeout_s
-        self._streams: dict[int, EngineStream] = {}
+        self._streams = OpenStreams(address, self._send_abort)
         self._handles = itertools.count(1)
         self._gathered: list[int] | None = None  # aborts of a body of `joint_aborts`
         self._outgoing: asyncio.Queue[engine_pb2.ConnectRequest] = asyncio.Queue()
@@ -138,7 +138,7 @@ class EngineLink:
             EngineStream(handle, told, 0 if place else len(submit.resume_ids), self.abort)
             for place, (handle, told) in enumerate(zip(handles, events, strict=True))
         ]
-        self._streams.update(zip(handles, streams, strict=True))
+        self._streams.add(streams)
         self._outgoing.put_nowait(engine_pb2.ConnectRequest(submit=submit))
         return streams
 
@@ -255,93 +255,16 @@ class EngineLink:
     def _dispatch(self, frame: engine_pb2.ConnectResponse) -> None:
         match frame.WhichOneof("frame"):
             case "tokens":
-                self._on_tokens(frame.tokens)
+                self._streams.on_tokens(frame.tokens)
             case "load":
                 self.load = frame.load
                 self.load_time = time.monotonic()
             case "end":
-                if stream := self._streams.pop(frame.end.handle, None):
-                    self._tell(stream, stream.events.on_end, frame.end)
+                self._streams.on_end(frame.end)
             case "prompt_logprobs":
-                if stream := self._streams.get(frame.prompt_logprobs.handle):
-                    self._tell(stream, stream.events.on_prompt_logprobs, frame.prompt_logprobs)
+                self._streams.on_prompt_logprobs(frame.prompt_logprobs)
             case "cache_events":
                 self.on_cache_events(frame.cache_events)
-
-    def _on_tokens(self, tokens: engine_pb2.Tokens) -> None:
-        """Hand each sequence its tokens of one frame: repeats are dropped, a gap loses the sequence."""
-        handles, logprobs = list(tokens.handles), tokens.logprobs
-        indices, token_ids = list(tokens.indices), list(tokens.token_ids)
-        if len(set(handles)) < len(handles):
-            self._on_several_each(handles, indices, token_ids, logprobs)
-            return
-        for place, handle in enumerate(handles):  # nearly always: a token of each sequence
-            stream = self._streams.get(handle)
-            if stream is not None:
-                news = slice(place, place + 1)
-                self._give(stream, indices[news], token_ids[news], logprobs[news] if logprobs else ())
-
-    def _on_several_each(
-        self,
-        handles: Sequence[int],
-        indices: Sequence[int],
-        token_ids: Sequence[int],
-        logprobs: Sequence[engine_pb2.PositionLogprobs],
-    ) -> None:
-        """A frame in which a sequence has several tokens, between those of others."""
-        places_of: dict[int, list[int]] = {}
-        for place, handle in enumerate(handles):
-            places_of.setdefault(handle, []).append(place)
-        for handle, places in places_of.items():
-            if stream := self._streams.get(handle):
-                self._give(
-                    stream,
-                    [indices[place] for place in places],
-                    [token_ids[place] for place in places],
-                    [logprobs[place] for place in places] if logprobs else (),
-                )
-
-    def _give(
-        self,
-        stream: EngineStream,
-        indices: Sequence[int],
-        token_ids: Sequence[int],
-        logprobs: Sequence[engine_pb2.PositionLogprobs],
-    ) -> None:
-        """Hand a sequence tokens of it, less those that it has."""
-        expected = stream.next_index
-        if len(indices) > 1 or indices[0] != expected:
-            news = [place for place, index in enumerate(indices) if index >= expected]
-            indices, token_ids = [indices[place] for place in news], [token_ids[place] for place in news]
-            logprobs = [logprobs[place] for place in news] if logprobs else ()
-            if not news:
-                return
-            if indices != list(range(expected, expected + len(news))):
-                self._drop(stream, f"engine {self.address} sent tokens {indices[:8]}, expected {expected}")
-                return
-        stream.next_index += len(indices)
-        self._tell(stream, stream.events.on_tokens, indices, token_ids, logprobs)
-
-    def _tell(
-        self, stream: EngineStream, callback: Callable[Told, None], *told: Told.args, **named: Told.kwargs
-    ) -> None:
-        """Call back. A callback that raises ends its own sequence at once, never the link."""
-        try:
-            callback(*told, **named)
-        except Exception as error:
-            if self._streams.pop(stream.handle, None):
-                self._send_abort([stream.handle], engine_pb2.ABORT_REASON_INTERNAL)
-            try:
-                stream.events.on_defect(error)
-            except Exception:
-                log.exception("sequence %d of engine %s: nobody takes its failure", stream.handle, self.address)
-
-    def _drop(self, stream: EngineStream, detail: str) -> None:
-        """Give up a sequence whose tokens do not fit together."""
-        log.error("sequence %d: %s", stream.handle, detail)
-        del self._streams[stream.handle]
-        self._send_abort([stream.handle], engine_pb2.ABORT_REASON_INTERNAL)
-        self._tell(stream, stream.events.on_lost, detail)
 
     def _send_abort(self, handles: Sequence[int], reason: engine_pb2.AbortReason.ValueType) -> None:
         abort = engine_pb2.Abort(handle=handles[0], more_handles=handles[1:], reason=reason)
@@ -356,6 +279,4 @@ class EngineLink:
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            self._tell(stream, stream.events.on_lost, detail)
+        self._streams.lose(detail)
