@@ -45,8 +45,8 @@ class Decodes:
         decodes = len(batch.sampling) == len(batch.token_ids) and not batch.prompts
         if not decodes or settings.staging is not None or not isinstance(kernels, MovesDecodes):
             return None
-        furthest = int(batch.positions.max()) + 1
-        looked_up = all(furthest < len(angles.cosines) for angles in settings.rotaries)
+        furthest = int(batch.positions.max())
+        looked_up = all(furthest + 1 < len(angles.cosines) for angles in settings.rotaries)
         arrays = DecodeArrays(
             batch=batch,
             rows=rows,
@@ -55,7 +55,9 @@ class Decodes:
             rotaries=settings.rotaries if looked_up else (),
         )
         mover = kernels.decode_mover(arrays)
-        return None if mover is None else cls(arrays, mover, table, settings)
+        if mover is None or not _append_spare(mover, table, rows, shown=furthest // kernels.block_size + 1):
+            return None
+        return cls(arrays, mover, table, settings)
 
     def next(self, plan: StepPlan) -> Batch | None:
         """Apply a plan to the table and build its batch, out of the last one, whose tokens have been appended.
@@ -91,3 +93,15 @@ class Decodes:
             if not self._mover.append(places[row], int(table.num_blocks[row]), block_ids):
                 return False
         return True
+
+
+def _append_spare(mover: DecodeMover, table: RowTable, rows: IntArray, shown: int) -> bool:
+    """Note the blocks that rows hold beyond the batch's, `shown` of each: they were given for drafts that did not come.
+
+    Returns:
+        False where there is no room for one's.
+    """
+    return all(
+        mover.append(place, shown, table.block_tables[rows[place], shown : table.num_blocks[rows[place]]].tolist())
+        for place in np.flatnonzero(table.num_blocks[rows] > shown).tolist()
+    )
