@@ -22,6 +22,7 @@ from pawl_workers.model.weights import AttentionWeights, LayerWeights
 __all__ = ["KvCache", "LayerCache"]
 
 _ALIGNMENT = 64  # bytes: a line of the caches
+_MOST_TOUCHED = 1 << 30  # bytes written to at the start: a fraction of a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +122,21 @@ class KvCache:
 
 
 def _zeros(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Zeros, each tensor aligned to 64 bytes; on a CPU all in large pages, which the system gives, zeroed, when needed.
+    """Zeros, each tensor aligned to 64 bytes; on a CPU all in large pages, which the system gives when they are used.
 
-    To write gigabytes of zeros at once would take seconds of every start.
+    The first blocks, which sequences are given first, are used here: else the first requests would wait for pages. To
+    write to all of many gigabytes would take seconds of every start.
     """
     if device.type != "cpu":
         return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
     memory = map_large_pages(starts[-1])
-    return [
+    tensors = [
         memory[start : start + size].view(dtype).view(shape)
         for start, size, shape in zip(starts, sizes, shapes, strict=False)
     ]
+    share = min(1.0, _MOST_TOUCHED / max(1, starts[-1]))
+    for tensor in tensors:
+        tensor[: math.ceil(len(tensor) * share)].zero_()
+    return tensors

@@ -19,24 +19,35 @@ _MAPPINGS = Path("/proc/self/smaps")
 _CPU = torch.device("cpu")
 
 
-def mapping_flags(address: int) -> set[str]:
-    """What Linux knows of the mapping that holds an address: `hg` for large pages advised, `sh` for shared."""
-    here = False
+def mapping_facts(address: int) -> dict[str, list[str]]:
+    """What Linux knows of the mapping that holds an address, by name, in words."""
+    here, facts = False, dict[str, list[str]]()
     for line in _MAPPINGS.read_text(encoding="ascii", errors="replace").splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             here = int(bounds[1], 16) <= address < int(bounds[2], 16)
-        elif here and line.startswith("VmFlags:"):
-            return set(line.split()[1:])
-    raise AssertionError(f"no mapping holds {address:#x}")
+        elif here:
+            name, _, words = line.partition(":")
+            facts[name] = words.split()
+    return facts
+
+
+def mapping_flags(address: int) -> set[str]:
+    """`hg` for large pages advised, `sh` for shared memory."""
+    return set(mapping_facts(address)["VmFlags"])
 
 
 @pytest.fixture(scope="module", params=["cpu", "reference"])
 def tensors(request: pytest.FixtureRequest, llama_folder: Path) -> list[torch.Tensor]:
     """Keys and values of each layer."""
-    spec = read_config(llama_folder).spec
+    return allocate(llama_folder, request.param, num_blocks=7)
+
+
+def allocate(folder: Path, backend: str, num_blocks: int) -> list[torch.Tensor]:
+    """Keys and values of each layer of a new cache."""
+    spec = read_config(folder).spec
     shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    kernels = choose_backend(_CPU, torch.float32, shape, request.param)
-    cache = KvCache.allocate(spec, kernels, 7, _CPU, torch.float32)
+    kernels = choose_backend(_CPU, torch.float32, shape, backend)
+    cache = KvCache.allocate(spec, kernels, num_blocks, _CPU, torch.float32)
     return [tensor for layer in range(spec.num_layers) for tensor in (cache[layer].keys, cache[layer].values)]
 
 
@@ -65,6 +76,14 @@ def test_keys_and_values_lie_where_linux_gives_large_pages(tensors: list[torch.T
         assert "sh" not in mapping_flags(tensor.data_ptr())
     if Path("/sys/kernel/mm/transparent_hugepage").exists():
         assert "hg" in mapping_flags(tensors[0].data_ptr())
+
+
+@pytest.mark.skipif(not _MAPPINGS.exists(), reason="Linux alone tells what is resident")
+def test_no_request_waits_for_the_pages_of_the_first_blocks(llama_folder: Path) -> None:
+    tensors = allocate(llama_folder, "cpu", num_blocks=2048)
+    size = sum(tensor.nbytes for tensor in tensors)
+    assert size > 16 << 20
+    assert int(mapping_facts(tensors[0].data_ptr())["Rss"][0]) << 10 >= size
 
 
 def test_systems_without_large_pages_serve(monkeypatch: pytest.MonkeyPatch) -> None:
