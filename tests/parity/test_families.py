@@ -11,8 +11,6 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.cpu import CpuKernels
@@ -21,10 +19,10 @@ from pawl_workers.model.loading import read_config
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.families import ARCHITECTURES, FAMILIES, Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner
+from tests.fakes.reference_logits import LOGIT_TOLERANCE, assert_same_logits, reference_logits
 from tests.fakes.reference_trace import explain_mismatch
 from tests.fakes.worker_driver import WorkerDriver
 
-TOLERANCE = 1e-4  # of a logit, absolute
 LOSS_TOLERANCE = 1e-5  # nats, the mean over a prompt's tokens
 TIE = 1e-5  # logits this close are equal to float32, and either token is greedy
 NUM_TOKENS = 64
@@ -47,12 +45,6 @@ def kernels_for(folder: Path) -> list[str]:
     return ["reference", "onednn", *(["cpu"] if compiled else [])]
 
 
-def reference_logits(model: PreTrainedModel, token_ids: Prompt) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0]
-    return logits
-
-
 def check_logits(name: str, data: st.DataObject) -> None:
     draft = data.draw(FAMILIES[name])
     token_ids = data.draw(prompts(draft))
@@ -61,14 +53,7 @@ def check_logits(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         model = write_checkpoint(folder, draft)
-        wanted = reference_logits(model, token_ids)
-        # What is flat hides mistakes.
-        assert wanted.std(dim=-1).min() > 0.3, "all tokens have the same logits"
-        assert wanted.std(dim=0).mean() > 0.1, "all positions have the same logits"
-        for kernels in kernels_for(folder):
-            runner = LogitRunner(folder, kernels, max_running=1)
-            found = runner.alone(token_ids, chunks)
-            assert (found - wanted).abs().max() < TOLERANCE, explain_mismatch(runner, model, token_ids)
+        assert_same_logits(model, folder, kernels_for(folder), token_ids, chunks)
 
 
 def test_every_architecture_is_drawn() -> None:
@@ -131,4 +116,4 @@ def test_short_contexts_turn_by_the_short_factors(data: st.DataObject) -> None:
         wanted = reference_logits(write_checkpoint(folder, draft), token_ids)
         for kernels in kernels_for(folder):
             runner = LogitRunner(folder, kernels, max_running=1, max_context=48)
-            assert (runner.alone(token_ids) - wanted).abs().max() < TOLERANCE, kernels
+            assert (runner.alone(token_ids) - wanted).abs().max() < LOGIT_TOLERANCE, kernels

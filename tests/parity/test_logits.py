@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tests.fakes.checkpoints import NAMED, load_reference
 from tests.fakes.logit_runner import LogitRunner
+from tests.fakes.reference_logits import reference_logits
 from tests.fakes.reference_trace import explain_mismatch
 
 TOLERANCE = 1e-4
@@ -30,12 +30,6 @@ def random_chunks(seed: int, length: int) -> list[int]:
         chunks[-1] = min(chunks[-1], length)
         length -= chunks[-1]
     return chunks
-
-
-def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(torch.tensor([token_ids])).logits[0]
-    return logits
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "onednn", "reference"])

@@ -7,15 +7,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.families import FAMILIES, write_checkpoint
-from tests.fakes.logit_runner import LogitRunner
-from tests.fakes.reference_trace import explain_mismatch
+from tests.fakes.reference_logits import assert_same_logits
 
-TOLERANCE = 1e-4  # of a logit, absolute
 BOUNDED = (Phase.explicit, Phase.reuse, Phase.generate)
 NAMES = [name for name in FAMILIES if not name.startswith("llama-")] + [
     "llama-default"
@@ -27,12 +24,7 @@ def check_logits(name: str, data: st.DataObject) -> None:
     draft = data.draw(FAMILIES[name])
     token_ids = Random(data.draw(st.integers(0, 1 << 30))).choices(range(draft.vocab_size), k=sum(CHUNKS))
     with tempfile.TemporaryDirectory() as made:
-        model = write_checkpoint(Path(made), draft)
-        with torch.no_grad():
-            wanted = model(torch.tensor([token_ids]), use_cache=False).logits[0]
-        runner = LogitRunner(Path(made), "triton", max_running=1)
-        found = runner.alone(token_ids, CHUNKS)
-        assert (found - wanted).abs().max() < TOLERANCE, explain_mismatch(runner, model, token_ids)
+        assert_same_logits(write_checkpoint(Path(made), draft), Path(made), ["triton"], token_ids, CHUNKS)
 
 
 @pytest.mark.parametrize("name", NAMES)
