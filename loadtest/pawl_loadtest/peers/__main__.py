@@ -21,10 +21,11 @@ from pawl_loadtest.arguments import positive
 from pawl_loadtest.peers.checkpoint import WEIGHTS, make_checkpoint
 from pawl_loadtest.peers.driver import EngineError
 from pawl_loadtest.peers.environments import EnvironmentUnavailable, cache_folder, interpreter
-from pawl_loadtest.peers.machine import instructions, measure_machine
+from pawl_loadtest.peers.figures import as_json, read_run
+from pawl_loadtest.peers.machine import MachineMeter, instructions
 from pawl_loadtest.peers.report import as_tables
 from pawl_loadtest.peers.rounds import Course, Outcome, read_reference, run_rounds
-from pawl_loadtest.peers.runs import Piece, Run, as_json, code_digest, join, processor, read_run
+from pawl_loadtest.peers.runs import Piece, Run, code_digest, join, processor
 from pawl_loadtest.peers.shapes import SHAPES
 from pawl_loadtest.peers.variants import BASE, TABLES, VARIANTS, Variant, choose_variants
 from pawl_loadtest.peers.workloads import NAMED, Workload, parse_workloads
@@ -42,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--workloads", nargs="*", default=list(NAMED), help=f"{', '.join(NAMED)}, or REQUESTSxPROMPT/OUTPUT")
     add("--kv", nargs="*", choices=TABLES, default=list(TABLES), dest="tables", help="which tables; default: all")
     add("--rounds", type=positive, default=5)
+    add(
+        "--pairs",
+        type=positive,
+        default=2,
+        help="runs in turns over gRPC and in process, a round; default: %(default)s",
+    )
     add("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="default: this process's cores")
     add("--check-tokens", type=positive, default=16, help="greedy tokens to compare; default: %(default)s")
     add("--quick", action="store_true", help="whether everything runs: one round of a few requests and tokens")
@@ -92,16 +99,23 @@ def _is_right(outcome: Outcome) -> bool:
 
 def _run(options: argparse.Namespace, variants: Sequence[Variant], workloads: Sequence[Workload]) -> Run:
     shape = SHAPES[options.shape]
+    weights = 2 * (shape.layer_weights + shape.head_weights)
+    with MachineMeter(options.threads, weights, quick=options.quick) as meter:
+        return _measured(options, variants, workloads, meter)
+
+
+def _measured(
+    options: argparse.Namespace, variants: Sequence[Variant], workloads: Sequence[Workload], meter: MachineMeter
+) -> Run:
+    shape = SHAPES[options.shape]
     if options.quick:
         workloads = list(dict.fromkeys(workload.smaller() for workload in workloads))
     rounds = 1 if options.quick else options.rounds
     logs = options.peers_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     load_average, started = os.getloadavg()[0], _now()
-    weights = 2 * (shape.layer_weights + shape.head_weights)
-    measure = partial(measure_machine, options.threads, weights, quick=options.quick)
     _say("measuring the machine")
-    before = measure()
+    before = meter.measure()
     _say(f"making {shape.name}")
     checkpoint = make_checkpoint(shape, options.peers_dir / "checkpoints", weights=options.weights)
     course = Course(
@@ -114,6 +128,8 @@ def _run(options: argparse.Namespace, variants: Sequence[Variant], workloads: Se
         logs=logs,
         interpreter=partial(interpreter, folder=options.peers_dir, say=_say),
         say=_say,
+        pairs=options.pairs,
+        measure=meter.glance,
     )
     _say("asking the reference")
     outcomes = run_rounds(course, variants, read_reference(course))
@@ -127,7 +143,7 @@ def _run(options: argparse.Namespace, variants: Sequence[Variant], workloads: Se
         code=code_digest(),
         load_average=load_average,
         before=before,
-        after=measure(),
+        after=meter.measure(),
     )
     return Run(shape, options.weights, workloads, options.tables, [piece], outcomes)
 

@@ -11,17 +11,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 import msgspec
 
 from pawl_loadtest.peers.bounds import MachineLimits
 from pawl_workers.kernels.native.build import instruction_flags
 
-__all__ = ["TILES", "Machine", "instructions", "measure_machine"]
+__all__ = ["TILES", "Machine", "MachineMeter", "instructions", "measure_machine"]
 
 TILES = "AMX"
 """The peak that is measured in products of bfloat16."""
@@ -127,33 +128,71 @@ class _FromC(msgspec.Struct):
 _Measured = TypeVar("_Measured", _FromTorch, _FromC)
 
 
-def measure_machine(threads: int, working_set_bytes: int, *, quick: bool = False) -> Machine:
-    """Measure with so many threads, reading more than caches hold and, in case one does, as much as a model's weights.
+class MachineMeter:
+    """Measures the machine, as often as asked; a context manager that builds the C program once.
 
     Args:
         threads: that measure together.
         working_set_bytes: of the weights.
         quick: read 128 MiB alone.
     """
-    sizes = [_QUICK_BYTES] if quick else sorted({_LARGE_BYTES, max(_QUICK_BYTES, working_set_bytes // 4096 * 4096)})
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    torch = _run([sys.executable, "-c", _TORCH, str(threads), *map(str, sizes)], environment, _FromTorch)
-    try:
-        with tempfile.TemporaryDirectory(prefix="pawl-machine-") as folder:
-            program = Path(folder) / "machine"
-            compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or "cc"
-            flags = ["-std=gnu11", "-O2", "-fopenmp", "-o", str(program)]
+
+    def __init__(self, threads: int, working_set_bytes: int, *, quick: bool = False) -> None:
+        weights = max(_QUICK_BYTES, working_set_bytes // 4096 * 4096)
+        self._threads, self._weights = threads, _QUICK_BYTES if quick else weights
+        self._sizes = [_QUICK_BYTES] if quick else sorted({_LARGE_BYTES, weights})
+        self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self._folder = tempfile.TemporaryDirectory(prefix="pawl-machine-")
+        self._program: Path | None = None
+        self._note = "in registers and tiles alone"
+
+    def __enter__(self) -> Self:
+        program = Path(self._folder.name) / "machine"
+        compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or "cc"
+        flags = ["-std=gnu11", "-O2", "-fopenmp", "-o", str(program)]
+        try:
             subprocess.run([compiler, *flags, str(_SOURCE)], check=True, capture_output=True, timeout=_TIMEOUT_S)
-            native = _run([str(program), *map(str, sizes)], environment, _FromC)
-    except (OSError, subprocess.SubprocessError) as error:
-        note = f"from torch alone, below the true limit: {error}"
-        return Machine(threads, {"gemm": torch.gemm}, torch.gemm, torch.read, note)
-    peaks = {"AVX2": native.fma_avx2}
-    if native.fma_avx512 is not None:
-        peaks["AVX-512"] = native.fma_avx512
-    if native.tiles_bf16 is not None:
-        peaks[TILES] = native.tiles_bf16
-    return Machine(threads, peaks, torch.gemm, native.read, "in registers and tiles alone")
+            self._program = program
+        except (OSError, subprocess.SubprocessError) as error:
+            self._note = f"from torch alone, below the true limit: {error}"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._folder.cleanup()
+
+    def measure(self) -> Machine:
+        """Everything: reading more than caches hold and, in case one does, as much as a model's weights."""
+        command = [sys.executable, "-c", _TORCH, str(self._threads), *map(str, self._sizes)]
+        torch = _run(command, self._environment, _FromTorch)
+        found = self._from_c(self._sizes, torch.gemm)
+        return found or Machine(self._threads, {"gemm": torch.gemm}, torch.gemm, torch.read, self._note)
+
+    def glance(self) -> Machine | None:
+        """The peaks and reading the weights, in a second or two, without torch's `gemm`; None without the C program."""
+        return self._from_c([self._weights], 0.0)
+
+    def _from_c(self, sizes: Sequence[int], gemm: float) -> Machine | None:
+        if self._program is None:
+            return None
+        try:
+            native = _run([str(self._program), *map(str, sizes)], self._environment, _FromC)
+        except (OSError, subprocess.SubprocessError) as error:  # a processor without AVX2
+            self._program, self._note = None, f"from torch alone, below the true limit: {error}"
+            return None
+        peaks = {"AVX2": native.fma_avx2}
+        if native.fma_avx512 is not None:
+            peaks["AVX-512"] = native.fma_avx512
+        if native.tiles_bf16 is not None:
+            peaks[TILES] = native.tiles_bf16
+        return Machine(self._threads, peaks, gemm, native.read, self._note)
+
+
+def measure_machine(threads: int, working_set_bytes: int, *, quick: bool = False) -> Machine:
+    """Measure once, see `MachineMeter`."""
+    with MachineMeter(threads, working_set_bytes, quick=quick) as meter:
+        return meter.measure()
 
 
 def instructions(weights: str) -> str:

@@ -43,7 +43,8 @@ def as_tables(run: Run) -> str:
     for piece in run.pieces:
         lines += _when(piece, several=len(run.pieces) > 1)
     lines += [
-        "limits are worked out with the best of these; (x): what takes most of the least time there is",
+        "limits are worked out with the best of these; (x): what takes most of the least time there is; right then: "
+        "with what the machine could do right before and after each run, round by round",
         f"pawl's own multiply in {run.instructions}; the peak of attention is that of registers",
     ]
     for table in run.tables:
@@ -72,7 +73,9 @@ def _when(piece: Piece, *, several: bool) -> list[str]:
 
 def _summary(run: Run) -> list[str]:
     """Pawl by each table and workload: over the best peer, what serving keeps of it, and its share of the limit."""
-    lines = [["in short", "pawl", "best peer", "pawl / it", "over gRPC", f"of {run.instructions} limit"]]
+    peaks = run.machine.highest(run.weights, 2)
+    limits = [text for peak in peaks for text in (f"of {peak} limit", "right then")]
+    lines = [["in short", "pawl", "best peer", "pawl / it", "over gRPC", *limits]]
     for table in run.tables:
         rows = [outcome for outcome in run.outcomes if _belongs(outcome, table)]
         base = base_of(rows, table)
@@ -92,7 +95,11 @@ def _summary(run: Run) -> list[str]:
                     "none" if best is None else f"{best.variant.name} {_middle(best, workload):.1f}",
                     "" if best is None else _ratio(best, base, workload),
                     "" if served is None else _ratio(served, base, workload),
-                    _of_limit(run, base, workload, run.instructions),
+                    *(
+                        text
+                        for peak in peaks
+                        for text in (_of_limit(run, base, workload, peak), _then(run, base, workload, peak))
+                    ),
                 ]
             )
     return _aligned(lines)
@@ -143,6 +150,11 @@ def _of_limit(run: Run, row: Outcome, workload: Workload, peak: str) -> str:
     return f"{100 * run.limit_share(row, workload, peak):.0f} % ({run.least(row, workload, peak).binds})"
 
 
+def _then(run: Run, row: Outcome, workload: Workload, peak: str) -> str:
+    shares = run.limit_shares_then(row, workload, peak)
+    return f"{spread([100 * share for share in shares], 0)} %" if shares else ""
+
+
 def _others(cores: Mapping[int, float]) -> str:
     """The most that processes beside the engine's took while it was timed."""
     if not cores:
@@ -152,9 +164,12 @@ def _others(cores: Mapping[int, float]) -> str:
 
 
 def _ratio(row: Outcome, base: Outcome | None, workload: Workload) -> str:
-    """Of the rounds in which both were timed."""
+    """Of the rounds in which both were timed; of the pairs, where they took turns run by run."""
     if base is None or row is base:
         return "-"
+    if row.variant.paired_with == base.variant.name and workload.name in row.pairs:
+        paired = [100 * ratio for by in row.pairs[workload.name].values() for ratio in by]
+        return f"{spread(paired, 0)} % of it, {len(paired)} pairs"
     ours, theirs = base.rates.get(workload.name, {}), row.rates[workload.name]
     ratios = [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
     if not ratios:

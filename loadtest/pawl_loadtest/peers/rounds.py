@@ -1,30 +1,30 @@
 """Checks and times the variants: one engine process at a time, taking turns, several rounds.
 
 Every variant of a round is started, warmed up, timed on every workload and ended before the next one starts, since
-the idle threads of an engine spin; the next round goes the other way round. Before anything is timed, the variant's
-greedy tokens are compared with those of transformers in fp32.
+the idle threads of an engine spin; the next round goes the other way round. pawl over gRPC alone is timed with pawl in
+process alive beside it, whose idle threads sleep, so that the two can take turns run by run (`timing.py`). Before
+anything is timed, the variant's greedy tokens are compared with those of transformers in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pawl_loadtest.peers.driver import Driver, EngineError, tokens_of
 from pawl_loadtest.peers.environments import EnvironmentUnavailable
-from pawl_loadtest.peers.others import others_cores
-from pawl_loadtest.peers.variants import Variant
+from pawl_loadtest.peers.machine import Machine
+from pawl_loadtest.peers.timing import RUN_TIMEOUT_S, Timed, generate, time_alone, time_pairs, warm_up
+from pawl_loadtest.peers.variants import BASE, Variant
 from pawl_loadtest.peers.workloads import Workload
 
 __all__ = ["Agreement", "Course", "Outcome", "Reference", "compare", "read_reference", "run_rounds"]
 
 _ENGINES = Path(__file__).parent / "engines"
 _LOAD_TIMEOUT_S = 1800.0
-_RUN_TIMEOUT_S = 1800.0
 _CHECK_PROMPT_TOKENS = 48
-_WARM_UP_TOKENS = 2
-_WARM_UP_PROMPT_TOKENS = 32
 # A reference's best logit that leads by no more than twice the error allowed to a table's logits is a tie: either token
 # is right. The tables of 8 bits and bf16 have no tolerance, so that every difference shows.
 _TIE = {"exact": 2e-4, "fp16": 4e-3, "coarse": 0.0}
@@ -63,6 +63,8 @@ class Outcome:
     Attributes:
         rates: tokens per second by workload, by number of the round.
         others: cores that others took meanwhile, likewise.
+        pairs: likewise, for every pair of runs the seconds of the variant it is paired with over its own.
+        machines: likewise, what the machine could do right before and right after; of pawl in process.
     """
 
     variant: Variant
@@ -70,12 +72,19 @@ class Outcome:
     agreement: Agreement | None = None
     rates: dict[str, dict[int, float]] = field(default_factory=dict)
     others: dict[str, dict[int, float]] = field(default_factory=dict)
+    pairs: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    machines: dict[str, dict[int, Machine]] = field(default_factory=dict)
     failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """What all variants run."""
+    """What all variants run.
+
+    Attributes:
+        pairs: runs of each workload in a round where two variants take turns.
+        measure: what the machine can do now; None where it cannot be measured quickly.
+    """
 
     checkpoint: Path
     vocab_size: int
@@ -86,6 +95,8 @@ class Course:
     logs: Path
     interpreter: Callable[[str], Path]
     say: Callable[[str], None]
+    pairs: int = 2
+    measure: Callable[[], Machine | None] = lambda: None
     engines: Path = _ENGINES
 
     def arguments(self, settings: Mapping[str, str]) -> dict[str, object]:
@@ -129,7 +140,7 @@ def read_reference(course: Course) -> Reference:
     with course.driver(variant) as driver:
         driver.call("load", course.arguments({"attention": "eager"}), _LOAD_TIMEOUT_S)
         arguments = {"prompts": prompts, "output_tokens": course.check_tokens}
-        result = driver.call("reference", arguments, _RUN_TIMEOUT_S)
+        result = driver.call("reference", arguments, RUN_TIMEOUT_S)
     margins = result["margins"]
     if not isinstance(margins, list):
         raise EngineError("the reference gave no margins")
@@ -157,36 +168,49 @@ def run_rounds(course: Course, variants: Sequence[Variant], reference: Reference
             if outcome.failure is None:
                 course.say(f"round {number + 1} of {course.rounds}: {outcome.variant.name}")
                 try:
-                    _run_round(course, outcome, reference, number)
+                    _run_round(course, outcome, variants, reference, number)
                 except (EngineError, EnvironmentUnavailable) as error:
                     outcome.failure = str(error)
                     course.say(f"  {error}")
     return outcomes
 
 
-def _run_round(course: Course, outcome: Outcome, reference: Reference, number: int) -> None:
-    with course.driver(outcome.variant) as driver:
-        outcome.facts = driver.call("load", course.arguments(outcome.variant.settings), _LOAD_TIMEOUT_S)
+def _run_round(
+    course: Course, outcome: Outcome, variants: Iterable[Variant], reference: Reference, number: int
+) -> None:
+    variant = outcome.variant
+    with ExitStack() as alive:
+        driver = alive.enter_context(course.driver(variant))
+        outcome.facts = driver.call("load", course.arguments(variant.settings), _LOAD_TIMEOUT_S)
         if number == 0:
-            tokens, _ = _generate(driver, reference.prompts, course.check_tokens)
-            outcome.agreement = compare(reference, tokens, outcome.variant.table)
+            tokens, _ = generate(driver, reference.prompts, course.check_tokens)
+            outcome.agreement = compare(reference, tokens, variant.table)
+        partner = _partner(course, variant, variants, alive)
         for workload in course.workloads:
-            warm_up = Workload(workload.requests, min(workload.prompt_tokens, _WARM_UP_PROMPT_TOKENS), _WARM_UP_TOKENS)
-            _generate(driver, warm_up.prompts(course.vocab_size, seed=2), warm_up.output_tokens)
             prompts = workload.prompts(course.vocab_size, seed=10 + number)
-            with others_cores(driver.process_id) as others:
-                _, seconds = _generate(driver, prompts, workload.output_tokens)
-            outcome.rates.setdefault(workload.name, {})[number] = workload.counted_tokens / seconds
-            outcome.others.setdefault(workload.name, {})[number] = others.cores
+            for each in (driver, partner) if partner else (driver,):
+                warm_up(each, workload, course.vocab_size)
+            machine = course.measure() if variant.name in BASE.values() else None
+            if partner is None:
+                timed = time_alone(driver, prompts, workload.output_tokens)
+            else:
+                timed = time_pairs(partner, driver, prompts, workload.output_tokens, course.pairs)
+                outcome.pairs.setdefault(workload.name, {})[number] = timed.ratios
+            if machine is not None:
+                outcome.machines.setdefault(workload.name, {})[number] = machine.better(course.measure() or machine)
+            _keep(outcome, workload, number, timed)
 
 
-def _generate(driver: Driver, prompts: list[list[int]], output_tokens: int) -> tuple[list[list[int]], float]:
-    result = driver.call("generate", {"prompts": prompts, "output_tokens": output_tokens}, _RUN_TIMEOUT_S)
-    tokens = tokens_of(result)
-    lengths = {len(sequence) for sequence in tokens}
-    if len(tokens) != len(prompts) or lengths != {output_tokens}:
-        raise EngineError(f"{len(prompts)} x {output_tokens} tokens were asked for; {len(tokens)} x {lengths} came")
-    seconds = result["seconds"]
-    if not isinstance(seconds, float) or seconds <= 0:
-        raise EngineError(f"seconds are {seconds!r}")
-    return tokens, seconds
+def _keep(outcome: Outcome, workload: Workload, number: int, timed: Timed) -> None:
+    outcome.rates.setdefault(workload.name, {})[number] = workload.counted_tokens / timed.seconds
+    outcome.others.setdefault(workload.name, {})[number] = timed.others
+
+
+def _partner(course: Course, variant: Variant, variants: Iterable[Variant], alive: ExitStack) -> Driver | None:
+    """The loaded engine that the variant takes turns with, if that one takes part."""
+    partner = next((other for other in variants if other.name == variant.paired_with), None)
+    if partner is None:
+        return None
+    driver = alive.enter_context(course.driver(partner))
+    driver.call("load", course.arguments(partner.settings), _LOAD_TIMEOUT_S)
+    return driver

@@ -1,4 +1,4 @@
-"""What was measured, in one piece or several, as JSON and back.
+"""What was measured, in one piece or several.
 
 Pieces of one machine can be joined: more rounds of the same, other workloads, other engines. Each round keeps its
 number, so that ratios are those of figures that were taken in the same round.
@@ -7,25 +7,23 @@ number, so that ratios are those of figures that were taken in the same round.
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
-
-import msgspec
+from typing import TypeVar
 
 from pawl_loadtest.peers.bounds import Bound, bound
 from pawl_loadtest.peers.machine import Machine
-from pawl_loadtest.peers.rounds import Agreement, Outcome
-from pawl_loadtest.peers.shapes import SHAPES, Shape
+from pawl_loadtest.peers.rounds import Outcome
+from pawl_loadtest.peers.shapes import Shape
 from pawl_loadtest.peers.variants import TABLES, VARIANTS
 from pawl_loadtest.peers.workloads import Workload
 
-__all__ = ["JoinError", "Piece", "Run", "as_json", "code_digest", "join", "processor", "read_run"]
+__all__ = ["JoinError", "Piece", "Run", "code_digest", "join", "processor"]
 
 _SOURCES = ("pawl", "pawl_server", "pawl_workers")
 _SUFFIXES = {".py", ".c", ".h"}
@@ -101,6 +99,16 @@ class Run:
         least = self.least(outcome, workload, peak).seconds
         return least * statistics.median(outcome.rates[workload.name].values()) / workload.counted_tokens
 
+    def limit_shares_then(self, outcome: Outcome, workload: Workload, peak: str) -> list[float]:
+        """Round by round, the least seconds over those it took, by what the machine could do right around that run."""
+        precision = outcome.variant.precision(self.weights)
+        return [
+            bound(self.shape, workload, precision, machine.limits(peak, precision.tile_products)).seconds
+            * outcome.rates[workload.name][number]
+            / workload.counted_tokens
+            for number, machine in sorted(outcome.machines.get(workload.name, {}).items())
+        ]
+
 
 def processor() -> str:
     """The name of this machine's processor, as Linux gives it."""
@@ -172,106 +180,27 @@ def _merged(before: Outcome | None, new: Outcome, done: int) -> Outcome:
     """What did not fail counts; of what was compared with the reference, the worst."""
     shifted = Outcome(new.variant, new.facts, new.agreement, failure=new.failure)
     if new.failure is None:
-        for ours, theirs in ((shifted.rates, new.rates), (shifted.others, new.others)):
-            ours |= {name: {done + number: value for number, value in by.items()} for name, by in theirs.items()}
+        shifted.rates, shifted.others = _shifted(new.rates, done), _shifted(new.others, done)
+        shifted.pairs, shifted.machines = _shifted(new.pairs, done), _shifted(new.machines, done)
     if before is None or before.failure is not None:
         return shifted
     if shifted.failure is not None:
         return before
-    for ours, theirs in ((shifted.rates, before.rates), (shifted.others, before.others)):
-        for name, by in theirs.items():
-            ours[name] = by | ours.get(name, {})
+    shifted.rates, shifted.others = _united(before.rates, shifted.rates), _united(before.others, shifted.others)
+    shifted.pairs = _united(before.pairs, shifted.pairs)
+    shifted.machines = _united(before.machines, shifted.machines)
     compared = [found for found in (before.agreement, new.agreement) if found is not None]
     shifted.agreement = min(compared, key=lambda found: (found.agrees, found.share), default=None)
     return shifted
 
 
-def as_json(run: Run, settings: Mapping[str, str]) -> str:
-    """All figures, every round's, and what follows from them."""
-    machine = run.machine
-    rows = []
-    for outcome in run.outcomes:
-        timed = [workload for workload in run.workloads if outcome.rates.get(workload.name)]
-        rows.append(
-            {
-                "name": outcome.variant.name,
-                "table": outcome.variant.table,
-                "settings": dict(outcome.variant.settings),
-                "precision": asdict(outcome.variant.precision(run.weights)),
-                "facts": dict(outcome.facts),
-                "failure": outcome.failure,
-                "agreement": None if outcome.agreement is None else asdict(outcome.agreement),
-                "rates": outcome.rates,
-                "others": outcome.others,
-                "limit_shares": {
-                    workload.name: {peak: run.limit_share(outcome, workload, peak) for peak in machine.peaks}
-                    for workload in timed
-                },
-                "binds": {
-                    workload.name: {peak: run.least(outcome, workload, peak).binds for peak in machine.peaks}
-                    for workload in timed
-                },
-            }
-        )
-    figures = {
-        "shape": run.shape.name,
-        "weights": run.weights,
-        "rounds": run.rounds,
-        "instructions": run.instructions,
-        "settings": dict(settings),
-        "tables": list(run.tables),
-        "machine": asdict(machine),
-        "pieces": [asdict(piece) for piece in run.pieces],
-        "workloads": {workload.name: asdict(workload) | {"unit": workload.unit} for workload in run.workloads},
-        "variants": rows,
-        "notes": list(run.notes),
-    }
-    return json.dumps(figures, indent=2) + "\n"
+_Figure = TypeVar("_Figure")
+_ByRound = dict[str, dict[int, _Figure]]
 
 
-class _Row(msgspec.Struct):
-    name: str
-    facts: dict[str, object]
-    failure: str | None
-    agreement: Agreement | None
-    rates: dict[str, dict[int, float]]
-    others: dict[str, dict[int, float]]
+def _shifted(figures: _ByRound[_Figure], done: int) -> _ByRound[_Figure]:
+    return {name: {done + number: value for number, value in by.items()} for name, by in figures.items()}
 
 
-class _Figures(msgspec.Struct):
-    shape: str
-    weights: str
-    tables: list[str]
-    pieces: list[Piece]
-    workloads: dict[str, Workload]
-    variants: list[_Row]
-    notes: list[str]
-
-
-def read_run(path: Path) -> Run:
-    """A run as `as_json` wrote it.
-
-    Raises:
-        JoinError: the file cannot be read, or holds something else.
-    """
-    try:
-        figures = msgspec.json.decode(path.read_bytes(), type=_Figures)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise JoinError(f"{path}: {error}; must be a file that --json wrote") from error
-    known = {variant.name: variant for variant in VARIANTS}
-    unknown = sorted({row.name for row in figures.variants} - set(known))
-    if unknown or figures.shape not in SHAPES or not figures.pieces:
-        raise JoinError(f"{path}: knows {', '.join(unknown) or figures.shape}, of another version of this benchmark")
-    outcomes = [
-        Outcome(known[row.name], row.facts, row.agreement, row.rates, row.others, row.failure)
-        for row in figures.variants
-    ]
-    return Run(
-        shape=SHAPES[figures.shape],
-        weights=figures.weights,
-        workloads=list(figures.workloads.values()),
-        tables=figures.tables,
-        pieces=figures.pieces,
-        outcomes=outcomes,
-        notes=figures.notes,
-    )
+def _united(before: _ByRound[_Figure], new: _ByRound[_Figure]) -> _ByRound[_Figure]:
+    return {name: before.get(name, {}) | new.get(name, {}) for name in dict.fromkeys([*new, *before])}

@@ -36,6 +36,7 @@ class Variant:
     settings: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)  # of the environment of its process
     rounds_inputs: bool = False  # of linear layers, to 16 bits or 8
+    paired_with: str | None = None  # the variant that it takes turns with, run by run, both alive
 
     def precision(self, weights: str) -> Precision:
         """Bytes of a weight and of a number in the KV cache, for a checkpoint with such weights."""
@@ -67,7 +68,15 @@ _LIGHT_CLIENT = {"GRPC_EXPERIMENTS": "-event_engine_client"}
 
 VARIANTS = (
     Variant("pawl", "pawl", "pawl_engine.py", "exact", 4),
-    Variant("pawl over gRPC", "pawl", "pawl_server_engine.py", "exact", 4, variables=_LIGHT_CLIENT),
+    Variant(
+        "pawl over gRPC",
+        "pawl",
+        "pawl_server_engine.py",
+        "exact",
+        4,
+        variables=_LIGHT_CLIENT,
+        paired_with="pawl",
+    ),
     Variant("transformers generate", "transformers", "transformers_engine.py", "exact", 4, 4),
     Variant(
         "transformers continuous", "transformers", "transformers_engine.py", "exact", 4, 4, {"batching": "continuous"}
@@ -84,6 +93,7 @@ VARIANTS = (
         2,
         settings={"kv-dtype": "float16"},
         variables=_LIGHT_CLIENT,
+        paired_with="pawl fp16 KV",
     ),
     _llama_cpp("f16", "f16", "fp16", 2),
     Variant(

@@ -8,7 +8,7 @@ from pawl_loadtest.peers.bounds import Precision, bound
 from pawl_loadtest.peers.report import as_tables, base_of
 from pawl_loadtest.peers.rounds import Agreement, Outcome
 from pawl_loadtest.peers.variants import VARIANTS, Variant
-from tests.unit.loadtest.peers.pieces import WORKLOAD, make_run, rates
+from tests.unit.loadtest.peers.pieces import AFTER, BEFORE, WORKLOAD, make_run, rates
 
 
 def _half_precision() -> Outcome:
@@ -56,6 +56,30 @@ def test_ratios_are_those_of_rounds_in_which_both_were_timed() -> None:
     text = as_tables(make_run(pawl, other, never))
     assert "3.00 (2.00-4.00)" in _row(text, "other")
     assert "no common round" in _row(text, "never")
+
+
+def test_what_serving_keeps_is_the_median_of_all_pairs() -> None:
+    agrees = Agreement(1.0, None, None, True)
+    pawl = Outcome(VARIANTS[0], {}, agrees, rates(50.0, 60.0, 55.0))
+    served = Outcome(VARIANTS[1], {}, agrees, rates(10.0, 10.0), pairs={WORKLOAD.name: {0: [0.9, 0.8], 1: [0.95]}})
+    text = as_tables(make_run(pawl, served))
+    assert "90 (80-95) % of it, 3 pairs" in _row(text, "pawl over gRPC")
+    assert "90 (80-95) % of it, 3 pairs" in _row(text.partition("in short")[2], "1 x 32/128, exact")
+
+
+def test_a_share_of_the_limit_right_then_is_that_of_the_machine_in_each_round() -> None:
+    agrees = Agreement(1.0, None, None, True)
+    slow, fast = AFTER, BEFORE
+    pawl = Outcome(VARIANTS[0], {}, agrees, rates(25.0, 50.0, 10.0), machines={WORKLOAD.name: {0: slow, 1: fast}})
+    run = make_run(pawl)
+    expected = [
+        bound(run.shape, WORKLOAD, Precision(2, 4), machine.limits("AVX2")).seconds * rate / 128
+        for machine, rate in ((slow, 25.0), (fast, 50.0))
+    ]
+    assert run.limit_shares_then(pawl, WORKLOAD, "AVX2") == pytest.approx(expected)
+    shares = [100 * share for share in run.limit_shares_then(pawl, WORKLOAD, "AVX2")]
+    short = _row(as_tables(run).partition("in short")[2], "1 x 32/128, exact")
+    assert f"{sum(shares) / 2:.0f} ({min(shares):.0f}-{max(shares):.0f}) %" in short
 
 
 def test_columns_are_as_wide_as_what_stands_in_them() -> None:

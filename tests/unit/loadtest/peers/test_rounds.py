@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from pawl_loadtest.peers.rounds import Agreement, Course, Reference, compare, ru
 from pawl_loadtest.peers.variants import Variant
 from pawl_loadtest.peers.workloads import Workload
 from tests.fakes.waiting import wait_until
+from tests.unit.loadtest.peers.pieces import AFTER, BEFORE
 
 FAKE_ENGINE = """
 import os, sys
@@ -36,7 +38,11 @@ class Engine:
 
     def generate(self, prompts, output_tokens):
         missing = int(self._settings.get("missing", 0))
-        return {"tokens": [[prompt[0]] * (output_tokens - missing) for prompt in prompts], "seconds": 0.5}
+        if "seconds" in self._settings:
+            self._note(f"runs {len(prompts)} x {len(prompts[0])}/{output_tokens}")
+        seconds = float(self._settings.get("seconds", 0.5))
+        tokens = [[int(self._settings.get("token", prompt[0]))] * (output_tokens - missing) for prompt in prompts]
+        return {"tokens": tokens, "seconds": seconds}
 
     def fail(self):
         raise LookupError("no such thing\\nand more")
@@ -147,6 +153,46 @@ def test_engines_take_turns_and_never_overlap(engine: Path) -> None:
         assert outcome.failure is None
         assert outcome.agreement == Agreement(1.0, None, None, agrees=True)
         assert outcome.rates == {"2 x 3/4": {0: 16.0, 1: 16.0}, "prefill 3 x 5": {0: 30.0, 1: 30.0}}
+
+
+def _served(**settings: str) -> Variant:
+    return replace(_variant("served", **settings), paired_with="a")
+
+
+def test_a_served_engine_takes_turns_with_its_partner_run_by_run(engine: Path) -> None:
+    course = replace(
+        _course(engine, lambda name: Path(sys.executable), rounds=1), workloads=[Workload(2, 3, 4)], pairs=3
+    )
+    served = _served(seconds="1.0")
+    _, outcome = run_rounds(course, [_variant("a", seconds="0.8"), served], REFERENCE)
+    assert outcome.failure is None
+    assert outcome.pairs == {"2 x 3/4": {0: [0.8, 0.8, 0.8]}}
+    assert outcome.rates == {"2 x 3/4": {0: 8.0}}
+    runs = [line.split()[0] for line in engine.with_name("diary").read_text().splitlines() if line.endswith("2 x 3/4")]
+    assert runs == ["a", "a", "served", "served", "a", "a", "served"]  # the first alone, in its own turn
+
+
+def test_a_pair_whose_tokens_differ_is_no_figure(engine: Path) -> None:
+    course = _course(engine, lambda name: Path(sys.executable), rounds=1)
+    _, outcome = run_rounds(course, [_variant("a"), _served(token="3")], REFERENCE)
+    assert outcome.failure == "the tokens are not those of the engine that it takes turns with"
+    assert outcome.rates == {}
+
+
+def test_a_served_engine_without_its_partner_is_timed_alone(engine: Path) -> None:
+    course = _course(engine, lambda name: Path(sys.executable), rounds=1)
+    (outcome,) = run_rounds(course, [_served()], REFERENCE)
+    assert (outcome.rates["2 x 3/4"], outcome.pairs) == ({0: 16.0}, {})
+
+
+def test_the_machine_is_measured_before_and_after_each_run_of_pawl(engine: Path) -> None:
+    measured = iter([BEFORE, AFTER] * 2)
+    course = replace(_course(engine, lambda name: Path(sys.executable), rounds=1), measure=lambda: next(measured))
+    pawl, other = run_rounds(course, [_variant("pawl"), _variant("other")], REFERENCE)
+    best = BEFORE.better(AFTER)
+    assert pawl.machines == {"2 x 3/4": {0: best}, "prefill 3 x 5": {0: best}}
+    assert other.machines == {}
+    assert list(measured) == []
 
 
 def test_who_cannot_run_is_reported_and_stops_nobody(engine: Path) -> None:

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pawl_loadtest.peers.figures import as_json, read_run
 from pawl_loadtest.peers.machine import Machine
 from pawl_loadtest.peers.report import as_tables
 from pawl_loadtest.peers.rounds import Agreement, Outcome
-from pawl_loadtest.peers.runs import JoinError, Run, as_json, join, read_run
+from pawl_loadtest.peers.runs import JoinError, Run, join
 from pawl_loadtest.peers.variants import VARIANTS, Variant
 from pawl_loadtest.peers.workloads import Workload
-from tests.unit.loadtest.peers.pieces import AFTER, WORKLOAD, make_run, rates
+from tests.unit.loadtest.peers.pieces import AFTER, BEFORE, WORKLOAD, make_run, rates
 
 AGREES = Agreement(1.0, None, None, True)
 BY_NAME = {variant.name: variant for variant in VARIANTS}
@@ -52,6 +53,22 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     read = read_run(_written(run, tmp_path / "run.json"))
     assert as_json(read, {"shape": "x"}) == as_json(run, {"shape": "x"})
     assert as_tables(read) == as_tables(run)
+
+
+def test_pairs_and_what_the_machine_could_do_are_kept_and_joined(tmp_path: Path) -> None:
+    served = BY_NAME["pawl over gRPC"]
+    runs = [
+        make_run(
+            Outcome(PAWL, {}, AGREES, rates(5.0), machines={WORKLOAD.name: {0: machine}}),
+            Outcome(served, {}, AGREES, rates(4.0), pairs={WORKLOAD.name: {0: [ratio, 1.0]}}),
+            rounds=1,
+        )
+        for machine, ratio in ((BEFORE, 0.8), (AFTER, 0.9))
+    ]
+    paths = [_written(run, tmp_path / f"{number}.json") for number, run in enumerate(runs)]
+    run = join([read_run(path) for path in paths])
+    assert run.outcomes[0].machines == {WORKLOAD.name: {0: BEFORE, 1: AFTER}}
+    assert run.outcomes[1].pairs == {WORKLOAD.name: {0: [0.8, 1.0], 1: [0.9, 1.0]}}
 
 
 def test_more_rounds_and_other_workloads_are_joined_with_ratios_of_the_same_round() -> None:
