@@ -79,6 +79,24 @@ async def test_two_poisonous_requests_fail_and_the_others_do_not() -> None:
         await running.until_empty()
 
 
+async def test_who_starts_over_a_cached_prefix_is_not_taken_for_who_starts_beside_him() -> None:
+    """Most of his prompt is there already: what is left of the step's room is for nobody while it is looked who it was.
+
+    Else he would be in every step that the poisonous one crashes.
+    """
+    async with running_engine() as running, running.link() as link:
+        running.worker.gate = threading.Event()
+        prompts = [[5] * 36 + [1], [5] * 36 + [2], [POISON, 1], [5] * 36 + [3]]
+        opened = [open_stream(link, prompt, 12) for prompt in prompts]
+        running.worker.gate.set()
+        reasons = [(await ended(recorder)).reason for _, recorder in opened]
+        failed, done = engine_pb2.END_REASON_FAILED, engine_pb2.END_REASON_MAX_TOKENS
+        assert reasons == [done, done, failed, done]
+        for prompt, (_, recorder) in zip(prompts, opened, strict=True):
+            assert prompt[0] == POISON or recorder.token_ids == expected_output(prompt, 12)
+        await running.until_empty()
+
+
 async def test_a_worker_that_always_crashes_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suspects, "MAX_CRASHES", 4)
     async with running_engine() as running, running.link() as link:

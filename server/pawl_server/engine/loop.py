@@ -204,7 +204,10 @@ class EngineLoop:
         return self.state.flush_prefix_cache()
 
     def _step_limits(self) -> SchedulerLimits:
-        return probation_limits(self.state, self.limits) if self._suspects.on_probation else self.limits
+        if not self._suspects.on_probation:
+            return self.limits
+        running = (sequence.request.handle for sequence in self.state.running.values())
+        return probation_limits(self.limits, may_start=self._suspects.have_proven(running))
 
     async def _wait_for_work(self) -> None:
         """Sleep until something arrives. On becoming idle the front ends are told at once."""

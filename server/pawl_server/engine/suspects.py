@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Hashable, Iterable
 
 from pawl_server.scheduler.admission import SchedulerLimits
-from pawl_server.scheduler.state import SchedulerState
 
 __all__ = ["CRASH_WINDOW_S", "MAX_CRASHES", "Suspects", "probation_limits"]
 
@@ -51,6 +50,10 @@ class Suspects:
             self._strikes.pop(handle, None)
         self._settle()
 
+    def have_proven(self, handles: Iterable[Hashable]) -> bool:
+        """Whether all of these had a good step since the last time that nobody was suspected."""
+        return self._proven.issuperset(handles)
+
     def gone(self, handles: Iterable[Hashable]) -> None:
         """These ended, whatever the reason."""
         for handle in handles:
@@ -68,21 +71,11 @@ class Suspects:
             self._proven.clear()
 
 
-def probation_limits(state: SchedulerState, limits: SchedulerLimits) -> SchedulerLimits:
+def probation_limits(limits: SchedulerLimits, *, may_start: bool) -> SchedulerLimits:
     """Limits under which a step holds the sequences that run already and at most one that starts.
 
-    The budget is exactly what they take: one token for each that decodes, and a chunk of the one in mid-prompt
-    or, when there is none, of the head of the queue.
+    Args:
+        limits: otherwise.
+        may_start: whether everybody who runs has proven himself.
     """
-    wants = [sequence.want for sequence in state.running.values()]
-    behind = next((want for want in wants if want > 1), 0)
-    head = state.queue.head()
-    chunk = behind or (0 if head is None else head.num_tokens)
-    budget = sum(want == 1 for want in wants) + min(chunk, limits.max_prefill_chunk)
-    return dataclasses.replace(
-        limits,
-        max_batch_tokens=max(1, min(budget, limits.max_batch_tokens)),
-        max_running=1,  # the rows bound it, not this; it must not exceed the budget
-        max_partial_prefills=1,
-        max_drafts=0,
-    )
+    return dataclasses.replace(limits, max_starts=1 if may_start else 0, max_partial_prefills=1, max_drafts=0)

@@ -21,6 +21,7 @@ class SchedulerLimits:
     max_context: int
     max_partial_prefills: int = 4
     max_prefill_chunk: int = 256
+    max_starts: int = -1  # of the waiting, in one step; -1 = as many as fit
     max_waiting: int = 4096
     prefix_cache: bool = True
     retained_share: float = 0.25  # of the blocks, that callers may ask to keep

@@ -51,7 +51,7 @@ def admit(
         state.slots, room, limits, state.lengths, plan.draft.num_available, num_used, has_parked=bool(leaders)
     )
     for sequence in cursor:
-        if plan.budget < 1 or not plan.free_rows:
+        if plan.budget < 1 or not plan.free_rows or len(plan.admissions) == limits.max_starts:
             return
         if only is not None and sequence is not only:
             return
