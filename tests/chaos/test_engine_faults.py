@@ -160,7 +160,7 @@ async def test_a_stalled_reader_costs_the_engine_nothing() -> None:
     """A front end that reads nothing gets everything afterwards: merged, in fewer frames than steps."""
     small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 12)]
     async with (
-        running_engine(fake_spec(num_blocks=1024)) as running,
+        running_engine(fake_spec(num_blocks=1024, heartbeat_timeout_s=60.0)) as running,
         running.link() as busy,
         grpc.aio.insecure_channel(running.address, options=small_window) as channel,
     ):

@@ -108,7 +108,7 @@ class Storm:
     async def front_end(self, *, leaves: bool) -> None:
         """Opens requests over a while, and ends some in the middle; leaves before they are done, or waits."""
         asked: list[Asked] = []
-        async with self.running.link() as link:
+        async with self.running.link(heartbeat_timeout_s=60.0) as link:
             for _ in range(self.dice.randrange(5, 25)):
                 asked += self.open(link)
                 for _ in range(self.dice.choice([0, 0, 1, 5])):
@@ -152,7 +152,7 @@ class Storm:
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
 async def test_every_stream_ends_once_and_nothing_stays_behind(seed: int) -> None:
     dice = random.Random(seed)
-    spec = fake_spec(num_blocks=NUM_BLOCKS)
+    spec = fake_spec(num_blocks=NUM_BLOCKS, heartbeat_timeout_s=60.0)
     async with running_engine(spec, FakeFacts(num_blocks=NUM_BLOCKS, vocab_size=VOCAB_SIZE)) as running:
         storm = Storm(running, dice)
         parts = [storm.front_end(leaves=dice.random() < 0.4) for _ in range(dice.randrange(2, 6))]
