@@ -1,16 +1,18 @@
-"""Memory in a few large pages in place of many small ones."""
+"""Memory in a few large pages in place of many small ones, and memory that goes back to the system at once."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 
 import torch
 from torch import Tensor
 
-__all__ = ["map_large_pages"]
+__all__ = ["map_large_pages", "passing_tensor"]
 
 _PAGE_BYTES = 2 << 20  # of a large page on x86 and most of the others
+_LEAST_PASSING_BYTES = 128 << 10
 
 
 def map_large_pages(num_bytes: int) -> Tensor:
@@ -30,3 +32,15 @@ def map_large_pages(num_bytes: int) -> Tensor:
     memory = torch.frombuffer(mapped, dtype=torch.uint8)
     start = -memory.data_ptr() % _PAGE_BYTES
     return memory[start : start + size]
+
+
+def passing_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of a shape, not filled, for values that soon go elsewhere: its memory leaves the process with it.
+
+    malloc keeps what is freed, and puts small tensors that stay into the gaps: then the next tensor of the same size
+    does not fit there. Loading 30 layers stored in fp32 left 230 MB of gaps beside 366 MB of weights.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < _LEAST_PASSING_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return map_large_pages(num_bytes)[:num_bytes].view(dtype).view(shape)

@@ -12,7 +12,7 @@ import torch
 from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels import choose_backend
 from pawl_workers.kv_cache import KvCache
-from pawl_workers.large_pages import map_large_pages
+from pawl_workers.large_pages import map_large_pages, passing_tensor
 from pawl_workers.model.loading import read_config
 
 _MAPPINGS = Path("/proc/self/smaps")
@@ -91,3 +91,11 @@ def test_systems_without_large_pages_serve(monkeypatch: pytest.MonkeyPatch) -> N
     assert int(map_large_pages(100)[:100].fill_(3).sum()) == 300
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
     assert int(map_large_pages(100)[:100].fill_(3).sum()) == 300
+
+
+def test_a_passing_tensor_is_one_of_its_shape() -> None:
+    """Small ones come from malloc: a mapping for each would take a page that it does not fill."""
+    for shape in ((3, 5), (300, 500)):
+        tensor = passing_tensor(shape, torch.bfloat16)
+        assert (tensor.shape, tensor.dtype) == (shape, torch.bfloat16)
+        assert bool((tensor.fill_(7.0) == 7.0).all())

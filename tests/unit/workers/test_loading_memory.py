@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pawl_workers.kernels.cpu import CpuKernels
 from pawl_workers.kernels.onednn import OneDnnKernels
@@ -20,6 +23,7 @@ from tests.fakes.checkpoints import make_gpt2, make_llama
 
 CPU = torch.device("cpu")
 SLACK_BYTES = 64 << 10  # norms being widened, and what torch keeps of small tensors
+PROCESS_SLACK_BYTES = 8 << 20  # pages of 2 MiB that are not full, code that runs for the first time
 
 
 def peak_of(work: Callable[[], Weights], folder: Path) -> tuple[Weights, int]:
@@ -86,3 +90,21 @@ def test_what_will_be_held_is_known_before_it_is_read(
     weights = load_weights(config, packer(), CPU, torch.float32, 1 << 40)
     assert reading.held_bytes(packer(), torch.float32) == weights.num_bytes
     assert reading.num_parameters == weights.num_parameters
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells what a process has written to")
+@pytest.mark.parametrize("weight_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_process_grows_by_no_more(stored: torch.dtype, weight_dtype: str, tmp_path: Path) -> None:
+    """malloc does not keep what layers are merged, narrowed and rounded in: gaps would add up, layer by layer."""
+    folder = make_llama(
+        tmp_path, dtype=torch.bfloat16, num_hidden_layers=24, hidden_size=256, intermediate_size=768,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=2048,
+    )  # fmt: skip
+    path = folder / "model.safetensors"
+    save_file({name: tensor.to(stored) for name, tensor in load_file(path).items()}, path)
+    command = [sys.executable, "-m", "tests.fakes.load_memory", str(folder), "cpu", weight_dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+    found = json.loads(done.stdout)
+    largest = 2 * 768 * 256 * stored.itemsize
+    assert found["grown_bytes"] <= found["weight_bytes"] + largest + PROCESS_SLACK_BYTES

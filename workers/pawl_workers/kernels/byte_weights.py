@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pawl_workers.large_pages import passing_tensor
 from pawl_workers.model.weights import PackedLinear
 
 __all__ = ["ByteLinear", "ByteScales", "ByteWeight"]
 
 _LARGEST = 127
 _AT_ONCE = 1 << 20  # weights that a `ByteLinear` widens at a time
+_ROUNDED_AT_ONCE = 1 << 13  # weights that are rounded at a time: in floats a head takes four times its bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +50,29 @@ class ByteScales:
 
     group: int | None = None
 
-    def quantise(self, weight: Tensor) -> ByteWeight:
-        """Round a weight, [out, in], to bytes: the largest of those that share a scale becomes 127."""
+    def quantise(self, weight: Tensor, *, passing: bool = False) -> ByteWeight:
+        """Round a weight, [out, in], to bytes: the largest of those that share a scale becomes 127.
+
+        Args:
+            weight: on any device.
+            passing: on a CPU, and the bytes will be packed and dropped.
+        """
         num_rows, num_inputs = weight.shape
         group = self.group or num_inputs
-        values = torch.empty(num_rows, num_inputs, dtype=torch.int8, device=weight.device)
-        scales = torch.empty(num_rows, -(-num_inputs // group), device=weight.device)
-        for i in range(scales.shape[1]):
-            inputs = slice(i * group, (i + 1) * group)
-            part = weight[:, inputs].float()
-            scale = part.abs().amax(dim=1, keepdim=True) / _LARGEST
-            scales[:, i : i + 1] = scale
-            values[:, inputs] = (part / scale.masked_fill_(scale == 0, 1.0)).round_()
+        shape, num_whole = (num_rows, num_inputs), num_inputs // group
+        values = passing_tensor(shape, torch.int8) if passing else weight.new_empty(shape, dtype=torch.int8)
+        scales = weight.new_empty(num_rows, -(-num_inputs // group), dtype=torch.float32)
+        spans = [(0, num_whole, group), (num_whole * group, 1, num_inputs % group)]  # a last group may be smaller
+        step = max(1, _ROUNDED_AT_ONCE // num_inputs)
+        for begin in range(0, num_rows, step):
+            rows = slice(begin, min(begin + step, num_rows))
+            part = weight[rows].float()
+            for first, count, size in (span for span in spans if span[1] * span[2]):
+                inputs, groups = slice(first, first + count * size), slice(first // group, first // group + count)
+                grouped = part[:, inputs].reshape(-1, count, size)
+                scale = grouped.abs().amax(dim=2, keepdim=True) / _LARGEST
+                scales[rows, groups] = scale.squeeze(2)
+                values[rows, inputs] = (grouped / scale.masked_fill_(scale == 0, 1.0)).round_().flatten(1)
         return ByteWeight(values, scales, group)
 
     def scale_bytes(self, shape: tuple[int, ...]) -> int:

@@ -11,17 +11,20 @@ from pawl_workers.kernels.byte_weights import ByteScales, ByteWeight
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import LinearCall
 from pawl_workers.kernels.weight_memory import WeightMemory
+from pawl_workers.large_pages import passing_tensor
 
 __all__ = ["NARROW", "CpuLinear", "Workspace", "packed_bytes"]
 
 NARROW = (torch.bfloat16, torch.float16)
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # as in linear.h
 GROUPS_FORMAT = 4
+_COMPARED_AT_ONCE = 1 << 14  # weights
 
 
 def _is_exact(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether a type holds every value. Compared in parts: a head is the largest tensor of all."""
-    parts = (weight[begin : begin + 4096] for begin in range(0, weight.shape[0], 4096))
+    step = max(1, _COMPARED_AT_ONCE // weight.shape[1])
+    parts = (weight[begin : begin + step] for begin in range(0, weight.shape[0], step))
     return all(torch.equal(part.to(dtype).to(weight.dtype), part) for part in parts)
 
 
@@ -93,9 +96,10 @@ class CpuLinear:
             num_bytes -= byte_scales.scale_bytes((self.out_features, self.in_features))
         self._packed = memory.take(num_bytes)
         if byte_scales is None:
-            self._fill(weight.to(self.data_type))
+            narrow = self.data_type is not weight.dtype
+            self._fill(passing_tensor(weight.shape, self.data_type).copy_(weight) if narrow else weight)
         else:
-            self._fill_bytes(byte_scales.quantise(weight))
+            self._fill_bytes(byte_scales.quantise(weight, passing=True))
         self._call = self.call()  # filled in by each step
         self._wide_bytes = library.wide_bytes(self.in_features)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pawl_workers.large_pages import passing_tensor
 from pawl_workers.model.spec import Interleaved, ModelSpec, QueryKeyNorm, TensorTarget
 from pawl_workers.model.weights import (
     AttentionRule,
@@ -154,7 +155,7 @@ class Slots:
         whole = self._tensors.get(slot)
         if whole is None:
             dtype = _waiting_dtype(slot, self._slots[slot], self._packer, self._dtype)
-            whole = self._tensors[slot] = torch.empty(shape, dtype=dtype, device=self._device)
+            whole = self._tensors[slot] = self._room(slot, shape, dtype)
         num_rows = target.num_rows or shape[0]
         if target.transposed:
             tensor = tensor.t()
@@ -172,6 +173,11 @@ class Slots:
             if self._missing_rows.get(weight) == 0 and self._missing_rows.get(bias, 0) == 0:
                 pack = self._packer.pack_head if name == "head" else self._packer.pack_linear
                 self._linears[name] = pack(self._tensors.pop(weight), self._tensors.pop(bias, None))
+
+    def _room(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if _is_linear(slot) and self._device.type == "cpu":
+            return passing_tensor(shape, dtype)  # until it is packed
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
     def assemble(self, spec: ModelSpec, num_parameters: int) -> Weights:
         """Put the slots together; every slot must be filled."""
