@@ -61,7 +61,7 @@ async def test_greedy_tokens_are_those_of_the_reference(tmp_path: Path) -> None:
                 assert [position.rank for position in recorder.logprobs] == [1] * 12
             assert link.welcome.model.max_context_tokens == 128
     weights = [e for e in process.events if isinstance(e, EngineProgress) and e.step == "weights"][-1]
-    assert " M parameters in float32, computed in float32 on cpu, KV in float32" in weights.text
+    assert " M parameters in float32, computed in float32 on cpu by the cpu kernels, KV in float32" in weights.text
     memory = [e for e in process.events if isinstance(e, EngineProgress) and e.step == "memory"][-1]
     assert 0 < memory.facts["kv_bytes"] <= KV_BYTES
     block_bytes = memory.facts["kv_bytes"] // (memory.facts["num_blocks"] + 1)

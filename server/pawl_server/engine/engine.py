@@ -199,7 +199,7 @@ class Engine:
         facts = worker.facts
         text = (
             f"{facts.num_parameters / 1e6:.1f} M parameters in {facts.weight_type}, computed in {facts.data_type} on "
-            f"{facts.device}, KV in {facts.kv_type}"
+            f"{facts.device} by the {facts.kernels} kernels, KV in {facts.kv_type}"
         )
         if self.spec.model.dummy_weights:
             text += ", RANDOM WEIGHTS"
