@@ -23,7 +23,7 @@ from pawl_workers.staging import Staging
 
 __all__ = ["StartPlan", "explain_kernels", "plan_checkpoint", "plan_start"]
 
-_FAST_KERNELS = ("triton", "cpu", "onednn")
+_FAST_KERNELS = {"cuda": ("triton",), "cpu": ("cpu", "onednn")}  # by device, the fastest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def explain_kernels(plan: StartPlan) -> str:
     if asked != "auto":
         return f"asked for (kernels = {asked})"
     reasons = []
-    for name in _FAST_KERNELS:
+    for name in _FAST_KERNELS[plan.device.type]:
         if name == chosen:
             break
         try:

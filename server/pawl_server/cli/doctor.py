@@ -27,6 +27,7 @@ __all__ = ["Finding", "examine"]
 
 _GIB = 1 << 30
 _SHARED_MEMORY_BYTES = 128 << 20  # Ray's object store, with room
+_FAST_KERNELS = {"cpu", "triton"}
 _REMEDY = "pip install 'pawl-serve[all]'"
 
 
@@ -53,6 +54,7 @@ def examine(config: Config) -> Iterator[Finding]:
         ("memory", _memory),
         ("ports", _ports),
         ("model", _model),
+        ("kernels", _kernels),
         ("tokenizer", _tokenizer),
     ]
     for name, check in checks:
@@ -168,6 +170,16 @@ def _model(config: Config) -> Iterator[Finding]:
     # K and V; 4 bytes per value is the most that a cache uses.
     token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
     yield Finding("ok", "kv cache", f"{token_bytes / 1024:.1f} KiB per token in float32, half that in 16 bits")
+
+
+def _kernels(config: Config) -> Iterator[Finding]:
+    from pawl_server.cli.plan import plan_model  # noqa: PLC0415 (torch)
+
+    plan = plan_model(config)
+    is_slow = config.model.kernels == "auto" and plan.kernels not in _FAST_KERNELS
+    yield Finding("WARN" if is_slow else "ok", "kernels", f"{plan.kernels}: {plan.kernels_reason}")
+    if plan.refused:
+        yield Finding("FAIL", "memory", plan.refused)
 
 
 def _tokenizer(config: Config) -> Iterator[Finding]:
