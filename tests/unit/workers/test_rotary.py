@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,3 +37,15 @@ def test_the_table_is_bounded() -> None:
     table = rotary_table(RotarySpec(theta=1e4, rotary_dim=128), 1 << 17, CPU)
     assert table.cosines.nbytes + table.sines.nbytes == 1 << 22
     assert rotary_table(RotarySpec(theta=1e4, rotary_dim=128), 1 << 17, torch.device("meta")).cosines.shape[0] == 0
+
+
+@pytest.mark.parametrize(("max_context", "factor"), [(48, 2.0), (49, 4.0)])
+def test_which_of_two_stretches_serves_is_told(
+    max_context: int, factor: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers changes from one to the other as a text grows; a cache of keys cannot."""
+    spec = RotarySpec(1e4, 2, "longrope", original_max_position=48, short_factors=(2.0,), long_factors=(4.0,))
+    assert rotary_table(spec, max_context, CPU).frequencies.tolist() == [1 / factor]
+    assert ["with max_context = 48 they are" in record.getMessage() for record in caplog.records] == (
+        [True] if max_context > 48 else []
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from pawl_workers.model.spec import RotarySpec
 
 __all__ = ["RotaryTable", "rotary_angles", "rotary_table"]
+
+log = logging.getLogger(__name__)
 
 
 _KEPT_BYTES = 1 << 22
@@ -53,7 +56,14 @@ def rotary_table(spec: RotarySpec, max_context: int, device: torch.device) -> Ro
         case "yarn":
             frequencies = _blend_by_rotations(spec, frequencies)
         case "longrope":
-            factors = spec.long_factors if max_context > spec.original_max_position else spec.short_factors
+            is_long = max_context > spec.original_max_position
+            if is_long:
+                log.warning(
+                    "short texts too are computed with the frequencies for more than %d tokens, since contexts go up "
+                    "to %d here; with max_context = %d they are as the model was first trained",
+                    *(spec.original_max_position, max_context, spec.original_max_position),
+                )
+            factors = spec.long_factors if is_long else spec.short_factors
             frequencies = 1.0 / (torch.tensor(factors) * spec.theta**exponents)
     num_kept = min(max_context, _KEPT_BYTES // (8 * spec.rotary_dim)) if device.type == "cpu" else 0
     cosines, sines = _angles(frequencies, spec.attention_factor, torch.arange(num_kept))
