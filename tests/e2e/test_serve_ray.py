@@ -59,6 +59,8 @@ def test_a_life_in_ray() -> None:
         serve_story.drains_on_sigterm(server)
         # Ray's handler of crashes, which would print a stack trace and abort a drain, is out of the way.
         assert "*** SIGTERM" not in server.errors
+        # Nor does what was turned off report that it has failed.
+        assert "autoscaler" not in server.output
 
 
 def test_a_stop_while_ray_starts_leaves_nothing(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ class RayFleet:
                 async with asyncio.timeout(grace_s + 10.0):
                     await self._actor.stop.remote(grace_s)
             except (TimeoutError, RayActorError, RayTaskError) as error:
-                log.warning("the fleet did not stop in order: %s", error)
+                log.warning("the fleet did not stop in order: %s %s", type(error).__name__, error)
             await asyncio.to_thread(ray.kill, self._actor, no_restart=True)
             self._actor = None
         await asyncio.to_thread(self._disconnect)
