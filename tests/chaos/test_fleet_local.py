@@ -15,9 +15,10 @@ import pytest
 
 from pawl_server.engine.link.client import EngineLink
 from pawl_server.engine.spec import EngineProgress, EngineSpec
+from pawl_server.fleet.launcher import LaunchError
 from pawl_server.fleet.local_fleet import LocalLauncher, LocalReplica
 from pawl_server.fleet.replicas import EventLog, ReplicaState
-from pawl_server.fleet.supervisor import LaunchError, RestartPolicy, Supervisor
+from pawl_server.fleet.supervisor import RestartPolicy, Supervisor
 from tests.fakes.engine_worker import fake_spec
 from tests.fakes.waiting import until
 

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable
 
 from pawl_server.engine.spec import EngineAddresses, EngineFailed, EngineProgress, EngineSpec
-from pawl_server.fleet.supervisor import LaunchError
+from pawl_server.fleet.launcher import LaunchError
 
 __all__ = ["FakeClock", "FakeLauncher", "FakeReplica", "settle"]
 

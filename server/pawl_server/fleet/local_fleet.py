@@ -28,10 +28,11 @@ from pawl_server.engine.spec import (
     decode_event,
     encode,
 )
+from pawl_server.fleet.launcher import LaunchError, OnProgress
 from pawl_server.fleet.replicas import EventBatch, EventLog
 from pawl_server.fleet.service import FleetServer, FleetService
 from pawl_server.fleet.specs import engine_specs, num_cores, restart_policy, served_name
-from pawl_server.fleet.supervisor import LaunchError, OnProgress, Supervisor
+from pawl_server.fleet.supervisor import Supervisor
 from pawl_workers.parallel import thread_environment
 
 __all__ = ["LocalFleet", "LocalLauncher"]

@@ -38,10 +38,11 @@ from pawl_server.engine.spec import (
     decode_event,
     encode,
 )
+from pawl_server.fleet.launcher import LaunchError, OnProgress
 from pawl_server.fleet.replicas import EventLog, encode_batch
 from pawl_server.fleet.service import FleetServer, FleetService
 from pawl_server.fleet.specs import engine_specs, restart_policy, served_name
-from pawl_server.fleet.supervisor import LaunchError, OnProgress, Supervisor
+from pawl_server.fleet.supervisor import Supervisor
 from pawl_server.logs import set_up_logs
 from pawl_workers.parallel import thread_environment
 
