@@ -7,10 +7,12 @@ import contextlib
 import itertools
 import os
 import random
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
+import msgspec
 import pytest
 
 from pawl_server.engine.link.auth import token_metadata
@@ -29,10 +31,14 @@ from tests.fakes.engine_harness import (
     until,
 )
 from tests.fakes.engine_worker import DELAYED_POISON, STUMBLE, VOCAB_SIZE, FakeFacts, fake_spec
+from tests.fakes.masked_bench import decode
 
 NUM_SEEDS = int(os.environ.get("PAWL_NUM_STORMS", "2"))
 NUM_BLOCKS = 48
 DONE, FAILED, ABORTED = engine_pb2.END_REASON_MAX_TOKENS, engine_pb2.END_REASON_FAILED, engine_pb2.END_REASON_ABORTED
+EOS, REFUSED, EOS_ID = engine_pb2.END_REASON_EOS, engine_pb2.END_REASON_REFUSED, 0
+BAD = "a("
+REGEXES = ["[ab]{3}", "(the )*x", "[a-f]{1,9}", BAD]
 
 
 @dataclass(slots=True)
@@ -44,6 +50,7 @@ class Asked:
     seed: int
     recorder: Recorder
     num_resumed: int = 0
+    regex: str = ""
     aborted: bool = False
 
     def check(self, *, lost: bool) -> None:
@@ -51,6 +58,9 @@ class Asked:
         told = self.recorder
         assert len(told.ends) + len(told.lost) == 1, (told.ends, told.lost)
         assert not told.defects
+        if self.regex:
+            self._check_constrained(lost=lost)
+            return
         whole = expected_output(self.prompt, self.num_output, seed=self.seed)[self.num_resumed :]
         assert told.token_ids == whole[: len(told.token_ids)]
         assert told.indices == list(range(self.num_resumed, self.num_resumed + len(told.token_ids)))
@@ -63,6 +73,19 @@ class Asked:
         else:
             assert told.end.reason == DONE
             assert told.token_ids == whole
+
+    def _check_constrained(self, *, lost: bool) -> None:
+        told = self.recorder
+        assert told.indices == list(range(len(told.token_ids)))
+        if told.lost:
+            assert lost
+        elif told.end.reason == EOS:
+            assert told.token_ids[-1] == EOS_ID
+            assert re.fullmatch(self.regex, decode(told.token_ids[:-1]))
+        elif told.end.reason == REFUSED:
+            assert self.regex == BAD
+        else:
+            assert told.end.reason == DONE or (self.aborted and told.end.reason == ABORTED)
 
 
 @dataclass(slots=True)
@@ -89,10 +112,14 @@ class Storm:
         resume = expected_output(prompt, num_output, seed=seed)[:num_resumed]
         submit = submit_frame(prompt, num_output, resume=resume, seed=seed)
         submit.sample_seeds.extend(sample_seed(seed, place) for place in range(1, num_samples))
+        regex = dice.choice(REGEXES) if not resume and prompt[0] < 900 and dice.random() < 0.2 else ""
+        if regex:
+            submit.regex = regex
+            submit.eos_token_ids.append(EOS_ID)
         recorders = [Recorder() for _ in range(num_samples)]
         streams = link.open_samples(submit, recorders)
         asked = [
-            Asked(prompt, num_output, sample_seed(seed, place) if place else seed, recorder, num_resumed)
+            Asked(prompt, num_output, sample_seed(seed, place) if place else seed, recorder, num_resumed, regex)
             for place, recorder in enumerate(recorders)
         ]
         ended = dice.random()
@@ -153,6 +180,8 @@ class Storm:
 async def test_every_stream_ends_once_and_nothing_stays_behind(seed: int) -> None:
     dice = random.Random(seed)
     spec = fake_spec(num_blocks=NUM_BLOCKS, heartbeat_timeout_s=60.0)
+    engine = replace(spec.engine, pipeline_depth=dice.choice([1, 2, 3]))
+    spec = msgspec.structs.replace(spec, engine=engine)
     async with running_engine(spec, FakeFacts(num_blocks=NUM_BLOCKS, vocab_size=VOCAB_SIZE)) as running:
         storm = Storm(running, dice)
         parts = [storm.front_end(leaves=dice.random() < 0.4) for _ in range(dice.randrange(2, 6))]
@@ -161,12 +190,12 @@ async def test_every_stream_ends_once_and_nothing_stays_behind(seed: int) -> Non
             await asyncio.gather(*parts)
         for one, left in storm.asked:
             one.check(lost=left)
-        await running.until_empty()
         loop = running.engine.loop
+        await until(lambda: not loop.describe())
+        await running.until_empty()
         counts = loop.state.counts()
         assert counts.free_blocks + counts.cached_blocks == NUM_BLOCKS
         assert not loop.state.live
-        assert not loop.describe()
 
         def gauges() -> list[float]:
             totals = parse_exposition(loop.meter.exposition().decode())
