@@ -63,9 +63,9 @@ def test_linears_are_exact_in_any_format_and_read_back(
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
 def test_a_row_has_the_same_bits_in_any_company(kernels: CpuKernels, dtype: torch.dtype, num_threads: int) -> None:
-    linear, x = kernels.pack_linear(_weight(200, 96, dtype), None), _weight(230, 96, torch.float32)
+    linear, x = kernels.pack_linear(_weight(520, 96, dtype), None), _weight(230, 96, torch.float32)
     before = torch.get_num_threads()
     whole = linear(x)
     torch.set_num_threads(num_threads)

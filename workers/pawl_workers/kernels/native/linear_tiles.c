@@ -11,6 +11,7 @@
    Computations", 2019. */
 #include "linear_tiles.h"
 
+#include <omp.h>
 #include <stddef.h>
 
 #if !defined(__AMX_BF16__)
@@ -132,11 +133,13 @@ static void paired_panels(const Linear *l, int64_t row, int64_t rows, int64_t pa
     store_tile(l, (int)rows, 2, row, panel, (const vw *)s->sums);
 }
 
-/* Some panels times the rows whose parts are in the scratch. */
-INLINE void some_panels(const Linear *l, int panels, int64_t row, int64_t rows, int64_t panel, const TileScratch *s) {
+/* Some panels times the rows whose parts are in the scratch. after: the panels that come next. */
+INLINE void some_panels(const Linear *l, int panels, int64_t row, int64_t rows, int64_t panel, int64_t after,
+                        const TileScratch *s) {
     int64_t depth = depth_tiles(l->k), row_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     int64_t passes = row_tiles == 1 ? 1 : (depth + MOST_DEPTH - 1) / MOST_DEPTH, begin = 0;
     Weights w = find_weights(l, panels, panel, s);
+    w.step = w.step / (panels / 2) * ((after - panel) / 2);
     Ahead ahead = {.turn = row_tiles > 1 ? -1 : depth - AHEAD / w.bytes};
     int64_t size = w.bytes, lines = size / 64 / row_tiles;
     int widen = l->format == BYTE;
@@ -163,6 +166,24 @@ INLINE void some_panels(const Linear *l, int panels, int64_t row, int64_t rows, 
     }
 }
 
+/* One tile of rows at most, which waits for weights and not for products. */
+static void few_rows_part(const Linear *l, int64_t *next, int32_t threads, const TileScratch *s) {
+    int64_t panels = panels_in(l->n);
+    int odd = omp_get_thread_num() & 1, known = threads <= 2, split = 0;
+    for (Share share; (share = take_panels(next, panels, threads, odd)).first < share.end;) {
+        if (!split) split_rows(l, 0, l->m, s->parts);
+        split = 1;
+        while (share.first < share.end) {
+            int64_t step = share.end - share.first < PANELS ? 2 : PANELS, first = share.first, after;
+            if (odd) first = share.end -= step, after = first - step;
+            else after = share.first += step;
+            if (after < 0 || after >= panels || (share.first == share.end && !known)) after = first;
+            if (step == 2) some_panels(l, 2, 0, l->m, first, after, s);
+            else some_panels(l, PANELS, 0, l->m, first, after, s);
+        }
+    }
+}
+
 void tiles_part(const Linear *l, int64_t *next, int32_t threads, char *scratch) {
     TileScratch s = scratch_of(scratch, l->k);
     TileConfig config = {.palette = 1};
@@ -171,6 +192,11 @@ void tiles_part(const Linear *l, int64_t *next, int32_t threads, char *scratch) 
     for (int i = 0; i < 8 && l->m < TILE_ROWS; i++) config.rows[i] = i == WEIGHTS ? TILE_ROWS : (uint8_t)l->m;
     settle(&config);
     _tile_loadconfig(&config);
+    if (l->m <= TILE_ROWS) {
+        few_rows_part(l, next, threads, &s);
+        _tile_release();
+        return;
+    }
     Deal dealt = deal_panels(l->n, threads);
     int64_t rows = most_row_tiles(l->k) * TILE_ROWS, blocks = (l->m + rows - 1) / rows, held = -1;
     for (int64_t item; (item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < blocks * dealt.items;) {
@@ -181,8 +207,8 @@ void tiles_part(const Linear *l, int64_t *next, int32_t threads, char *scratch) 
         int64_t first = first_of(&dealt, i), end = end_of(&dealt, i);
         int paired = l->m >= PAIRED_ROWS && count > PAIRED_ROWS / 2;
         for (; paired && first < end; first += 2) paired_panels(l, row, count, first, &s);
-        for (; first + PANELS <= end; first += PANELS) some_panels(l, PANELS, row, count, first, &s);
-        if (first < end) some_panels(l, 2, row, count, first, &s);
+        for (; first + PANELS <= end; first += PANELS) some_panels(l, PANELS, row, count, first, first + PANELS, &s);
+        if (first < end) some_panels(l, 2, row, count, first, first + 2, &s);
     }
     _tile_release();
 }

@@ -22,7 +22,31 @@ INLINE Panels panels_of(const Linear *l, int64_t bytes) {
     return (Panels){l, l->gated ? half : bytes, l->gated ? bytes : 2 * bytes};
 }
 
+INLINE int64_t panels_in(int64_t n) { return (n + 2 * WIDTH - 1) / (2 * WIDTH) * 2; }
+
 #define CHUNK 4 /* panels, or a multiple of so many */
+
+/* Panels that a thread takes; none where `first` is `end`. */
+typedef struct {
+    int64_t first, end;
+} Share;
+
+/* The next panels of a thread, fewer the fewer are left, so that threads end together. Threads of even numbers come from
+   the first panel on, those of odd ones from the last one back, so that each of two goes on where it was and knows what
+   it reads next. taken: panels from both ends, in its lower and its upper half. */
+INLINE Share take_panels(int64_t *taken, int64_t panels, int32_t threads, int odd) {
+    int64_t before = __atomic_load_n(taken, __ATOMIC_RELAXED), front, back, left, size;
+    do {
+        front = before & 0xffffffff, back = before >> 32, left = panels - front - back;
+        if (left <= 0) return (Share){0, 0};
+        size = left / (threads * 4) / CHUNK * CHUNK;
+        if (size < CHUNK) size = left > 2 * threads ? CHUNK : 2;
+        if (threads == 1 || size > left) size = left;
+    } while (!__atomic_compare_exchange_n(taken, &before, before + (odd ? size << 32 : size), 1, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED));
+    int64_t first = odd ? panels - back - size : front;
+    return (Share){first, first + size};
+}
 
 /* How a layer's panels are dealt out: so many chunks, and at the end small ones, so that threads end together. */
 typedef struct {
@@ -30,7 +54,7 @@ typedef struct {
 } Deal;
 
 INLINE Deal deal_panels(int64_t n, int32_t threads) {
-    int64_t panels = (n + 2 * WIDTH - 1) / (2 * WIDTH) * 2;
+    int64_t panels = panels_in(n);
     int64_t chunk = panels / (threads * 6) / CHUNK * CHUNK;
     if (threads == 1) return (Deal){panels, panels, 1, panels, 1};
     if (chunk < CHUNK) chunk = CHUNK;
