@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import signal
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.fakes.waiting import wait_until
 pytestmark = pytest.mark.ray
 
 _FRONT_END = "pawl_server.serve.frontend_child"
+_ENGINE = "ray::EngineReplica"
 
 
 def _listens_at(server: RunningServer) -> set[str]:
@@ -54,6 +56,11 @@ def test_a_life_in_ray() -> None:
         front_ends = [number for number, line in _command_lines(server).items() if _FRONT_END in line]
         assert front_ends
         assert all("-event_engine_listener" in psutil.Process(n).environ()["GRPC_EXPERIMENTS"] for n in front_ends)
+        assert all(os.sched_getscheduler(number) == os.SCHED_BATCH for number in front_ends)
+        engines = [number for number, line in _command_lines(server).items() if line[0].startswith(_ENGINE)]
+        assert engines
+        # A step goes before what is made of its tokens, unless all of this runs at a lower priority already.
+        assert all(psutil.Process(n).nice() <= psutil.Process(f).nice() for n in engines for f in front_ends)
         assert all(ipaddress.ip_address(host.removeprefix("::ffff:")).is_loopback for host in _listens_at(server))
         serve_story.survives_the_loss_of_an_engine(server)
         serve_story.drains_on_sigterm(server)

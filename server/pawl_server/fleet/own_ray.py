@@ -14,6 +14,8 @@ import psutil
 __all__ = ["end_idle_helpers", "set_environment"]
 
 _SETTINGS = {
+    # Of its workers, which the engines are: Ray's default is 15, so that everything else goes before a step.
+    "RAY_worker_niceness": "0",
     # Workers that Ray keeps in reserve wake up a hundred times a second, and pawl starts no second actor in a hurry.
     "RAY_num_workers_soft_limit": "0",
     # How long each handler of its event loops took, for its debugging files.

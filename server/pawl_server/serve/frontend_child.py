@@ -22,6 +22,7 @@ from pawl_server.frontend.main import FrontendAddresses, run_frontend
 from pawl_server.logs import set_up_logs
 from pawl_server.serve.events import ServerAddresses
 from pawl_server.serve.orders import Answer, FrontendFailed, FrontendReady, decode_order, encode
+from pawl_server.serve.priority import give_way
 
 __all__ = ["main"]
 
@@ -33,6 +34,7 @@ _ORPHAN_GRACE_S = 3.0
 
 def main() -> int:
     """Serve until SIGTERM; returns the exit code."""
+    give_way()  # before there is any other thread
     order = decode_order(sys.stdin.buffer.readline())
     set_up_logs(order.config.log, "frontend")
     # A terminal's Ctrl-C is the parent's business.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from pawl import AsyncClient, Stop
+from pawl_server.serve.priority import give_way
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +57,8 @@ class Engine:
             self.close()
             raise
         self.facts = {"version": "pawl serve", "flags": command[3:], "ready_s": time.monotonic() - started}
-        self._loop = uvloop.new_event_loop()  # a client of little weight: it shares the cores of what is measured
+        give_way()  # a client elsewhere would take nothing of the cores of what is measured; this one takes little
+        self._loop = uvloop.new_event_loop()
         self._client = self._loop.run_until_complete(_connect(target))
 
     def _wait_ready(self, ready: Path) -> str:
