@@ -10,7 +10,7 @@ import base64
 from pawl.v1 import admin_pb2, inference_pb2, model_pb2, tokenizer_pb2
 from pawl_server.config import LimitSettings
 from pawl_server.frontend.requests import ConversationInput
-from pawl_server.frontend.validate import conversation
+from pawl_server.frontend.validate_conversation import conversation
 from pawl_server.frontend.violations import Violations
 
 __all__ = [
