@@ -77,6 +77,21 @@ def test_a_row_has_the_same_bits_in_any_company(kernels: CpuKernels, dtype: torc
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_row_has_the_same_bits_in_blocks_of_rows_that_threads_have_to_themselves(
+    kernels: CpuKernels, num_threads: int
+) -> None:
+    linear, x = kernels.pack_linear(_weight(200, 1544, torch.bfloat16), None), _weight(700, 1544, torch.float32)
+    before = torch.get_num_threads()
+    few = torch.cat([linear(x[row : row + 7]) for row in range(0, len(x), 7)])
+    torch.set_num_threads(num_threads)
+    try:
+        for num_rows in (193, 287, 389, 700):
+            assert torch.equal(linear(x[:num_rows]), few[:num_rows]), num_rows
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_a_weight_is_packed_from_the_type_it_is_stored_in(kernels: CpuKernels, stored: torch.dtype) -> None:
     """Every 16-bit value, the smallest and those that are no numbers included, comes back as it was widened."""

@@ -184,6 +184,21 @@ static void few_rows_part(const Linear *l, int64_t *next, int32_t threads, const
     }
 }
 
+/* How blocks of rows are dealt out. One of the first `whole` is an item, so that one thread alone splits it; of the others
+   the panels are, so that threads end together. */
+typedef struct {
+    Deal dealt;
+    int64_t height, whole, items; /* height: rows of a block */
+} Blocks;
+
+INLINE Blocks deal_blocks(const Linear *l, int32_t threads) {
+    Blocks b = {.dealt = deal_panels(l->n, threads), .height = most_row_tiles(l->k) * TILE_ROWS};
+    int64_t blocks = (l->m + b.height - 1) / b.height, rounds = (l->m / b.height - 1) / threads;
+    if (rounds > 0 && b.height >= TALL * TILE_ROWS) b.whole = rounds * threads;
+    b.items = b.whole + (blocks - b.whole) * b.dealt.items;
+    return b;
+}
+
 void tiles_part(const Linear *l, int64_t *next, int32_t threads, char *scratch) {
     TileScratch s = scratch_of(scratch, l->k);
     TileConfig config = {.palette = 1};
@@ -197,14 +212,16 @@ void tiles_part(const Linear *l, int64_t *next, int32_t threads, char *scratch) 
         _tile_release();
         return;
     }
-    Deal dealt = deal_panels(l->n, threads);
-    int64_t rows = most_row_tiles(l->k) * TILE_ROWS, blocks = (l->m + rows - 1) / rows, held = -1;
-    for (int64_t item; (item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < blocks * dealt.items;) {
-        int64_t block = item / dealt.items, i = item % dealt.items;
-        int64_t row = block * rows, count = l->m - row < rows ? l->m - row : rows;
+    Blocks blocks = deal_blocks(l, threads);
+    int64_t held = -1;
+    for (int64_t item; (item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < blocks.items;) {
+        int64_t shared = item - blocks.whole, block = shared < 0 ? item : blocks.whole + shared / blocks.dealt.items;
+        int64_t row = block * blocks.height, count = l->m - row < blocks.height ? l->m - row : blocks.height;
         if (block != held) split_rows(l, row, count, s.parts);
         held = block;
-        int64_t first = first_of(&dealt, i), end = end_of(&dealt, i);
+        int64_t i = shared % blocks.dealt.items;
+        int64_t first = shared < 0 ? 0 : first_of(&blocks.dealt, i);
+        int64_t end = shared < 0 ? blocks.dealt.panels : end_of(&blocks.dealt, i);
         int paired = l->m >= PAIRED_ROWS && count > PAIRED_ROWS / 2;
         for (; paired && first < end; first += 2) paired_panels(l, row, count, first, &s);
         for (; first + PANELS <= end; first += PANELS) some_panels(l, PANELS, row, count, first, first + PANELS, &s);

@@ -12,6 +12,7 @@
 #define PANELS 4              /* at once */
 #define SPLIT_BYTES (1 << 20) /* of a block of rows that are split: they stay in the second-level cache */
 #define MOST_ROW_TILES 8      /* of such a block */
+#define TALL 6                /* of blocks that a thread may have to itself */
 
 typedef struct {
     char *parts;   /* [row tiles][k tiles][PARTS][16][32] bfloat16 */
@@ -24,9 +25,10 @@ INLINE void settle(const void *stored) { __asm__ volatile("" : : "r"(stored) : "
 
 INLINE int64_t depth_tiles(int64_t k) { return (k + TILE_DEPTH - 1) / TILE_DEPTH; }
 
-/* Tiles of rows that are split at a time. */
+/* Tiles of rows that are split at a time; many are even in number, because two are multiplied at once. */
 INLINE int64_t most_row_tiles(int64_t k) {
     int64_t tiles = SPLIT_BYTES / (depth_tiles(k) * PARTS * TILE_BYTES);
+    if (tiles >= TALL) tiles = tiles / 2 * 2;
     return tiles < 1 ? 1 : tiles > MOST_ROW_TILES ? MOST_ROW_TILES : tiles;
 }
 
