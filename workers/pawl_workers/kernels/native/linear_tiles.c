@@ -170,7 +170,7 @@ INLINE void some_panels(const Linear *l, int panels, int64_t row, int64_t rows, 
 static void few_rows_part(const Linear *l, int64_t *next, int32_t threads, const TileScratch *s) {
     int64_t panels = panels_in(l->n);
     int odd = omp_get_thread_num() & 1, known = threads <= 2, split = 0;
-    for (Share share; (share = take_panels(next, panels, threads, odd)).first < share.end;) {
+    for (Share share; share = take_panels(next, panels, threads, odd), share.first < share.end;) {
         if (!split) split_rows(l, 0, l->m, s->parts);
         split = 1;
         while (share.first < share.end) {
