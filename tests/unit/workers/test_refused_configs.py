@@ -30,6 +30,12 @@ def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: 
             {"num_attention_heads": 0},
             "num_attention_heads must be a positive integer, not 0",
         ),
+        (
+            "meta-llama/Llama-3.1-8B",
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers must be at most 10000, not 1000000000",
+        ),
+        ("mistralai/Mixtral-8x7B-v0.1", {"num_local_experts": 10**9}, "num_local_experts must be at most 10000"),
         ("meta-llama/Llama-3.1-8B", {"hidden_size": None}, "hidden_size is missing; must be a positive integer"),
         ("meta-llama/Llama-3.1-8B", {"rope_theta": 0}, "rope_theta must be a number above 0, not 0"),
         ("meta-llama/Llama-3.1-8B", {"rope_theta": 1.0}, "rope_theta must be a number above 1, not 1.0"),

@@ -21,6 +21,9 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 
+_MOST_PARTS = 10_000  # layers of a model, experts of a layer: no model has a tenth of it
+
+
 class ConfigReader:
     """Typed access to a `config.json`; a wrong type or a number out of range is an error that names the key.
 
@@ -53,14 +56,20 @@ class ConfigReader:
         """Make an error of a key: where it stands, and what is wrong with it."""
         return CheckpointError(f"config.json: {self._at}{key} {problem}")
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, most: int | None = None) -> int:
         """Read a positive integer; null and absent mean the default."""
         value = self._values.get(key)
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self._wrong(key, "a positive integer")
+        if most is not None and value > most:
+            raise self._wrong(key, f"at most {most}")
         return value
+
+    def parts(self, key: str, default: int | None = None) -> int:
+        """Read how many layers or experts there are: as many are laid out before a checkpoint is looked at."""
+        return self.integer(key, default, most=_MOST_PARTS)
 
     def count(self, key: str, default: int) -> int:
         """Read an integer of at least 0; null and absent mean the default."""

@@ -72,7 +72,7 @@ def decoder_spec(
         max_context = max(max_context, int(rotary.original_max_position * rotary.factor))
     return ModelSpec(
         architecture=architecture,
-        layers=(LayerSpec(),) * config.integer("num_hidden_layers"),
+        layers=(LayerSpec(),) * config.parts("num_hidden_layers"),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=config.integer("num_key_value_heads", num_heads),

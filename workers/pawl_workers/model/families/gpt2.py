@@ -18,7 +18,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
         )
     return ModelSpec(
         architecture="GPT2LMHeadModel",
-        layers=(LayerSpec(rotary=None),) * config.integer("n_layer"),
+        layers=(LayerSpec(rotary=None),) * config.parts("n_layer"),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_heads,

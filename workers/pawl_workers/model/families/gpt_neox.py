@@ -19,7 +19,7 @@ def _spec(config: ConfigReader) -> ModelSpec:
     defaults = config.with_defaults({"partial_rotary_factor": share})
     return ModelSpec(
         architecture="GPTNeoXForCausalLM",
-        layers=(LayerSpec(),) * config.integer("num_hidden_layers"),
+        layers=(LayerSpec(),) * config.parts("num_hidden_layers"),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_heads,

@@ -55,7 +55,7 @@ def _mixtral_spec(config: ConfigReader) -> ModelSpec:
         base,
         layers=(LayerSpec(config.optional_integer("sliding_window"), routed=True),) * base.num_layers,
         experts=ExpertSpec(
-            num_experts=config.integer("num_local_experts", 8),
+            num_experts=config.parts("num_local_experts", 8),
             num_active=config.integer("num_experts_per_tok", 2),
             intermediate_size=base.intermediate_size,
             normalised=True,

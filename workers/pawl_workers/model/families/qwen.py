@@ -33,7 +33,7 @@ def _qwen2_moe(config: ConfigReader) -> ModelSpec:
     first = config.count("max_window_layers", 28)
     windows = layer_windows(config, base.num_layers, window, lambda layer: layer % 2 == 0 and layer < first)
     experts = ExpertSpec(
-        num_experts=config.integer("num_experts", 60),
+        num_experts=config.parts("num_experts", 60),
         num_active=config.integer("num_experts_per_tok", 4),
         intermediate_size=config.integer("moe_intermediate_size", 1408),
         normalised=config.flag("norm_topk_prob", False),
@@ -56,7 +56,7 @@ def _qwen3_moe(config: ConfigReader) -> ModelSpec:
         layers=tuple(LayerSpec(window, routed=is_routed) for is_routed in _routed(config, base)),
         query_key_norm=QueryKeyNorm.HEAD,
         experts=ExpertSpec(
-            num_experts=config.integer("num_local_experts", config.integer("num_experts", 128)),  # transformers 5, 4
+            num_experts=config.parts("num_local_experts", config.parts("num_experts", 128)),  # transformers 5, 4
             num_active=config.integer("num_experts_per_tok", 8),
             intermediate_size=config.integer("moe_intermediate_size", 768),
             normalised=config.flag("norm_topk_prob", False),
