@@ -9,14 +9,12 @@ from __future__ import annotations
 from array import array
 from collections import Counter, deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from random import Random
 
-import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.kv.host_tier import RestoreCost
@@ -27,165 +25,23 @@ from pawl_server.scheduler.guess import NOTHING, Guess
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
-from pawl_server.scheduler.sequence import EndReason, SequenceRequest, SequenceState, Sibling
+from pawl_server.scheduler.sequence import EndReason, SequenceRequest, SequenceState
 from pawl_server.scheduler.speculation import Speculation
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.pending import PendingStep
-from pawl_workers.plan import SamplingSpec, StepPlan, TokenLogprobs
+from pawl_workers.plan import StepPlan
 from pawl_workers.row_masks import RowMasks
 from pawl_workers.worker import Worker
-from tests.fakes.worker_driver import WorkerDriver
+from tests.fakes.drawn_requests import samples_of
+from tests.fakes.told import Told, mask_after
 
-__all__ = ["REACHED", "ServedSchedule", "Told", "draw_requests", "first_difference", "samples_of", "told_alone"]
+__all__ = ["REACHED", "ServedSchedule"]
 
 REACHED = (
     "preempted", "hits", "restored", "forks", "copies", "drafts", "accepted", "rejected", "masked", "overlap",
     "aborted", "failed", "resets", "resumed",
 )  # fmt: skip
 """What a schedule counts."""
-
-
-@dataclass(slots=True)
-class Told:
-    """What was heard of a sequence."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    prompt: list[TokenLogprobs] = field(default_factory=list)
-    reason: EndReason | None = None
-
-
-def _draw_sampling(draw: Random, vocab_size: int, eos: Sequence[int], poison: int) -> SamplingSpec:
-    """Any parameter with any other; most with log-probabilities."""
-    greedy = draw.random() < 0.4
-    adjusted = draw.random() < 0.4
-    return SamplingSpec(
-        temperature=0.0 if greedy else draw.choice([0.7, 1.0, 1.5]),
-        top_k=draw.choice([0, 0, 1, 5, 30]),
-        top_p=draw.choice([1.0, 1.0, 0.9, 0.5]),
-        min_p=draw.choice([0.0, 0.0, 0.05]),
-        repetition_penalty=draw.choice([1.0, 1.3, 0.8]) if adjusted else 1.0,
-        presence_penalty=draw.choice([0.0, 1.0, -0.5]) if adjusted else 0.0,
-        frequency_penalty=draw.choice([0.0, 0.7]) if adjusted else 0.0,
-        logit_bias={poison: 4.0} if draw.random() < 0.02 else {poison: -50.0, draw.randrange(vocab_size - 1): 3.0},
-        seed=draw.randrange(1 << 62),
-        min_output_tokens=draw.choice([0, 3]) if eos else 0,
-        suppressed_ids=tuple(eos),
-        logprobs=draw.choice([-1, 0, 0, 2, 5]),
-    )
-
-
-def draw_requests(
-    draw: Random, vocab_size: int, *, most: int, poison: int, lengths: Sequence[int], longest: int
-) -> list[SequenceRequest]:
-    """Draw requests, some of several samples. The handles of those that choose under a mask are multiples of 3.
-
-    Args:
-        draw: decides.
-        vocab_size: of the model.
-        most: requests.
-        poison: a token that spoils whoever computes it.
-        lengths: of what a prompt does not share with others.
-        longest: tokens of prompt and output together.
-    """
-    few = draw.choice([4, 30, vocab_size])  # tokens of prompts, which repeat themselves where they are few
-    shared = [draw.randrange(min(few, vocab_size)) for _ in range(max(lengths))]
-    if draw.random() < 0.05:
-        shared[draw.randrange(len(shared))] = poison
-    requests, handle = [], 0
-    for _ in range(draw.choice([1, 2, draw.randint(2, most)])):  # with few of them rows stay what they are for longer
-        own = [draw.randrange(min(few, vocab_size)) for _ in range(draw.choice(lengths))]
-        prompt = shared[: draw.choice([0, 0, 31, 32, 33, 64, 65])] + own
-        prompt = prompt[: longest - 1]
-        if draw.random() < 0.02:
-            prompt[-1] = poison
-        eos = draw.sample(range(vocab_size), 4) if draw.random() < 0.3 else []
-        sampling = _draw_sampling(draw, vocab_size, eos, poison)
-        num_samples = draw.randint(2, 4) if draw.random() < 0.2 else 1
-        output = -1 if draw.random() < 0.1 else draw.choice([1, 2, 9, 34, 70, 120])
-        scored = draw.choice([0, 2]) if draw.random() < 0.15 else -1
-        if scored >= 0 and num_samples == 1 and draw.random() < 0.3:
-            output = 0
-        request = SequenceRequest(
-            handle=handle,
-            request_id=str(handle),
-            prompt_ids=prompt,
-            sampling=sampling,
-            cache_key=draw.choice([b"", b"", b"b"]),
-            max_output_tokens=min(output, longest - len(prompt)),
-            min_output_tokens=sampling.min_output_tokens,
-            eos_token_ids=frozenset(eos[:2]),
-            stop_token_ids=frozenset(eos[2:]),
-            prompt_logprobs=scored,
-            bypass_prefix_cache=draw.random() < 0.1,
-            retain_prefix_s=draw.choice([0.0, 0.0, 0.0, 20.0]),
-            priority=draw.choice([0, 0, 0, 2]),
-            constraint=True if handle % 3 == 0 else None,
-            siblings=[Sibling(handle + 3 * index, draw.randrange(1 << 62)) for index in range(1, num_samples)],
-        )
-        requests.append(request)
-        handle += 1 + 3 * (num_samples - 1)
-    return requests
-
-
-def samples_of(request: SequenceRequest) -> list[SequenceRequest]:
-    """Each sample of a request as a request of its own; prompts are scored for the first."""
-    found = [replace(request, siblings=())]
-    for sibling in request.siblings:
-        sampling = msgspec.structs.replace(request.sampling, seed=sibling.seed)
-        found.append(replace(request, handle=sibling.handle, sampling=sampling, prompt_logprobs=-1, siblings=()))
-    return found
-
-
-def _mask(output: Sequence[int], num_words: int) -> NDArray[np.uint32]:
-    """What may follow an output: three of four tokens, others after others."""
-    noise = np.random.default_rng([*output[-8:], len(output)])
-    first, second = noise.integers(0, 1 << 32, (2, num_words), dtype=np.uint32)
-    found: NDArray[np.uint32] = first | second
-    return found
-
-
-def told_alone(driver: WorkerDriver, request: SequenceRequest, end: int) -> Told:
-    """Token by token, nobody beside it: the oracle.
-
-    Args:
-        driver: of a worker.
-        request: for one sample.
-        end: length of prompt and output at which generation ends at the latest.
-    """
-    torch.set_num_threads(1)
-    num_words = -(-driver.worker.facts.vocab_size // 32)
-    one = driver.start(
-        request.prompt_ids,
-        request.sampling,
-        prompt_logprobs=request.prompt_logprobs,
-        samples=request.max_output_tokens != 0,
-    )
-    reason = None
-    most = request.max_output_tokens if request.max_output_tokens >= 0 else 1 << 30
-    while reason is None:
-        grants = [(one, len(one.token_ids) - one.num_computed)]
-        if request.constraint is not None and one.samples:
-            masks = RowMasks([one.row], _mask(one.output, num_words)[None, :])
-            driver.step(grants, masks=lambda masks=masks: masks)  # type: ignore[misc]
-        else:
-            driver.step(grants)
-        count, last = len(one.output), one.token_ids[-1]
-        if one.failure is not None:
-            reason = EndReason.FAILED
-        elif not one.samples:
-            reason = EndReason.MAX_TOKENS
-        elif last in request.eos_token_ids and count > request.min_output_tokens:
-            reason = EndReason.EOS
-        elif last in request.stop_token_ids and count > request.min_output_tokens:
-            reason = EndReason.STOP_TOKEN
-        elif count == most:
-            reason = EndReason.MAX_TOKENS
-        elif len(one.token_ids) == end:
-            reason = EndReason.CONTEXT_LENGTH
-    driver.finish(one)
-    prompt = [entry for scored in one.prompt for entry in scored.positions]
-    return Told(one.output, one.logprobs, prompt, reason)
 
 
 class _Prophet:
@@ -369,7 +225,7 @@ class ServedSchedule:
             drafted, output = drafts.get(row, ()), self.told[member.handle].tokens
             for place in range(1 + len(drafted)):
                 named.append(row)
-                words.append(_mask([*output, *drafted[:place]], num_words)[None, :])
+                words.append(mask_after([*output, *drafted[:place]], num_words)[None, :])
         self.reached["masked"] += len(named)
         return RowMasks(named, np.concatenate(words))
 
@@ -401,25 +257,3 @@ class ServedSchedule:
             assert self.told[ended.handle].reason is None
             self.told[ended.handle].reason = ended.reason
             self.reached["failed"] += ended.reason is EndReason.FAILED
-
-
-def first_difference(found: Told, wanted: Told) -> str | None:
-    """Where what was heard is not what a request gives alone; what was aborted is the beginning of it."""
-    count = len(found.tokens)
-    if found.tokens != wanted.tokens[:count]:
-        place = next(i for i, (a, b) in enumerate(zip(found.tokens, [*wanted.tokens, None], strict=False)) if a != b)
-        return f"token {place} of {count}"
-    if found.logprobs != wanted.logprobs[:count]:
-        place = next(i for i, (a, b) in enumerate(zip(found.logprobs, wanted.logprobs, strict=False)) if a != b)
-        return f"log-probability {place} of {count}: {found.logprobs[place]} and {wanted.logprobs[place]}"
-    # Of a request that fails alone nothing is scored; in chunks those before the one that fails are.
-    if found.prompt != wanted.prompt[: len(found.prompt)] and wanted.reason is not EndReason.FAILED:
-        place = next(i for i, (a, b) in enumerate(zip(found.prompt, wanted.prompt, strict=False)) if a != b)
-        return f"scored token {place}: {found.prompt[place]} and {wanted.prompt[place]}"
-    if found.reason is EndReason.ABORTED:
-        return None
-    if (count, found.reason) != (len(wanted.tokens), wanted.reason):
-        return f"{found.reason} after {count}, not {wanted.reason} after {len(wanted.tokens)}"
-    if len(found.prompt) != len(wanted.prompt) and found.reason is not EndReason.FAILED:
-        return f"{len(found.prompt)} scored of the prompt, not {len(wanted.prompt)}"
-    return None

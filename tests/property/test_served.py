@@ -26,16 +26,11 @@ from pawl_workers.kernels.decode_mover import DecodeArrays
 from pawl_workers.model.weights import LayerWeights
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import make_llama
+from tests.fakes.drawn_requests import draw_requests, samples_of
 from tests.fakes.families import FAMILIES, MAX_POSITIONS, write_checkpoint
 from tests.fakes.queueing_sampler import QueueingCpuSampler
-from tests.fakes.served_schedule import (
-    REACHED,
-    ServedSchedule,
-    draw_requests,
-    first_difference,
-    samples_of,
-    told_alone,
-)
+from tests.fakes.served_schedule import REACHED, ServedSchedule
+from tests.fakes.told import first_difference, told_alone
 from tests.fakes.worker_driver import WorkerDriver
 
 NUM_SCHEDULES = int(os.environ.get("PAWL_NUM_SCHEDULES", "2"))

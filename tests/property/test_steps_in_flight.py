@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,26 +37,17 @@ from pawl_workers.errors import PlanError
 from pawl_workers.kernels import cpu
 from pawl_workers.pending import Arrival, PendingStep
 from pawl_workers.pipeline import Pipeline
-from pawl_workers.plan import SamplingSpec, StepPlan, TokenLogprobs
+from pawl_workers.plan import SamplingSpec, StepPlan
 from pawl_workers.row_masks import RowMasks
 from pawl_workers.rows import RowTable
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, make_llama
 from tests.fakes.queueing_sampler import QueueingCpuSampler
+from tests.fakes.told import Told
 from tests.fakes.worker_driver import WorkerDriver
 
 POISON = 77  # whoever computes this token is not finite from there on; it is sampled now and then
 NUM_BLOCKS = 8
-
-
-@dataclass(slots=True)
-class Told:
-    """What was heard of a request."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    prompt: list[TokenLogprobs] = field(default_factory=list)
-    reason: EndReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
