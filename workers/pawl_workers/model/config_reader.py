@@ -19,8 +19,6 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "relu": Activation.RELU,
 }
-
-
 _MOST_PARTS = 10_000  # layers of a model, experts of a layer: no model has a tenth of it
 
 
@@ -57,7 +55,7 @@ class ConfigReader:
         return CheckpointError(f"config.json: {self._at}{key} {problem}")
 
     def integer(self, key: str, default: int | None = None, most: int | None = None) -> int:
-        """Read a positive integer; null and absent mean the default."""
+        """Read a positive integer, `most` at the most; null and absent mean the default."""
         value = self._values.get(key)
         if value is None and default is not None:
             return default
