@@ -31,7 +31,8 @@ int64_t tiles_scratch_bytes(int64_t k) { return (void)k, 0; }
 
 #define WEIGHTS 4              /* the tile of weights, after those of sums and before those of parts */
 #define MOST_DEPTH 6           /* tiles of k at a time: so many of PANELS, and a row's parts, fit the first-level cache */
-#define AHEAD 2048             /* bytes to prefetch ahead, for one tile of rows */
+#define AHEAD 2048             /* bytes of each panel to prefetch ahead, for one tile of rows */
+#define FAR_AHEAD 4096         /* as many into the second-level cache */
 #define PAIRED_ROWS 192        /* from here on two tiles of rows are multiplied at once, with two panels */
 #define PAIRED_DEPTH 18        /* tiles of k at a time then */
 
@@ -49,11 +50,22 @@ typedef struct {
     int64_t turn;
 } Ahead;
 
+/* Of one tile of rows, which reads each panel once: so many bytes ahead. */
+INLINE Ahead look_ahead(const Weights *w, int panels, int64_t depth, int64_t bytes) {
+    Ahead ahead = {.turn = depth > bytes / w->bytes ? depth - bytes / w->bytes : 0};
+    for (int p = 0; p < panels; p++) {
+        ahead.near[p] = w->packed[p] + bytes;
+        ahead.far[p] = w->packed[p] + w->step - ahead.turn * w->bytes;
+    }
+    return ahead;
+}
+
 /* sums [16][panels][16] += 16 rows times the tiles from `begin` to `end` of some panels. All parts of the rows are held, so
    that a tile of weights is loaded once for its three products. widen: 0, or the k of panels of bytes, a tile of which is
-   widened while the one before it is multiplied, into every `mask + 1`th place. */
+   widened while the one before it is multiplied, into every `mask + 1`th place. later: what the second-level cache is to
+   have, or NULL. */
 INLINE void product(int panels, const char *parts, const Weights *w, int64_t begin, int64_t end, int64_t widen,
-                    int64_t mask, const Ahead *ahead, int64_t lines, int64_t bytes, float *sums) {
+                    int64_t mask, const Ahead *ahead, const Ahead *later, int64_t lines, int64_t bytes, float *sums) {
 #define WIDEN(p, i) \
     widen_tile((const int8_t *)w->packed[p] + (i) * bytes, widen - (i) * TILE_DEPTH, \
                (char *)w->tiles[p] + ((i) & mask) * TILE_BYTES);
@@ -62,7 +74,10 @@ INLINE void product(int panels, const char *parts, const Weights *w, int64_t beg
     else _tile_zero(p); \
     if (widen) WIDEN(p, begin)
 #define MULTIPLY(p) \
-    for (int64_t line = 0; line < lines; line++) __builtin_prefetch(next[p] + i * bytes + line * 64); \
+    for (int64_t line = 0; line < lines; line++) { \
+        __builtin_prefetch(next[p] + i * bytes + line * 64); \
+        if (later) __builtin_prefetch(after[p] + i * bytes + line * 64, 0, 2); \
+    } \
     if (widen && i + 1 < end) WIDEN(p, i + 1) \
     _tile_loadd(WEIGHTS, w->tiles[p] + (i & mask) * TILE_BYTES, 64); \
     _tile_dpbf16ps(p, 5, WEIGHTS); \
@@ -70,10 +85,11 @@ INLINE void product(int panels, const char *parts, const Weights *w, int64_t beg
     _tile_dpbf16ps(p, 7, WEIGHTS);
 #define STORE(p) _tile_stored(p, sums + p * 16, panels * 64);
 #define EACH_PANEL(DO) DO(0) DO(1) if (panels > 2) { DO(2) DO(3) }
-    const char *const *next = ahead->near;
+    const char *const *next = ahead->near, *const *after = later ? later->near : NULL;
     EACH_PANEL(FIRST)
     for (int64_t i = begin; i < end; i++, parts += PARTS * TILE_BYTES) {
         if (i == ahead->turn) next = ahead->far;
+        if (later && i == later->turn) after = later->far;
         settle(parts);
         _tile_loadd(5, parts, 64);
         _tile_loadd(6, parts + TILE_BYTES, 64);
@@ -125,7 +141,7 @@ static void paired_panels(const Linear *l, int64_t row, int64_t rows, int64_t pa
             float *sums = s->sums + tile * TILE_ROWS * 2 * WIDTH;
             int64_t fetched = tile / 2 * share * (end - begin); /* of the even panel, then of the odd one */
             const char *next = after + (fetched < bytes ? fetched : odd + fetched - bytes);
-            if (tile + 1 == tiles) product(2, parts, &w, begin, end, 0, -1, &nothing, 0, 0, sums);
+            if (tile + 1 == tiles) product(2, parts, &w, begin, end, 0, -1, &nothing, NULL, 0, 0, sums);
             else paired_product(parts, depth * PARTS * TILE_BYTES, &w, begin, end, next, share, sums);
         }
         begin = end;
@@ -140,23 +156,22 @@ INLINE void some_panels(const Linear *l, int panels, int64_t row, int64_t rows, 
     int64_t passes = row_tiles == 1 ? 1 : (depth + MOST_DEPTH - 1) / MOST_DEPTH, begin = 0;
     Weights w = find_weights(l, panels, panel, s);
     w.step = w.step / (panels / 2) * ((after - panel) / 2);
-    Ahead ahead = {.turn = row_tiles > 1 ? -1 : depth - AHEAD / w.bytes};
+    Ahead ahead = {.turn = -1}, later = ahead;
+    if (row_tiles == 1)
+        ahead = look_ahead(&w, panels, depth, AHEAD), later = look_ahead(&w, panels, depth, FAR_AHEAD);
     int64_t size = w.bytes, lines = size / 64 / row_tiles;
     int widen = l->format == BYTE;
     for (int64_t pass = 0; pass < passes; pass++) {
         int64_t end = begin + depth / passes + (pass < depth % passes);
-        for (int p = 0; p < panels; p++) {
-            int64_t after = pass + 1 < passes ? (end - begin) * size : w.step - begin * size;
-            ahead.near[p] = w.packed[p] + (row_tiles == 1 ? AHEAD : after);
-            ahead.far[p] = w.packed[p] + w.step - ahead.turn * size;
-        }
+        int64_t next = pass + 1 < passes ? (end - begin) * size : w.step - begin * size;
+        for (int p = 0; row_tiles > 1 && p < panels; p++) ahead.near[p] = w.packed[p] + next;
         for (int64_t tile = 0; tile < row_tiles; tile++) {
             const char *parts = s->parts + (tile * depth + begin) * PARTS * TILE_BYTES;
             float *sums = s->sums + tile * TILE_ROWS * panels * WIDTH;
             int64_t now = tile == 0 && widen ? l->k : 0; /* for the tiles of rows after it too */
-            if (row_tiles > 1) product(panels, parts, &w, begin, end, now, -1, &ahead, lines, size, sums);
-            else if (widen) product(panels, parts, &w, begin, end, l->k, 1, &ahead, 8, 512, sums);
-            else product(panels, parts, &w, begin, end, 0, -1, &ahead, 16, 1024, sums);
+            if (row_tiles > 1) product(panels, parts, &w, begin, end, now, -1, &ahead, NULL, lines, size, sums);
+            else if (widen) product(panels, parts, &w, begin, end, l->k, 1, &ahead, NULL, 8, 512, sums);
+            else product(panels, parts, &w, begin, end, 0, -1, &ahead, &later, 16, 1024, sums);
             for (int p = 0; p < panels; p++) ahead.near[p] += lines * 64; /* another share for each tile of rows */
             if (pass + 1 < passes) continue;
             int64_t height = rows - tile * TILE_ROWS < TILE_ROWS ? rows - tile * TILE_ROWS : TILE_ROWS;
