@@ -114,12 +114,28 @@ def settings() -> Iterator[Setting]:
             )
 
 
-# (low, high) of the numbers that have a range; everything else numeric is >= 0.
+_YEAR_S = 31_536_000.0
+_MOST = (1 << 63) - 1  # that a count or a number of bytes may be where it is counted in 64 bits
+# gRPC takes milliseconds and bytes as signed numbers of 32 bits.
+_MOST_GRPC = (1 << 31) - 1
+_GRPC_SECONDS = (0.001, float(_MOST_GRPC // 1000))
+_SHORTEST_S = 0.01  # of what is waited for: 0 would mean that it never comes in time
+# (low, high) of the numbers that have a range; other seconds are in [0, a year], everything else numeric is >= 0.
 _RANGES: dict[str, tuple[float, float]] = {
     "kv_memory_fraction": (0.001, 0.95),
     "watermark": (0.0, 0.5),
     "retained_share": (0.0, 0.9),
-    "max_retain_prefix_s": (0.001, 31_536_000.0),
+    "max_retain_prefix_s": (0.001, _YEAR_S),
+    "step_timeout_s": (_SHORTEST_S, _YEAR_S),
+    "start_timeout_s": (_SHORTEST_S, _YEAR_S),
+    "heartbeat_timeout_s": (_SHORTEST_S, _YEAR_S),
+    "slow_reader_timeout_s": (_SHORTEST_S, _YEAR_S),
+    "max_duration_s": (_SHORTEST_S, _YEAR_S),
+    "keepalive_time_s": _GRPC_SECONDS,
+    "keepalive_timeout_s": _GRPC_SECONDS,
+    "max_concurrent_streams": (1, _MOST_GRPC),
+    "max_request_bytes": (1, _MOST_GRPC),
+    "max_metadata_bytes": (1, _MOST_GRPC),
     "max_preemptions": (1, 1 << 20),
     "pipeline_depth": (0, 2),
     "speculation_tokens": (1, 32),
@@ -131,6 +147,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "fleet_port": (0, 65535),
     "replicas": (1, 1024),
     "frontends": (1, 64),
+    "max_waiting": (1, _MOST),
+    "max_queued_requests": (1, _MOST),
     "max_running": (1, 65536),
     "max_batch_tokens": (1, 1 << 20),
     "max_prefill_chunk": (1, 1 << 20),
@@ -170,7 +188,7 @@ def _convert(setting: Setting, raw: Value, origin: str) -> Value:
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(f"{where}: not a {setting.kind.__name__}", reason="BAD_SETTING") from error
     if isinstance(value, int | float) and not isinstance(value, bool):
-        low, high = _RANGES.get(setting.name, (0, float("inf")))
+        low, high = _RANGES.get(setting.name, (0, _YEAR_S if setting.name.endswith("_s") else _MOST))
         if not low <= value <= high:
             raise InvalidRequest(f"{where}: must be between {low} and {high}", reason="BAD_SETTING")
     choices = _CHOICES.get(setting.name)
@@ -204,7 +222,7 @@ def _from_file(path: Path) -> dict[str, tuple[Value, str]]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}", reason="BAD_SETTING") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # of TOML, and of UTF-8
         raise InvalidRequest(f"{path} is not TOML: {error}", reason="BAD_SETTING") from error
     sections = {s.section for s in settings()}
     by_name = {s.name: s.section for s in settings()}

@@ -63,6 +63,15 @@ def test_names_are_unique_over_all_sections() -> None:
         ({"device": "tpu"}, "auto, cpu, cuda"),
         ({"port": 70000}, "65535"),
         ({"watermark": 0.9}, "0.5"),
+        ({"step_timeout_s": 0}, "between 0.01 and"),
+        ({"heartbeat_timeout_s": "0"}, "between 0.01 and"),
+        ({"slow_reader_timeout_s": "inf"}, "and 31536000"),
+        ({"drain_grace_s": "inf"}, "and 31536000"),
+        ({"drain_grace_s": "nan"}, "and 31536000"),
+        ({"keepalive_time_s": 3e6}, "and 2147483"),
+        ({"max_request_bytes": 1 << 31}, "2147483647"),
+        ({"prefix_affinity": "inf"}, "between 0 and"),
+        ({"max_queued_requests": 0}, "between 1 and"),
     ],
 )
 def test_bad_values_say_what_and_where(flags: dict[str, str | int | float | bool | None], said: str) -> None:
@@ -87,6 +96,13 @@ def test_bad_files_are_refused_with_a_suggestion(text: str, said: str, tmp_path:
     with pytest.raises(InvalidRequest) as caught:
         load_config(file=file, environment={})
     assert said in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "pawl.toml"
+    file.write_bytes(b'[model]\nmodel = "\xff"\n')
+    with pytest.raises(InvalidRequest, match=r"pawl\.toml is not TOML"):
+        load_config(file=file, environment={})
 
 
 def test_secrets_are_not_shown() -> None:
