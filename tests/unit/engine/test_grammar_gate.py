@@ -53,9 +53,11 @@ class Passing:
         self._gate = gate
         self._waiting: dict[Hashable, asyncio.Future[SequenceRequest | InvalidRequest]] = {}
 
-    def begin(self, constraint: Constraint) -> asyncio.Future[SequenceRequest | InvalidRequest]:
+    def begin(
+        self, constraint: Constraint, handle: Hashable | None = None
+    ) -> asyncio.Future[SequenceRequest | InvalidRequest]:
         """What will become of a request with this constraint."""
-        handle = object()
+        handle = object() if handle is None else handle
         request = SequenceRequest(
             handle=handle, request_id="r", prompt_ids=[1], sampling=SamplingSpec(), max_output_tokens=1, cache_key=b"",
             constraint=constraint,
@@ -68,7 +70,7 @@ class Passing:
 
     async def through(self, constraint: Constraint) -> bool:
         """Whether a request with this constraint goes on to the scheduler."""
-        return isinstance(await asyncio.wait_for(self.begin(constraint), 60), SequenceRequest)
+        return isinstance(await asyncio.wait_for(self.begin(constraint), 20), SequenceRequest)
 
     def _released(self, released: Released) -> None:
         self._waiting[released.held.request.handle].set_result(released.outcome)
@@ -92,6 +94,22 @@ async def test_a_grammar_that_the_engine_does_not_compile_in_time_is_refused_alo
         for future in again:
             assert isinstance(await asyncio.wait_for(future, 60), SequenceRequest)
         assert compiler.sources.count(STUCK) == 2, "one compilation for all who wait"
+
+
+async def test_a_grammar_that_all_who_wait_give_up_is_compiled_once_for_who_comes_next() -> None:
+    compiler = StuckCompiler()
+    async with open_gate(compiler, timeout_s=60.0) as gate:
+        passing = Passing(gate)
+        given_up = passing.begin(Constraint("regex", STUCK), "given up")
+        assert gate.abort("given up", "cancelled") is not None
+        again = [passing.begin(Constraint("regex", STUCK)) for _ in range(2)]
+        assert await passing.through(Constraint("regex", "a")), "the other thread is free"
+        compiler.let_go.set()
+        for future in again:
+            assert isinstance(await asyncio.wait_for(future, 60), SequenceRequest)
+        assert not given_up.done()
+        assert sorted(compiler.sources) == sorted([STUCK, "a"])
+        assert len(gate) == 0
 
 
 async def test_grammars_are_kept_as_far_as_memory_goes() -> None:

@@ -145,12 +145,13 @@ class GrammarGate:
         kept = self._kept.find(key)
         if kept is not None:
             return _compiled(request, constraint, kept)
-        waiting = self._held.setdefault(key, [])
-        waiting.append(Held(request, constraint, now))
-        if len(waiting) == 1:
+        waiting = self._held.get(key)
+        if waiting is None:  # one that all left is still being compiled
+            waiting = self._held[key] = []
             task = asyncio.create_task(self._serve(key, constraint, released), name=f"compile {constraint.kind}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        waiting.append(Held(request, constraint, now))
         return None
 
     def abort(self, handle: Hashable, reason: str) -> Ended | None:
