@@ -24,7 +24,7 @@ from pawl_server.engine.link.server import EngineService, LinkServer, host_port
 from pawl_server.engine.load import LoadWorker, load_torch_worker
 from pawl_server.engine.loop import EngineLoop
 from pawl_server.engine.meter import Meter
-from pawl_server.engine.spec import EngineAddresses, EngineProgress, EngineSpec, parse_ports
+from pawl_server.engine.spec import EngineAddresses, EngineProgress, EngineSpec, check_engine, parse_ports
 from pawl_server.engine.warm_up import measure_prefill, warm_up
 from pawl_server.engine.watchdog import Watchdog
 from pawl_server.engine.worked_out import limits_of, served_name, steps_in_flight, welcome_of
@@ -137,6 +137,7 @@ class Engine:
 
     async def _start(self) -> EngineAddresses:
         spec = self.spec
+        check_engine(spec.engine)
         ports = parse_ports(spec.ports, "engine_ports")
         metrics_ports = parse_ports(spec.metrics_ports, "engine_metrics_ports")
         worker = await self._load()

@@ -18,6 +18,7 @@ __all__ = [
     "EngineProgress",
     "EngineReady",
     "EngineSpec",
+    "check_engine",
     "decode_addresses",
     "decode_event",
     "decode_spec",
@@ -130,6 +131,26 @@ def decode_addresses(data: bytes) -> EngineAddresses:
         msgspec.DecodeError: the bytes are not an EngineAddresses.
     """
     return _addresses_decoder.decode(data)
+
+
+def check_engine(engine: EngineSettings) -> None:
+    """Check what no setting shows by itself, before a model is loaded.
+
+    Raises:
+        InvalidRequest: the settings contradict each other.
+    """
+    if engine.max_batch_tokens < engine.max_running:
+        raise InvalidRequest(
+            f"max_batch_tokens = {engine.max_batch_tokens} is below max_running = {engine.max_running}: every running"
+            " sequence must be able to get its next token in one step: raise one or lower the other",
+            reason="BAD_SETTING",
+        )
+    if engine.speculation != "off" and engine.pipeline_depth > 1:
+        raise InvalidRequest(
+            f"speculation = {engine.speculation!r} with pipeline_depth = {engine.pipeline_depth}: drafts go on from the"
+            " last token, which is not known while a step is in flight: set pipeline_depth to 1 or speculation to off",
+            reason="BAD_SETTING",
+        )
 
 
 def parse_ports(text: str, setting: str) -> range:

@@ -44,12 +44,6 @@ def limits_of(spec: EngineSpec, facts: WorkerFacts) -> SchedulerLimits:
         InvalidRequest: the settings contradict each other.
     """
     engine = spec.engine
-    if engine.speculation != "off" and engine.pipeline_depth > 1:
-        raise InvalidRequest(
-            f"speculation = {engine.speculation!r} with pipeline_depth = {engine.pipeline_depth}: drafts go on from the"
-            " last token, which is not known while a step is in flight: set pipeline_depth to 1 or speculation to off",
-            reason="BAD_SETTING",
-        )
     try:
         return SchedulerLimits(
             num_blocks=facts.num_blocks,

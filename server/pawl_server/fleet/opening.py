@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pawl.errors import InvalidRequest
 from pawl_server.config import Config
+from pawl_server.engine.spec import check_engine, parse_ports
 from pawl_server.fleet.local_fleet import LocalFleet
 from pawl_server.fleet.replicas import EventBatch
 
@@ -63,9 +64,12 @@ def make_fleet(config: Config, token: str, *, outlived: bool = False) -> Fleet:
         outlived: whether front ends may meet the fleet after this one.
 
     Raises:
-        InvalidRequest: there is no such kind of fleet.
+        InvalidRequest: there is no such kind of fleet, or settings of its engines are wrong or contradict each other.
         ModuleNotFoundError: Ray is not installed.
     """
+    check_engine(config.engine)
+    for setting in ("engine_ports", "engine_metrics_ports"):
+        parse_ports(getattr(config.fleet, setting), setting)
     first_incarnation = int(time.time()) if outlived else 1
     if config.fleet.fleet == "local":
         return LocalFleet(config, token, first_incarnation)

@@ -11,6 +11,7 @@ import pytest
 
 from pawl.errors import InvalidRequest, Unavailable
 from pawl_server.config import Config, SecuritySettings
+from pawl_server.fleet.opening import make_fleet
 from pawl_server.serve.checks import check_internal_listeners, check_port, exposure_warning, is_loopback
 from pawl_server.serve.internal_token import default_token_file, given_token, token_for_fleet, token_for_frontend
 
@@ -52,6 +53,23 @@ def test_a_host_of_another_machine_is_refused() -> None:
 )
 def test_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize("fleet", ["local", "ray"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_running": 600}, "max_batch_tokens = 512 is below max_running = 600"),
+        ({"speculation": "ngram", "pipeline_depth": 2}, "set pipeline_depth to 1"),
+        ({"engine_ports": "9-1"}, "engine_ports = '9-1'"),
+    ],
+)
+def test_settings_that_no_engine_can_serve_with_are_refused_before_one_is_started(
+    changes: dict[str, int | str], said: str, fleet: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=said) as caught:
+        make_fleet(Config().replace(fleet=fleet, **changes), "token")
+    assert caught.value.reason == "BAD_SETTING"
 
 
 @pytest.mark.parametrize("setting", ["fleet_host", "engine_host"])
