@@ -161,12 +161,6 @@ def _model(config: Config) -> Iterator[Finding]:
         f"{served_name(config)}: {spec.architecture}, {spec.num_layers} layers, width {spec.hidden_size},"
         f" vocabulary {spec.vocab_size}, {num_bytes / _GIB:.2f} GiB in {len(files)} file(s)",
     )
-    available = psutil.virtual_memory().available
-    needed = num_bytes * config.fleet.replicas
-    if model.device == "cpu" and needed > available:
-        yield Finding(
-            "FAIL", "model", f"the weights need {needed / _GIB:.1f} GiB, {available / _GIB:.1f} GiB are available"
-        )
     # K and V; 4 bytes per value is the most that a cache uses.
     token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
     yield Finding("ok", "kv cache", f"{token_bytes / 1024:.1f} KiB per token in float32, half that in 16 bits")
@@ -180,6 +174,9 @@ def _kernels(config: Config) -> Iterator[Finding]:
     yield Finding("WARN" if is_slow else "ok", "kernels", f"{plan.kernels}: {plan.kernels_reason}")
     if plan.refused:
         yield Finding("FAIL", "memory", plan.refused)
+    elif plan.longest_request < plan.max_context:
+        text = f"no request of {plan.max_context} tokens fits, {plan.longest_request} do: `pawl plan` says what helps"
+        yield Finding("WARN", "memory", text)
 
 
 def _tokenizer(config: Config) -> Iterator[Finding]:

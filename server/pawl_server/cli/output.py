@@ -16,6 +16,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from pawl_server.cli.render import size_text
 from pawl_server.config import Config
 from pawl_server.engine.spec import EngineProgress
 from pawl_server.fleet.replicas import FleetEvent, ReplicaProgress, ReplicaState
@@ -166,7 +167,7 @@ class ConsoleOutput:
         seconds = max(report.seconds for report in reports)
         facts, each = reports[0].facts, " each" if self._num_replicas > 1 else ""
         if step == "weights" and facts:
-            return [f"{_size(facts['weight_bytes'])}{each}: {reports[0].text}"], seconds
+            return [f"{size_text(facts['weight_bytes'])}{each}: {reports[0].text}"], seconds
         if step == "memory" and facts:
             return _memory_lines(facts, each), None
         return [reports[0].text], seconds
@@ -219,7 +220,7 @@ class _WeightsBar:
 
 def _memory_lines(facts: dict[str, int], each: str) -> list[str]:
     parts = " | ".join(
-        f"{name} {_size(facts[key])}"
+        f"{name} {size_text(facts[key])}"
         for name, key in (("weights", "weight_bytes"), ("activations", "activation_bytes"), ("KV", "kv_bytes"))
         if key in facts
     )
@@ -243,12 +244,3 @@ def _hint(address: str) -> str:
 
 def _count(number: int) -> str:
     return f"{number:,}".replace(",", " ")
-
-
-def _size(num_bytes: int) -> str:
-    size, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.1f} {unit}" if unit != "B" else f"{num_bytes} B"

@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from pawl_server.cli.render import size_text
 from pawl_server.config import Config
 from pawl_server.engine.load import worker_options
+from pawl_server.engine.spec import check_engine
+from pawl_server.fleet.local_fleet import visible_gpus
 from pawl_server.fleet.specs import num_cores, served_name
 from pawl_workers.errors import OutOfMemoryError, WorkerError
+from pawl_workers.memory import MemoryPlan
 from pawl_workers.start_plan import StartPlan, explain_kernels, plan_checkpoint, plan_start
 
 __all__ = ["Alternative", "ModelPlan", "plan_model"]
@@ -42,9 +46,6 @@ _ALTERNATIVES: dict[str, tuple[_Choice, ...]] = {
 }
 
 
-_NAME_WIDTH = 40
-
-
 @dataclass(frozen=True, slots=True)
 class Alternative:
     """What other kernels or other types would take; `refused` says why they cannot serve or do not fit.
@@ -62,32 +63,21 @@ class Alternative:
     requests: int = 0
     refused: str = ""
 
-    @property
-    def name(self) -> str:
-        """For people."""
-        types = [("KV", self.kv_dtype), ("weights", self.weight_dtype)]
-        return ", ".join(
-            [f"{self.kernels} {self.dtype}", *(f"{what} {kind}" for what, kind in types if kind != "auto")]
-        )
-
-    @property
-    def flags(self) -> str:
-        """The flags of `pawl serve` that choose it."""
-        chosen = {"kernels": self.kernels, "dtype": self.dtype}
-        chosen |= {"kv-dtype": self.kv_dtype, "weight-dtype": self.weight_dtype}
-        return " ".join(f"--{flag}={value}" for flag, value in chosen.items() if value != "auto")
-
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """A plan in numbers, for `--json`; sizes in bytes, of one replica.
+    """A plan in numbers, for `--json`; sizes in bytes, of one replica but for `available_bytes` and `reserve_bytes`.
 
     Attributes:
+        replicas_sharing: replicas that take the available memory: on one machine, or one GPU of it.
+        reserve_bytes: what all of them leave.
         weight_bytes: in memory; exact where weights are stored in 16 bits, else the most.
         stored_bytes: in the files.
         cache_tokens: tokens whose keys and values fit at once.
         requests: sequences of `max_context` tokens that fit at once.
-        refused: why it does not fit; empty if it does. Then blocks, tokens and requests are 0.
+        longest_request: tokens of prompt and output of the longest request that can be served.
+        full_context_kv_bytes: KV that a single request of `max_context` tokens takes.
+        refused: why it does not fit; empty if it does. Else blocks, tokens and requests are 0.
     """
 
     model: str
@@ -97,6 +87,7 @@ class ModelPlan:
     vocab_size: int
     max_context: int
     replicas: int
+    replicas_sharing: int
     num_threads: int
     device: str
     dtype: str
@@ -114,80 +105,32 @@ class ModelPlan:
     kv_bytes_per_token: int
     cache_tokens: int
     requests: int
+    longest_request: int
+    full_context_kv_bytes: int
     refused: str
     alternatives: tuple[Alternative, ...]
-
-    def lines(self) -> list[str]:
-        """For people."""
-        each = " each" if self.replicas > 1 else ""
-        rows = [
-            ("device", f"{self.device}, {self.dtype}, {self.num_threads} thread(s)"),
-            ("kernels", f"{self.kernels}: {self.kernels_reason}"),
-            ("available", f"{_size(self.available_bytes)} to {self.replicas} replica(s)"),
-            (
-                "weights",
-                f"{_size(self.weight_bytes)}{each}, stored as {' and '.join(self.stored_dtypes)}"
-                f" in {_size(self.stored_bytes)}",
-            ),
-            ("activations", f"{_size(self.activation_bytes)}{each}, at most"),
-            ("KV", f"{_size(self.kv_bytes)}{each}, {_size(self.kv_bytes_per_token)} per token"),
-        ]
-        if not self.refused:
-            rows += [
-                (
-                    "KV cache",
-                    f"{self.num_blocks} blocks x {self.block_size} = {self.cache_tokens} tokens:"
-                    f" {self.requests} request(s) of {self.max_context} at once",
-                ),
-                ("left", _size(self.reserve_bytes)),
-            ]
-        head = (
-            f"{self.model}  {self.architecture}, {self.num_parameters / 1e6:.1f} M parameters, {self.num_layers} layers"
-        )
-        return [
-            head,
-            *(f"  {name:<12} {text}" for name, text in rows),
-            *([f"  DOES NOT FIT {self.refused}", *self._what_would_fit()] if self.refused else ["  fits"]),
-            "",
-            f"  {'with':<{_NAME_WIDTH}}{'weights':>12}{'KV/token':>12}{'tokens':>12}{'requests':>10}",
-            *(_row(alternative) for alternative in self.alternatives),
-        ]
-
-    def _what_would_fit(self) -> list[str]:
-        fitting = [alternative for alternative in self.alternatives if not alternative.refused]
-        if not fitting:
-            return ["  nothing below fits either"]
-        return [
-            f"  would fit    {a.flags}: weights {_size(a.weight_bytes)}, {a.cache_tokens} tokens,"
-            f" {a.requests} request(s) of {self.max_context}"
-            for a in fitting
-        ]
-
-
-def _row(a: Alternative) -> str:
-    name = f"  {a.name:<{_NAME_WIDTH}}"
-    if a.refused and not a.weight_bytes:
-        return f"{name}{a.refused}"
-    fits = "does not fit" if a.refused else f"{a.cache_tokens:>12}{a.requests:>10}"
-    return f"{name}{_size(a.weight_bytes):>12}{_size(a.kv_bytes_per_token):>12}{fits:>22}"
 
 
 def plan_model(config: Config) -> ModelPlan:
     """Plan the model of the settings.
 
     Raises:
+        InvalidRequest: settings contradict each other.
         WorkerError: the checkpoint cannot be found, read or understood, or what was asked for cannot serve it.
     """
+    check_engine(config.engine)
     replicas = config.fleet.replicas
     num_threads = config.engine.num_threads or max(1, num_cores() // replicas)
     options = worker_options(config.model, config.engine, num_threads)
     plan = plan_start(options, fetch=False)
-    spec, main = plan.config.spec, _numbers(plan)
-    try:
+    sharing = _replicas_sharing(config, plan.device.type)
+    spec, main = plan.config.spec, _numbers(plan, sharing)
+    kv_bytes = reserve_bytes = num_blocks = longest = 0
+    if not main.refused:
         memory = plan.divide_memory()
-        kv_bytes, reserve_bytes, num_blocks = memory.kv_bytes, memory.reserve_bytes, memory.num_blocks
-    except OutOfMemoryError:
-        kv_bytes = reserve_bytes = num_blocks = 0
+        kv_bytes, num_blocks = memory.kv_bytes, memory.num_blocks
+        reserve_bytes = plan.available_bytes - sharing * _replica_bytes(plan, memory)
+        longest = min(plan.max_context, main.cache_tokens + 1)  # the last token's KV is never needed
     return ModelPlan(
         model=served_name(config),
         architecture=spec.architecture,
@@ -196,6 +139,7 @@ def plan_model(config: Config) -> ModelPlan:
         vocab_size=spec.vocab_size,
         max_context=plan.max_context,
         replicas=replicas,
+        replicas_sharing=sharing,
         num_threads=num_threads,
         device=str(plan.device),
         dtype=main.dtype,
@@ -213,22 +157,39 @@ def plan_model(config: Config) -> ModelPlan:
         kv_bytes_per_token=main.kv_bytes_per_token,
         cache_tokens=main.cache_tokens,
         requests=main.requests,
+        longest_request=longest,
+        full_context_kv_bytes=(-(-(plan.max_context - 1) // plan.kernels.block_size) + 1) * plan.block_bytes,
         refused=main.refused,
-        alternatives=tuple(_alternative(plan, *choice) for choice in _ALTERNATIVES[options.device]),
+        alternatives=tuple(_alternative(plan, sharing, *choice) for choice in _ALTERNATIVES[options.device]),
     )
 
 
-def _alternative(plan: StartPlan, kernels: str, dtype: str, kv_dtype: str, weight_dtype: str) -> Alternative:
+def _replicas_sharing(config: Config, device_kind: str) -> int:
+    """Replicas whose memory is that of one device. In a cluster, whose nodes are not known here, each has its own."""
+    fleet = config.fleet
+    if fleet.ray_address:
+        return 1
+    if device_kind == "cpu":
+        return fleet.replicas
+    if fleet.fleet == "local":  # it deals the GPUs out in turn
+        return -(-fleet.replicas // max(1, len(visible_gpus(config))))
+    share = fleet.gpus_per_replica
+    return min(fleet.replicas, int(1 / share)) if 0 < share < 1 else 1
+
+
+def _alternative(
+    plan: StartPlan, sharing: int, kernels: str, dtype: str, kv_dtype: str, weight_dtype: str
+) -> Alternative:
     options = dataclasses.replace(
         plan.options, kernels=kernels, dtype=dtype, kv_dtype=kv_dtype, weight_dtype=weight_dtype
     )
     try:
-        return _numbers(plan_checkpoint(options, plan.config, plan.reading))
+        return _numbers(plan_checkpoint(options, plan.config, plan.reading), sharing)
     except WorkerError as error:
         return Alternative(kernels, dtype, kv_dtype, weight_dtype, refused=str(error))
 
 
-def _numbers(plan: StartPlan) -> Alternative:
+def _numbers(plan: StartPlan, sharing: int) -> Alternative:
     options, block_size = plan.options, plan.kernels.block_size
     found = Alternative(
         kernels=plan.kernels.name,
@@ -239,16 +200,23 @@ def _numbers(plan: StartPlan) -> Alternative:
         kv_bytes_per_token=plan.block_bytes // block_size,
     )
     try:
-        tokens = plan.divide_memory().num_blocks * block_size
+        memory = plan.divide_memory()
     except OutOfMemoryError as error:
         return dataclasses.replace(found, refused=str(error))
+    each = _replica_bytes(plan, memory)
+    if sharing * each > plan.available_bytes:
+        # Each divides what is free as if it were alone, since none knows how far the others have got.
+        text = (
+            f"{sharing} replicas on {plan.device} take {sharing} x {size_text(each)} = {size_text(sharing * each)},"
+            f" available are {size_text(plan.available_bytes)}. Lower replicas, or their KV by num_blocks or"
+            " kv_max_bytes"
+        )
+        return dataclasses.replace(found, refused=text)
+    tokens = memory.num_blocks * block_size
     return dataclasses.replace(found, cache_tokens=tokens, requests=tokens // plan.max_context)
 
 
-def _size(num_bytes: int) -> str:
-    size, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.1f} {unit}" if unit != "B" else f"{num_bytes} B"
+def _replica_bytes(plan: StartPlan, memory: MemoryPlan) -> int:
+    """All that one replica takes of the memory of its device."""
+    host_bytes = plan.options.host_kv_bytes if plan.device.type == "cpu" else 0
+    return memory.weight_bytes + memory.activation_bytes + memory.kv_bytes + host_bytes

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from pawl.errors import PawlError
 
-__all__ = ["describe", "print_json", "print_table", "printable", "to_plain"]
+__all__ = ["describe", "print_json", "print_table", "printable", "size_text", "to_plain"]
 
 
 def to_plain(value: object) -> object:
@@ -42,6 +42,16 @@ def print_json(value: object) -> None:
 def printable(data: bytes) -> str:
     """A token's bytes, visible: quoted, with control characters escaped."""
     return repr(data.decode("utf-8", "backslashreplace"))
+
+
+def size_text(num_bytes: int) -> str:
+    """A number of bytes in the largest unit of which there is one."""
+    size, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.1f} {unit}" if unit != "B" else f"{num_bytes} B"
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], stream: TextIO | None = None) -> None:

@@ -65,7 +65,7 @@ def register(commands: argparse._SubParsersAction[Parser], *, all_help: bool) ->
     )
     plan.add_argument("checkpoint", nargs="?", metavar="MODEL", help="the same as --model")
     plan.add_argument("--json", action="store_true", help="print one JSON object; sizes in bytes")
-    add_settings(plan, ("model", "engine"), all_help=all_help)
+    add_settings(plan, ("model", "engine", "fleet"), all_help=all_help)
     plan.set_defaults(run=_plan)
 
     show = commands.add_parser("config", help="print the settings that a server would have")
@@ -114,6 +114,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
 def _plan(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, os.environ)
     from pawl_server.cli.plan import plan_model  # noqa: PLC0415 (optional packages)
+    from pawl_server.cli.plan_text import plan_lines  # noqa: PLC0415 (as above)
     from pawl_workers.errors import WorkerError  # noqa: PLC0415 (as above)
 
     try:
@@ -123,7 +124,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(json.dumps(dataclasses.asdict(plan), indent=2))
     else:
-        print("\n".join(plan.lines()))
+        print("\n".join(plan_lines(plan)))
     return 1 if plan.refused else 0
 
 

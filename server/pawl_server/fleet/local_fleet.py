@@ -35,7 +35,7 @@ from pawl_server.fleet.specs import engine_specs, num_cores, restart_policy, ser
 from pawl_server.fleet.supervisor import Supervisor
 from pawl_workers.parallel import thread_environment
 
-__all__ = ["LocalFleet", "LocalLauncher"]
+__all__ = ["LocalFleet", "LocalLauncher", "visible_gpus"]
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class LocalFleet:
         cores = max(1, num_cores() // config.fleet.replicas)
         self._supervisor = Supervisor(
             engine_specs(config, token, cores),
-            LocalLauncher(gpus=_gpus(config)),
+            LocalLauncher(gpus=visible_gpus(config)),
             restart_policy(config),
             self._events,
             first_incarnation=first_incarnation,
@@ -233,7 +233,7 @@ class LocalFleet:
         await self._server.stop()
 
 
-def _gpus(config: Config) -> tuple[str, ...]:
+def visible_gpus(config: Config) -> tuple[str, ...]:
     """GPUs to deal out: those of CUDA_VISIBLE_DEVICES, else those the driver shows."""
     if config.model.device == "cpu":
         return ()

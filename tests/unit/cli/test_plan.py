@@ -132,6 +132,46 @@ def test_where_nothing_fits_that_is_said(
     assert "would fit" not in shown
 
 
+@pytest.mark.parametrize("fleet", [[], ["--fleet=local"], ["--ray-address=auto"]])
+def test_replicas_of_one_machine_share_its_memory(
+    fleet: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cluster each may have a machine of its own."""
+    model, together = str(make_llama(tmp_path)), "--ray-address=auto" not in fleet
+    one = plan_model(Config().replace(model=model, device="cpu", max_context=128, max_running=4, kv_max_bytes=262144))
+    each = one.weight_bytes + one.activation_bytes + one.kv_bytes
+    monkeypatch.setattr("pawl_workers.start_plan.available_bytes", lambda device: 3 * each)
+    plan = planned(capsys, model, "--replicas=3", *fleet)
+    assert (plan["refused"], plan["replicas_sharing"]) == ("", 3 if together else 1)
+    assert plan["reserve_bytes"] == (0 if together else 2 * each)
+    monkeypatch.setattr("pawl_workers.start_plan.available_bytes", lambda device: 3 * each - 1)
+    plan = planned(capsys, model, "--replicas=3", *fleet, code=int(together))
+    assert ("3 replicas on cpu take 3 x" in str(plan["refused"])) is together
+    assert (plan["num_blocks"] == 0) is together
+
+
+def test_that_no_request_of_the_whole_context_fits_is_said_with_what_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A request has one token more than the cache: the KV of the last one is never needed."""
+    model = str(make_llama(tmp_path, dtype=torch.bfloat16))
+    few = ["--num-blocks=3", "--max-context=100"]
+    plan = planned(capsys, model, *few)
+    assert (plan["cache_tokens"], plan["longest_request"], plan["requests"]) == (96, 97, 0)
+    assert main(["plan", *SETTINGS, model, *few]) == 0
+    shown = capsys.readouterr().out
+    assert "NO REQUEST OF 100 TOKENS: the longest that is served has 97," in shown
+    assert "--max-context=97" in shown
+    assert "\n  fits\n" not in shown
+    for enough in (["--num-blocks=4", "--max-context=100"], ["--num-blocks=3", "--max-context=97"]):
+        assert main(["plan", *SETTINGS, model, *enough]) == 0
+        assert "\n  fits\n" in capsys.readouterr().out
+    sized = planned(capsys, model, "--max-context=100", f"--kv-max-bytes={plan['full_context_kv_bytes']}")
+    assert sized["longest_request"] == 100
+    short = planned(capsys, model, "--max-context=100", f"--kv-max-bytes={int(str(plan['full_context_kv_bytes'])) - 1}")
+    assert short["longest_request"] == 97
+
+
 def test_an_unknown_model_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "./nowhere"]) == 1
     assert "there is no folder ./nowhere" in capsys.readouterr().err
