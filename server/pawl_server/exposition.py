@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.parser import text_string_to_metric_families
 
+from pawl_server.addresses import family_of
+
 __all__ = ["MetricsServer", "join_expositions", "parse_exposition", "serve_metrics"]
 
 
@@ -43,7 +45,7 @@ def serve_metrics(host: str, port: int, exposition: CollectorRegistry | Callable
         exposition: a registry, or a function that makes the text at each scrape.
 
     Raises:
-        OSError: the port is in use.
+        OSError: the port is in use, or the host is none of this machine.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -64,6 +66,7 @@ def serve_metrics(host: str, port: int, exposition: CollectorRegistry | Callable
             """Scrapes are not logged."""
 
     class Server(ThreadingHTTPServer):
+        address_family = family_of(host)
         daemon_threads = True
         allow_reuse_address = True
 

@@ -6,6 +6,7 @@ import pytest
 
 from pawl import AdminClient, Client
 from tests.e2e import serve_story
+from tests.fakes.network import has_ipv6
 from tests.fakes.servers import StartFailedError, pawl_fleet, pawl_frontend, pawl_serve
 
 
@@ -38,6 +39,20 @@ def test_fleet_and_front_end_apart() -> None:
         assert fleet.stop() == 0
         assert frontend.leftovers() == []
         assert fleet.leftovers() == []
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="IPv6 NOT TRIED: this machine has no ::1")
+def test_everything_on_ipv6() -> None:
+    hosts = [f"--{name}=::1" for name in ("host", "admin-host", "metrics-host", "fleet-host", "engine-host")]
+    with pawl_serve(*hosts) as server:
+        assert server.target.startswith("[::1]:")
+        serve_story.answers(server)
+        with AdminClient(server.admin) as admin:
+            assert admin.server_info().replica_count == 1
+        shown = server.scrape()
+        assert "pawl_worker_up{" in shown
+        assert "pawl_requests_total{" in shown, "of the front end"
+        assert "pawl_output_tokens_total{" in shown, "of the engine"
 
 
 def test_a_model_that_is_not_there_fails_loudly() -> None:

@@ -16,6 +16,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from pawl_server.addresses import is_any
 from pawl_server.cli.render import size_text
 from pawl_server.config import Config
 from pawl_server.engine.spec import EngineProgress
@@ -238,7 +239,7 @@ def _hint(address: str) -> str:
     host, _, port = address.rpartition(":")
     if port == "50051":
         return "pawl chat"
-    host = "127.0.0.1" if host in ("0.0.0.0", "[::]", "::") else host  # noqa: S104 (compared, not bound)
+    host = "localhost" if is_any(host) else host
     return f"PAWL_TARGET={host}:{port} pawl chat"
 
 

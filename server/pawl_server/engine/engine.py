@@ -16,11 +16,12 @@ from pathlib import Path
 from llguidance import LLTokenizer
 
 from pawl.errors import Unavailable
+from pawl_server.addresses import host_port
 from pawl_server.engine.executor import EngineWorker, InProcessExecutor, WorkerFacts
 from pawl_server.engine.grammar.compiler import checkpoint_tokenizer
 from pawl_server.engine.grammar.grammars import Grammars
 from pawl_server.engine.journal_file import JournalFile
-from pawl_server.engine.link.server import EngineService, LinkServer, host_port
+from pawl_server.engine.link.server import EngineService, LinkServer
 from pawl_server.engine.load import LoadWorker, load_torch_worker
 from pawl_server.engine.loop import EngineLoop
 from pawl_server.engine.meter import Meter

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 
 import ray
 
+from pawl_server.addresses import is_any
 from pawl_server.collector import collector_at_rest
 from pawl_server.config import LogSettings
 from pawl_server.engine.engine import Engine
@@ -49,7 +50,7 @@ class EngineReplica:
         """
         spec = decode_spec(spec_json)
         set_up_logs(LogSettings(log_level=spec.log_level, log_format=spec.log_format), f"engine-{spec.replica}")
-        if not spec.advertise_host and spec.host in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
+        if not spec.advertise_host and is_any(spec.host):
             spec = spec.advertised_as(ray.util.get_node_ip_address())
         threading.Thread(target=self._work, args=(spec,), name="pawl-engine", daemon=True).start()
         return encode(self._started.result())

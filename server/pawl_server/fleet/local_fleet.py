@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from pawl_server.addresses import host_port
 from pawl_server.config import Config
 from pawl_server.engine.spec import (
     EngineAddresses,
@@ -220,7 +221,7 @@ class LocalFleet:
             Unavailable: the fleet's port is in use.
         """
         host = self._config.fleet.fleet_host
-        self.address = f"{host}:{await self._server.start(host, self._config.fleet.fleet_port)}"
+        self.address = host_port(host, await self._server.start(host, self._config.fleet.fleet_port))
         self._supervisor.start()
 
     async def events(self, number: int) -> EventBatch:

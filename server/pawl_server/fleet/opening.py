@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pawl.errors import InvalidRequest
+from pawl_server.addresses import is_any
 from pawl_server.config import Config
 from pawl_server.engine.spec import check_engine, parse_ports
 from pawl_server.fleet.local_fleet import LocalFleet
@@ -81,8 +82,7 @@ def make_fleet(config: Config, token: str, *, outlived: bool = False) -> Fleet:
         )
     if not config.fleet.ray_address:
         # An engine on every interface is reached from elsewhere, under the address that Ray takes for the node's.
-        reached = config.fleet.engine_host in ("0.0.0.0", "::")  # noqa: S104 (compared, not bound)
-        prepare_local_ray(os.environ, loopback=not reached)
+        prepare_local_ray(os.environ, loopback=not is_any(config.fleet.engine_host))
     from pawl_server.fleet.ray_fleet import RayFleet  # noqa: PLC0415 (Ray is heavy, and optional)
 
     return RayFleet(config, token, first_incarnation)

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 import msgspec
 import ray
 
+from pawl_server.addresses import host_port
 from pawl_server.config import Config
 from pawl_server.fleet.ray_replica import RayLauncher
 from pawl_server.fleet.replicas import EventLog, encode_batch
@@ -118,7 +119,7 @@ class _FleetActor:
         self._server = FleetServer(service, plan.token)
         port = await self._server.start(fleet.fleet_host, plan.port)
         self._supervisor.start()
-        return f"{fleet.fleet_host}:{port}"
+        return host_port(fleet.fleet_host, port)
 
     def _first_incarnation(self) -> int:
         restarted = ray.get_runtime_context().was_current_actor_reconstructed

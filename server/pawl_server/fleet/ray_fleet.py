@@ -21,6 +21,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pawl.errors import Unavailable
+from pawl_server.addresses import family_of
 from pawl_server.config import Config
 from pawl_server.fleet import own_ray
 from pawl_server.fleet.ray_actor import NAMESPACE, FleetActor, FleetPlan, encode_plan
@@ -152,9 +153,9 @@ class RayFleet:
             if its_digest == digest:
                 log.info("found the fleet %s at %s, running with the same settings", name, address)
                 return found
+            log.warning("replacing the fleet %s, which runs with other settings", name)
         except (RayActorError, RayTaskError, GetTimeoutError) as error:
-            log.warning("the fleet %s does not answer: %s", name, error)
-        log.warning("replacing the fleet %s, which runs with other settings", name)
+            log.warning("replacing the fleet %s, which does not answer: %s", name, error)
         ray.kill(found, no_restart=True)
         return self._create(name, digest)
 
@@ -222,5 +223,5 @@ def _digest(config: Config, token: str) -> str:
 
 
 def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as listener:
+    with socket.create_server((host, 0), family=family_of(host)) as listener:
         return int(listener.getsockname()[1])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from pawl.errors import Unavailable
+from pawl_server.addresses import host_port
 from pawl_server.engine.link.auth import TokenInterceptor
 from pawl_server.fleet.supervisor import Supervisor
 from pawl_server.internal.v1 import fleet_pb2, fleet_pb2_grpc
@@ -83,13 +84,13 @@ class FleetServer:
             Unavailable: the port is in use.
         """
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._server.add_insecure_port(host_port(host, port))
         except RuntimeError as error:
             bound = 0
             log.debug("%s", error)
         if not bound:
             raise Unavailable(
-                f"the fleet cannot listen on {host}:{port}: the port is in use (--fleet-port)",
+                f"the fleet cannot listen on {host_port(host, port)}: the port is in use (--fleet-port)",
                 reason="PORT_IN_USE",
             )
         await self._server.start()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from prometheus_client import generate_latest
 
 from pawl.errors import Unavailable
+from pawl_server.addresses import host_port
 from pawl_server.config import Config
 from pawl_server.exposition import MetricsServer, serve_metrics
 from pawl_server.fleet.watch import FleetWatch
@@ -107,7 +108,7 @@ async def run_frontend(
         for listener in listeners:
             await listener.server.start()
             stack.push_async_callback(listener.server.stop, _STOP_GRACE_S)
-        addresses = FrontendAddresses(listeners[0].address, listeners[1].address, f"{metrics.host}:{metrics.port}")
+        addresses = FrontendAddresses(listeners[0].address, listeners[1].address, host_port(metrics.host, metrics.port))
         stack.push_async_callback(_cancelled, asyncio.create_task(health.run(), name="health"))
         views: asyncio.Queue[fleet_pb2.WatchReplicasResponse] = asyncio.Queue()
         following = asyncio.create_task(_follow(core, views), name="fleet views")
@@ -176,5 +177,6 @@ def _serve_metrics(core: Core) -> MetricsServer:
             settings.metrics_host, settings.metrics_port, lambda: generate_latest(core.metrics.registry)
         )
     except OSError as error:
-        text = f"cannot serve metrics on {settings.metrics_host}:{settings.metrics_port}: {error.strerror or error}"
+        where = host_port(settings.metrics_host, settings.metrics_port)
+        text = f"cannot serve metrics on {where}: {error.strerror or error}"
         raise Unavailable(text, reason="PORT_IN_USE") from error

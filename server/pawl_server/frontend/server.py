@@ -6,7 +6,6 @@ Owns ports, gRPC options, TLS and which service is on which listener; what the s
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +25,7 @@ from pawl.v1 import (
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
+from pawl_server.addresses import host_port, is_loopback
 from pawl_server.config import FrontendSettings, LimitSettings
 from pawl_server.engine.link.auth import TOKEN_KEY
 from pawl_server.frontend.admin_service import AdminService
@@ -63,8 +63,7 @@ class Listener:
         self, server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None
     ) -> None:
         self.server = server
-        shown = f"[{host}]" if ":" in host else host
-        wanted = f"{shown}:{port}"
+        wanted = host_port(host, port)
         try:
             if credentials is None:
                 bound = server.add_insecure_port(wanted)
@@ -73,7 +72,7 @@ class Listener:
         except RuntimeError as error:
             text = f"cannot listen on {wanted}: the port is in use, or the address is none of this machine"
             raise Unavailable(text, reason="PORT_IN_USE") from error
-        self.address = f"{shown}:{bound}"
+        self.address = host_port(host, bound)
 
 
 def server_options(settings: FrontendSettings, limits: LimitSettings) -> list[tuple[str, int]]:
@@ -122,7 +121,7 @@ def admin_listener(core: Core, health: Health) -> Listener:
         PawlError: the port is in use.
     """
     settings = core.config.frontend
-    open_to_others = not _is_loopback(settings.admin_host)
+    open_to_others = not is_loopback(settings.admin_host)
 
     def authenticate(metadata: Iterable[tuple[str, str | bytes]]) -> Principal:
         if open_to_others:
@@ -147,10 +146,3 @@ def _server(core: Core, authenticate: Authenticate) -> grpc.aio.Server:
 def _add_common(server: grpc.aio.Server, health: Health, services: list[str]) -> None:
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     reflection.enable_server_reflection([*services, _HEALTH, reflection.SERVICE_NAME], server)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -7,25 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import socket
 
 import psutil
 
 from pawl.errors import InvalidRequest, Unavailable
+from pawl_server.addresses import host_port, is_loopback
 from pawl_server.config import Config
 
-__all__ = ["check_internal_listeners", "check_port", "exposure_warning", "is_loopback"]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to a listener on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+__all__ = ["check_internal_listeners", "check_port", "exposure_warning"]
 
 
 def check_port(host: str, port: int, flag: str) -> None:
@@ -58,7 +48,8 @@ def check_port(host: str, port: int, flag: str) -> None:
                 reason="PORT_FORBIDDEN",
             ) from error
         raise InvalidRequest(
-            f"cannot listen on {host}:{port} ({error.strerror or error}): is {host} an address of this machine?",
+            f"cannot listen on {host_port(host, port)} ({error.strerror or error}):"
+            f" is {host} an address of this machine?",
             reason="BAD_SETTING",
         ) from error
 
@@ -104,4 +95,4 @@ def exposure_warning(config: Config) -> str:
     ]
     if is_loopback(host) or not missing:
         return ""
-    return f"open to anyone on {host}:{config.frontend.port}: no {', no '.join(missing)}"
+    return f"open to anyone on {host_port(host, config.frontend.port)}: no {', no '.join(missing)}"

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from pawl.errors import Unavailable
+from pawl_server.addresses import host_port
 from pawl_server.config import Config
 from pawl_server.exposition import serve_metrics
 from pawl_server.fleet.opening import Fleet, make_fleet
@@ -73,7 +74,7 @@ async def _run(config: Config, fleet: Fleet, output: Output, token_file: str) ->
             if not following.done():
                 addresses = ServerAddresses(
                     fleet=fleet.address,
-                    metrics=f"http://{host}:{metrics.port}/metrics",
+                    metrics=f"http://{host_port(host, metrics.port)}/metrics",
                     model=served_name(config),
                     token_file=token_file,
                 )

@@ -11,6 +11,7 @@ import logging
 from contextlib import AsyncExitStack
 
 from pawl.errors import ServerError, Unavailable
+from pawl_server.addresses import host_port
 from pawl_server.config import Config
 from pawl_server.engine.link.auth import new_token
 from pawl_server.fleet.opening import Fleet, make_fleet
@@ -155,14 +156,14 @@ class _Server:
             port = self._metrics.start(settings.metrics_host, settings.metrics_port)
         except OSError as error:
             raise Unavailable(
-                f"cannot serve metrics on {settings.metrics_host}:{settings.metrics_port}: {error.strerror}"
+                f"cannot serve metrics on {host_port(settings.metrics_host, settings.metrics_port)}: {error.strerror}"
                 " (--metrics-port)",
                 reason="PORT_IN_USE",
             ) from error
         return ServerAddresses(
             grpc=first.grpc,
             admin=first.admin,
-            metrics=f"http://{settings.metrics_host}:{port}/metrics",
+            metrics=f"http://{host_port(settings.metrics_host, port)}/metrics",
             fleet=self._fleet.address,
             model=served_name(self._config),
             process_id=first.process_id,

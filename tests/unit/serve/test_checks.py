@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from pawl.errors import InvalidRequest, Unavailable
+from pawl_server.addresses import is_loopback
 from pawl_server.config import Config, SecuritySettings
 from pawl_server.fleet.opening import make_fleet
-from pawl_server.serve.checks import check_internal_listeners, check_port, exposure_warning, is_loopback
+from pawl_server.serve.checks import check_internal_listeners, check_port, exposure_warning
 from pawl_server.serve.internal_token import default_token_file, given_token, token_for_fleet, token_for_frontend
 
 
@@ -44,6 +45,7 @@ def test_a_host_of_another_machine_is_refused() -> None:
         ("127.0.0.1", True),
         ("127.9.9.9", True),
         ("::1", True),
+        ("[::1]", True),
         ("localhost", True),
         ("0.0.0.0", False),
         ("::", False),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import grpc
 
 from pawl.errors import PawlError, Unavailable
+from pawl_server.addresses import host_port
 from pawl_server.engine.link.auth import TokenInterceptor
 from pawl_server.engine.link.frames import SequenceKey, abort_text, refused_end, to_request, to_sequence_state
 from pawl_server.engine.link.outbox import Outbox
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     Connection = grpc.aio.ServicerContext[engine_pb2.ConnectRequest, engine_pb2.ConnectResponse]
     Context = grpc.aio.ServicerContext[object, object]
 
-__all__ = ["EngineService", "LinkServer", "Sequences", "host_port"]
+__all__ = ["EngineService", "LinkServer", "Sequences"]
 
 log = logging.getLogger(__name__)
 
@@ -208,8 +209,3 @@ class LinkServer:
     async def stop(self, grace_s: float = 0.0) -> None:
         """Close the listener and, after the grace, every stream."""
         await self._server.stop(grace_s)
-
-
-def host_port(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
