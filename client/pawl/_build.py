@@ -88,14 +88,14 @@ def model_name(settings: Settings, options: CallOptions) -> str:
 def prompt_message(prompt: Prompt, field: str, *, add_special_tokens: bool | None = None) -> types_pb2.Prompt:
     """Text or token ids; `field` names it in errors."""
     if isinstance(prompt, str):
-        return types_pb2.Prompt(text=prompt, add_special_tokens=add_special_tokens)
+        return build(types_pb2.Prompt, field, {"text": prompt, "add_special_tokens": add_special_tokens})
     if isinstance(prompt, bytes | bytearray):
         raise invalid(field, "is bytes; give str, or a sequence of token ids")
     try:
         token_ids = types_pb2.TokenIds(ids=prompt)
     except (TypeError, ValueError) as error:
         raise invalid(field, f"is neither str nor a sequence of token ids: {error}") from error
-    return types_pb2.Prompt(token_ids=token_ids, add_special_tokens=add_special_tokens)
+    return build(types_pb2.Prompt, field, {"token_ids": token_ids, "add_special_tokens": add_special_tokens})
 
 
 def _sampling(options: OutputOptions) -> types_pb2.SamplingParams | None:
@@ -145,6 +145,8 @@ def build(kind: type[MessageT], field: str, values: Mapping[str, object]) -> Mes
     """A message from keywords, with protobuf's own type errors turned into ours."""
     try:
         return kind(**values)
+    except UnicodeEncodeError as error:
+        raise invalid(field, f"has a lone surrogate, which is no text in UTF-8: {error.reason}") from error
     except (TypeError, ValueError) as error:
         raise invalid(field, f"has a value of a wrong type or size: {error}") from error
 
@@ -202,14 +204,15 @@ def request_options(settings: Settings, options: ScoreOptions) -> types_pb2.Requ
 
 def generate_request(settings: Settings, prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
     """A request for a completion."""
-    return inference_pb2.GenerateRequest(
-        model=model_name(settings, options),
-        prompt=prompt_message(prompt, "prompt", add_special_tokens=options.get("add_special_tokens")),
-        sampling=_sampling(options),
-        stop=_stop(options),
-        output=_output(options),
-        options=request_options(settings, options),
-    )
+    values: dict[str, object] = {
+        "model": model_name(settings, options),
+        "prompt": prompt_message(prompt, "prompt", add_special_tokens=options.get("add_special_tokens")),
+        "sampling": _sampling(options),
+        "stop": _stop(options),
+        "output": _output(options),
+        "options": request_options(settings, options),
+    }
+    return build(inference_pb2.GenerateRequest, "model", values)
 
 
 def conversation(messages: Sequence[object], options: ChatOptions) -> types_pb2.Conversation:
@@ -219,7 +222,10 @@ def conversation(messages: Sequence[object], options: ChatOptions) -> types_pb2.
         if not isinstance(turn, Message):
             field = f"conversation.messages[{place}]"
             raise invalid(field, f"is a {type(turn).__name__}; use pawl.user(...), system(...), assistant(...)")
-        turns.append(types_pb2.Message(role=_ROLES[turn.role], content=turn.content, name=turn.name))
+        if not isinstance(turn.content, str):
+            raise invalid(f"conversation.messages[{place}].content", f"is a {type(turn.content).__name__}; give str")
+        parts = {"role": _ROLES[turn.role], "content": turn.content, "name": turn.name}
+        turns.append(build(types_pb2.Message, f"conversation.messages[{place}]", parts))
     values: dict[str, object] = {
         "messages": turns,
         "continue_final_message": options.get("continue_final_message", False),
@@ -230,14 +236,15 @@ def conversation(messages: Sequence[object], options: ChatOptions) -> types_pb2.
 
 def chat_request(settings: Settings, messages: Sequence[Message], options: ChatOptions) -> inference_pb2.ChatRequest:
     """A request for the next turn."""
-    return inference_pb2.ChatRequest(
-        model=model_name(settings, options),
-        conversation=conversation(messages, options),
-        sampling=_sampling(options),
-        stop=_stop(options),
-        output=_output(options),
-        options=request_options(settings, options),
-    )
+    values: dict[str, object] = {
+        "model": model_name(settings, options),
+        "conversation": conversation(messages, options),
+        "sampling": _sampling(options),
+        "stop": _stop(options),
+        "output": _output(options),
+        "options": request_options(settings, options),
+    }
+    return build(inference_pb2.ChatRequest, "model", values)
 
 
 def stream_options(options: StreamOptions | StreamChatOptions) -> inference_pb2.StreamOptions:

@@ -157,7 +157,8 @@ def cancel(
     settings: Settings, request_ids: Sequence[str], reason: str, timeout: float | None
 ) -> Call[inference_pb2.CancelResponse, dict[str, CancelOutcome]]:
     """End running requests."""
-    request = inference_pb2.CancelRequest(request_ids=request_ids, reason=reason)
+    values = {"request_ids": request_ids, "reason": reason}
+    request = _build.build(inference_pb2.CancelRequest, "request_ids", values)
     return make_call(settings, _methods.CANCEL, request, _convert.cancel_outcomes, timeout)
 
 
@@ -167,12 +168,13 @@ def tokenize(
     """Text to token ids."""
     if not isinstance(text, str):
         raise _build.invalid("text", f"is a {type(text).__name__}; give one str")
-    request = tokenizer_pb2.TokenizeRequest(
-        model=_build.model_name(settings, options),
-        texts=[text],
-        add_special_tokens=add_special_tokens,
-        offsets=offsets,
-    )
+    values: dict[str, object] = {
+        "model": _build.model_name(settings, options),
+        "texts": [text],
+        "add_special_tokens": add_special_tokens,
+        "offsets": offsets,
+    }
+    request = _build.build(tokenizer_pb2.TokenizeRequest, "text", values)
     return make_call(settings, _methods.TOKENIZE, request, _convert.tokenization, options.get("timeout"))
 
 
@@ -184,11 +186,12 @@ def detokenize(
     def convert(answer: tokenizer_pb2.DetokenizeResponse) -> str:
         return answer.texts[0] if answer.texts else ""
 
-    request = tokenizer_pb2.DetokenizeRequest(
-        model=_build.model_name(settings, options),
-        sequences=[_build.build(types_pb2.TokenIds, "token_ids", {"ids": token_ids})],
-        skip_special_tokens=skip_special_tokens,
-    )
+    values: dict[str, object] = {
+        "model": _build.model_name(settings, options),
+        "sequences": [_build.build(types_pb2.TokenIds, "token_ids", {"ids": token_ids})],
+        "skip_special_tokens": skip_special_tokens,
+    }
+    request = _build.build(tokenizer_pb2.DetokenizeRequest, "skip_special_tokens", values)
     return make_call(settings, _methods.DETOKENIZE, request, convert, options.get("timeout"))
 
 
@@ -196,9 +199,8 @@ def render_chat(
     settings: Settings, messages: Sequence[Message], options: ChatOptions
 ) -> Call[tokenizer_pb2.RenderChatResponse, RenderedChat]:
     """The prompt that a chat call would run."""
-    request = tokenizer_pb2.RenderChatRequest(
-        model=_build.model_name(settings, options), conversation=_build.conversation(messages, options)
-    )
+    values = {"model": _build.model_name(settings, options), "conversation": _build.conversation(messages, options)}
+    request = _build.build(tokenizer_pb2.RenderChatRequest, "model", values)
     return make_call(settings, _methods.RENDER_CHAT, request, _convert.rendered_chat, options.get("timeout"))
 
 
@@ -208,7 +210,8 @@ def get_model(settings: Settings, name: str) -> Call[model_pb2.GetModelResponse,
     def convert(answer: model_pb2.GetModelResponse) -> Model:
         return _convert.model(answer.model)
 
-    return make_call(settings, _methods.GET_MODEL, model_pb2.GetModelRequest(name=name), convert)
+    request = _build.build(model_pb2.GetModelRequest, "name", {"name": name})
+    return make_call(settings, _methods.GET_MODEL, request, convert)
 
 
 def list_models(settings: Settings, page_token: str) -> Call[model_pb2.ListModelsResponse, tuple[list[Model], str]]:

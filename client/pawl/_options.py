@@ -209,6 +209,14 @@ def _bad_setting(name: str, what: str) -> InvalidRequest:
     return InvalidRequest(f"{name} {what}", violations=[FieldViolation(name, what)])
 
 
+def _key(given: str) -> str:
+    """An API key without the line end of the file that it was read from; it is never shown."""
+    key = given.strip()
+    if not all(" " < character <= "~" for character in key):
+        raise _bad_setting("api_key", "has a space or a character beyond ASCII inside; give the key alone")
+    return key
+
+
 def settings_from(
     target: str | None,
     *,
@@ -223,7 +231,7 @@ def settings_from(
     """Join arguments, environment and defaults, in that order.
 
     Raises:
-        InvalidRequest: a value that cannot be: an empty target, a timeout that is not above 0.
+        InvalidRequest: a value that cannot be: an empty target, a timeout that is not above 0, a key with a space.
     """
     address = target if target is not None else os.environ.get(target_variable) or default_target
     scheme, separator, rest = address.partition("://")
@@ -244,7 +252,7 @@ def settings_from(
         retry=Retry.of(retries),
         tls=tls,
         default_model=default_model,
-        api_key=api_key if api_key is not None else os.environ.get("PAWL_API_KEY", ""),
+        api_key=_key(api_key if api_key is not None else os.environ.get("PAWL_API_KEY", "")),
     )
 
 

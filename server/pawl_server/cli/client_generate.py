@@ -42,7 +42,15 @@ def connect(arguments: argparse.Namespace) -> Client:
 
 
 def _text(argument: str) -> str:
-    return sys.stdin.read() if argument == "-" else argument
+    """An argument, or for - what is on stdin.
+
+    Raises:
+        InvalidRequest: stdin is no text.
+    """
+    try:
+        return sys.stdin.read() if argument == "-" else argument
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"stdin is not {error.encoding}: {error.reason}", reason="BAD_ARGUMENT") from error
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling:

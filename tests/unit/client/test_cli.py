@@ -54,6 +54,14 @@ def test_generate_from_stdin(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "stop, 12 prompt tokens (0 cached), 21 output tokens, seed 42, first token after 0.003 s" in err
 
 
+def test_what_is_no_text_on_stdin_is_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    assert run("generate", "-") == 1
+    assert capsys.readouterr().err.startswith("error: BAD_ARGUMENT: stdin is not utf-8")
+
+
 def test_generate_json_and_logprobs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """JSON has every field; the table has a line per token."""
     assert run("generate", "Hi", "-n", "2", "--json", "--logprobs") == 0

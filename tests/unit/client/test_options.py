@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,51 @@ def test_nothing_given_sends_nothing() -> None:
         "output": {"timings": True},
         "options": {},
     }
+
+
+LONE = "half \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda: core.generate(SETTINGS, LONE, {}), "prompt"),
+        (lambda: core.generate(SETTINGS, "Hi", {"model": LONE}), "model"),
+        (lambda: core.generate(SETTINGS, "Hi", {"model": 5}), "model"),  # type: ignore[typeddict-item]
+        (lambda: core.generate(SETTINGS, "Hi", {"stop": LONE}), "stop"),
+        (lambda: core.generate(SETTINGS, "Hi", {"user": LONE}), "options"),
+        (lambda: core.generate(SETTINGS, "Hi", {"choices": [LONE]}), "sampling.choices"),
+        (lambda: core.chat(SETTINGS, [user(LONE)], {}), "conversation.messages[0]"),
+        (lambda: core.chat(SETTINGS, [user("Hi"), user(None)], {}), "conversation.messages[1].content"),  # type: ignore[arg-type]
+        (lambda: core.chat(SETTINGS, [user(5)], {}), "conversation.messages[0].content"),  # type: ignore[arg-type]
+        (lambda: core.render_chat(SETTINGS, [user("Hi")], {"model": LONE}), "model"),
+        (lambda: core.score(SETTINGS, "Hi", ["a", LONE], None, {}), "continuations[1]"),
+        (lambda: core.tokenize(SETTINGS, LONE, add_special_tokens=None, offsets=False, options={}), "text"),
+        (lambda: core.get_model(SETTINGS, LONE), "name"),
+        (lambda: core.cancel(SETTINGS, [LONE], "", None), "request_ids"),
+        (lambda: core.cancel(SETTINGS, [5], "", None), "request_ids"),  # type: ignore[list-item]
+    ],
+)
+def test_what_no_message_can_hold_names_its_field(call: Callable[[], object], field: str) -> None:
+    """Half of a pair of surrogates, as a text cut in UTF-16 has it, is no text; nothing of it is in the message."""
+    with pytest.raises(InvalidRequest) as caught:
+        call()
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert "half" not in caught.value.message
+
+
+@pytest.mark.parametrize("key", ["pawl-secret\n", " pawl-secret", "pawl-secret"])
+def test_the_line_end_of_a_key_file_is_no_part_of_the_key(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert metadata(settings(api_key=key)) == (("authorization", "Bearer pawl-secret"),)
+    monkeypatch.setenv("PAWL_API_KEY", key)
+    assert settings().api_key == "pawl-secret"
+
+
+@pytest.mark.parametrize("key", ["pawl secret", "pawl\nsecret", "pawl-geheim\u00df"])
+def test_a_key_that_metadata_cannot_carry_is_refused_unseen(key: str) -> None:
+    with pytest.raises(InvalidRequest, match="api_key") as caught:
+        settings(api_key=key)
+    assert key[5:] not in caught.value.message
 
 
 def test_zero_is_sent_as_zero() -> None:
