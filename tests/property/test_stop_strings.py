@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import codecs
+from itertools import pairwise, product
 
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from pawl_server.frontend.output_text import OutputText
 from pawl_server.frontend.requests import StopRules
@@ -14,6 +16,9 @@ from pawl_server.frontend.tokens import TextTokenizer
 from tests.fakes.tokenizer import build_tokenizer
 
 TOKENIZER = TextTokenizer(build_tokenizer())
+
+# Tokens that end in the middle of a character, as those of large vocabularies do: here of a euro sign.
+PARTS = [part for size in (1, 2, 3) for part in product(b"a\xe2\x82\xac", repeat=size)]
 
 # Few letters, so that strings overlap, repeat and begin inside each other.
 stops = st.lists(st.text(alphabet="ab\N{EURO SIGN}", min_size=1, max_size=5), max_size=4)
@@ -36,6 +41,14 @@ def _held(text: str, strings: list[str]) -> int:
 
 def _begins(string: str, part: str) -> bool:
     return string.startswith(part) and len(part) < len(string)
+
+
+def _parts_tokenizer() -> TextTokenizer:
+    alphabet = {ord("a"): "a", 0xE2: "\u00e2", 0x82: "\u0124", 0xAC: "\u00ac"}  # as byte-level BPE writes them
+    vocabulary = {"".join(alphabet[byte] for byte in part): number for number, part in enumerate(PARTS)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    return TextTokenizer(tokenizer)
 
 
 @given(texts, stops, st.booleans(), st.lists(st.integers(0, 30), max_size=12))
@@ -61,10 +74,13 @@ def test_the_result_is_that_of_the_whole_text(text: str, strings: list[str], inc
     assert shown + matcher.flush() == text
 
 
+def _rules(strings: list[str], least: int = 0, *, include: bool) -> StopRules:
+    return StopRules(None, least, tuple(strings), (), include, ignore_eos=False, max_duration_s=1.0)
+
+
 @given(texts, stops, st.booleans(), st.integers(0, 6))
 def test_tokens_end_at_the_same_place(text: str, strings: list[str], include: bool, least: int) -> None:
-    rules = StopRules(None, least, tuple(strings), (), include, ignore_eos=False, max_duration_s=1.0)
-    output = OutputText(TOKENIZER.detokenizer(skip_special_tokens=True), rules)
+    output = OutputText(TOKENIZER.detokenizer(skip_special_tokens=True), _rules(strings, least, include=include))
     token_ids = TOKENIZER.encode(text, add_special_tokens=False)
     shown = ""
     for token_id in token_ids:
@@ -87,3 +103,31 @@ def test_tokens_end_at_the_same_place(text: str, strings: list[str], include: bo
     assert len(whole.rstrip("\N{REPLACEMENT CHARACTER}")) >= first + end
     before = TOKENIZER.decode(token_ids[: output.num_tokens - 1], skip_special_tokens=True)
     assert len(before.rstrip("\N{REPLACEMENT CHARACTER}")) < first + end
+
+
+@given(
+    st.lists(st.integers(0, len(PARTS) - 1), max_size=8),
+    st.lists(st.text(alphabet="a\N{EURO SIGN}\N{REPLACEMENT CHARACTER}", min_size=1, max_size=3), max_size=3),
+    st.booleans(),
+)
+@example([PARTS.index((*b"a\xe2",))], ["a"], False)
+def test_nothing_follows_a_match_in_a_token_that_begins_a_character(
+    token_ids: list[int], strings: list[str], include: bool
+) -> None:
+    output = OutputText(_parts_tokenizer().detokenizer(skip_special_tokens=True), _rules(strings, include=include))
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    shown = text = ""
+    match = None
+    for token_id in token_ids:
+        shown += output.push(token_id)
+        text += decoder.decode(bytes(PARTS[token_id]))
+        match = _first_match(text, strings)
+        assert (output.stop_string is not None) == (match is not None)
+        if match is not None:
+            break
+    shown += output.flush()
+    if match is None:
+        text += decoder.decode(b"", final=True)
+        match = _first_match(text, strings)
+    end = len(text) if match is None else match[1 if include else 0]
+    assert shown == text[:end]

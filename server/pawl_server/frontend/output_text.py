@@ -50,8 +50,8 @@ class OutputText:
         self.num_tokens += 1
 
     def flush(self) -> str:
-        """No token follows: the text held back. May complete a stop string."""
-        if self._detokenizer is None:
+        """No token follows: the text held back. May complete a stop string; after one there is none."""
+        if self._detokenizer is None or self.stop_string is not None:
             return ""
         tail = self._detokenizer.flush()
         if tail and self.num_tokens > self._least:
