@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pawl_workers.batch import AttentionShape
-from pawl_workers.forward import forward
+from pawl_workers.forward import compute, forward
 from pawl_workers.kernels import Precision, choose_backend
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.model.loading import CheckpointConfig, load_weights, read_config
@@ -53,7 +53,7 @@ class LogitRunner:
         with torch.inference_mode():
             self.cache = KvCache.allocate(spec, self.kernels, self._num_blocks, device, dtype)
             if not one_by_one:
-                self.cache.compile(self.weights.layers)
+                self.cache.compile(self.weights)
         self._settings = BatchSettings(
             kernels=self.kernels,
             shape=shape,
@@ -68,7 +68,9 @@ class LogitRunner:
         random.Random(seed).shuffle(self._free)
         self._held: dict[int, list[int]] = {}
 
-    def add(self, row: int, token_ids: list[int], *, shared_blocks: tuple[int, ...] = ()) -> None:
+    def add(
+        self, row: int, token_ids: list[int], *, shared_blocks: tuple[int, ...] = (), samples: bool = False
+    ) -> None:
         """Give a row a sequence; `shared_blocks` hold its first tokens already."""
         size = self.kernels.block_size
         num_needed = -(-len(token_ids) // size) - len(shared_blocks)
@@ -81,7 +83,7 @@ class LogitRunner:
             num_computed=len(shared_blocks) * size,
             block_ids=[*shared_blocks, *own],
             sampling=SamplingSpec(),
-            samples=False,
+            samples=samples,
         )
         plan = StepPlan(1, 0, [], [sequence], [], [], [])
         self._table.check(plan)
@@ -128,6 +130,14 @@ class LogitRunner:
             scores = logits(norm(stream, self.weights.final_norm), self.weights.head)
         self._table.num_computed[rows] += lengths
         return dict(zip(grants, torch.split(scores, lengths.tolist()), strict=True))
+
+    def decode(self, rows: list[int]) -> Tensor:
+        """Compute the last token of some rows that sample, and return the logits that they sample from, [rows, V]."""
+        with torch.inference_mode():
+            batch, _ = build_batch(self._table, np.array(rows), np.ones(len(rows), dtype=np.int64), self._settings)
+            _, scores = compute(batch, self.weights, self.cache)
+        self._table.num_computed[rows] += 1
+        return scores
 
     def alone(self, token_ids: list[int], chunks: list[int] | None = None) -> Tensor:
         """Compute one sequence by itself, in chunks, and return all its logits, [tokens, V]."""

@@ -16,7 +16,7 @@ from pawl_workers.model.weights import Weights
 from pawl_workers.plan import PromptLogprobs
 from pawl_workers.stages.attention import attend
 from pawl_workers.stages.embed import embed
-from pawl_workers.stages.logits import logits
+from pawl_workers.stages.logits import adjust, logits
 from pawl_workers.stages.mlp import mlp
 from pawl_workers.stages.norm import norm
 from pawl_workers.stages.residual import add
@@ -43,9 +43,13 @@ def forward(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput:
 def compute(batch: Batch, weights: Weights, cache: KvCache) -> tuple[Tensor, Tensor]:
     """Give the stream after the last layer, [T, D], and the logits of the rows that sample, [S, V].
 
-    Where the backend has compiled the layers into a program, that does what the loop does, with the same bits.
+    Where the backend has compiled the layers into a program, that does what the loop does, with the same bits; and one
+    that goes on to the head does the last line too.
     """
     x = embed(batch, weights.embedding)  # [T, D]  token -> vector
+    if cache.scoring is not None and batch.last.shape[0] == x.shape[0]:  # a step of decodes
+        x, scores = cache.scoring.run_through_head(x, batch)
+        return x, adjust(scores, weights.head)
     if cache.program is not None:
         x = cache.program(x, batch)
     for layer, w in enumerate(weights.layers if cache.program is None else ()):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pawl_workers.batch import AttentionShape, Batch
-from pawl_workers.kernels import Kernels, LayerProgram
+from pawl_workers.kernels import CompilesHead, Kernels, LayerProgram, ScoringProgram
 from pawl_workers.large_pages import map_large_pages
 from pawl_workers.model.spec import ModelSpec
-from pawl_workers.model.weights import AttentionWeights, LayerWeights
+from pawl_workers.model.weights import AttentionWeights, Weights
 
 __all__ = ["KvCache", "LayerCache"]
 
@@ -49,17 +49,22 @@ class LayerCache:
 class KvCache:
     """All layers' blocks. Memory is zero at first and stays finite: kernels weigh hidden keys with 0.
 
-    `program` takes a step through all layers over these blocks in one call, where the backend has compiled one.
+    `program` takes a step through all layers over these blocks in one call, where the backend has compiled one, and
+    `scoring` through the head too.
     """
 
     def __init__(self, layers: tuple[LayerCache, ...]) -> None:
         self._layers = layers
         self.program: LayerProgram | None = None
+        self.scoring: ScoringProgram | None = None
 
-    def compile(self, layers: Sequence[LayerWeights]) -> None:
-        """Have the backend compile layers over these blocks."""
+    def compile(self, weights: Weights) -> None:
+        """Have the backend compile the layers over these blocks, and the head."""
         caches = [(layer.keys, layer.values) for layer in self._layers]
-        self.program = self._layers[0].kernels.compile_layers(layers, caches)
+        kernels = self._layers[0].kernels
+        self.program = kernels.compile_layers(weights.layers, caches)
+        if self.program is not None and isinstance(kernels, CompilesHead):
+            self.scoring = kernels.compile_head(self.program, weights)
 
     @classmethod
     def allocate(

@@ -61,7 +61,7 @@ class Worker:
             self._cache = KvCache.allocate(
                 weights.spec, settings.kernels, facts.num_blocks, settings.device, settings.dtype
             )
-            self._cache.compile(weights.layers)
+            self._cache.compile(weights)
             cache_dtype = settings.kernels.cache_dtype(settings.dtype)
             self._host = HostCache(self._cache, facts.num_host_blocks, settings.device, cache_dtype)
             if facts.num_host_blocks:

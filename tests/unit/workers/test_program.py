@@ -70,6 +70,29 @@ def test_the_program_gives_the_bits_of_the_stages(
         assert elements_per_token(at_once.spec) >= needed, "more than a start sets aside for activations"
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@given(data=st.data())
+@settings(max_examples=2)
+def test_the_program_gives_the_logits_of_the_stages(
+    tmp_path_factory: pytest.TempPathFactory, family: str, data: st.DataObject
+) -> None:
+    """Every family: decodes, which run through the head in one call, of one row and of several."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, data.draw(FAMILIES[family]))
+    precision = Precision(None, *data.draw(st.sampled_from([(None, None), (torch.int8, None), (torch.int8, 32)])))
+    lengths = data.draw(st.lists(st.integers(2, 70), min_size=1, max_size=3))
+    found = []
+    for one_by_one in (False, True):
+        runner = LogitRunner(folder, "cpu", precision=precision, max_running=3, one_by_one=one_by_one)
+        assert (runner.cache.scoring is None) == (runner.cache.program is None)
+        assert not (one_by_one and runner.cache.program)
+        for row, length in enumerate(lengths):
+            runner.add(row, tokens(row, length, runner.spec.vocab_size), samples=True)
+        runner.step({row: length - 1 for row, length in enumerate(lengths)})
+        found.append(runner.decode(list(range(len(lengths)))))
+    assert torch.equal(*found)
+
+
 @given(
     num_experts=st.integers(1, 9), num_active=st.integers(1, 4), inner=st.sampled_from([16, 48]),
     hidden=st.integers(16, 50), normalised=st.booleans(), dense=st.lists(st.integers(0, 3), max_size=2),

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,11 +18,11 @@ from torch import Tensor
 from pawl_workers.batch import AttentionLayout, AttentionShape, Batch, SequenceArrays
 from pawl_workers.errors import WorkerError
 from pawl_workers.kernels.byte_weights import ByteScales
-from pawl_workers.model.weights import AttentionRule, LayerWeights, Packer, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, LayerWeights, Packer, QueryKeyNormWeights, Weights
 from pawl_workers.sampling.batch import Sampler
 from pawl_workers.staging import Staging
 
-__all__ = ["Kernels", "LayerProgram", "Precision", "choose_backend"]
+__all__ = ["CompilesHead", "Kernels", "LayerProgram", "Precision", "ScoringProgram", "choose_backend"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,28 @@ class LayerProgram(Protocol):
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """Take the stream, [T, D], through all layers; it may be changed in place. Writes keys and values."""
+        ...
+
+
+class ScoringProgram(Protocol):
+    """All layers, the final norm and the head in one call."""
+
+    def run_through_head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Take the stream of a step of which every token is sampled from, [T, D], through all layers and the head.
+
+        Returns:
+            The stream after the last layer, [T, D], as a `LayerProgram` gives it, and what the head's projection gives
+            for each of its rows, [T, V] float32.
+        """
+        ...
+
+
+@runtime_checkable
+class CompilesHead(Protocol):
+    """A backend whose programs can go on to the head."""
+
+    def compile_head(self, program: LayerProgram, weights: Weights) -> ScoringProgram:
+        """Compile what comes after the layers of a program that this backend made of these weights."""
         ...
 
 

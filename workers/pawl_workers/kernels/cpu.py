@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
+from pawl_workers.kernels import LayerProgram
 from pawl_workers.kernels.byte_weights import ByteScales
 from pawl_workers.kernels.cpu_calls import activation_number, attention_call, norm_call, padded_dim, place_call
-from pawl_workers.kernels.cpu_compile import compile_program
+from pawl_workers.kernels.cpu_compile import compile_head, compile_program
 from pawl_workers.kernels.cpu_decodes import CpuDecodeMover
 from pawl_workers.kernels.cpu_layout import CpuLayout, lay_out
 from pawl_workers.kernels.cpu_linear import NARROW, CpuLinear, Workspace, packed_bytes
@@ -26,7 +27,7 @@ from pawl_workers.kernels.decode_mover import DecodeArrays
 from pawl_workers.kernels.native.library import Library, load_library
 from pawl_workers.kernels.weight_memory import WeightMemory
 from pawl_workers.model.spec import Activation
-from pawl_workers.model.weights import AttentionRule, LayerWeights, NormWeights, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, LayerWeights, NormWeights, QueryKeyNormWeights, Weights
 
 __all__ = ["CpuKernels"]
 
@@ -141,6 +142,13 @@ class CpuKernels:
     ) -> CpuProgram | None:
         """Compile what all layers do; None where the width of a gate is not one of whole registers."""
         return compile_program(layers, caches, self._format, self._library)
+
+    def compile_head(self, program: LayerProgram, weights: Weights) -> CpuProgram:
+        """See `CompilesHead`."""
+        assert isinstance(program, CpuProgram)  # noqa: S101 - narrows the type
+        operations = compile_head(weights.final_norm, weights.head.linear)
+        program.add_head(operations, weights.head.linear.out_features)
+        return program
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:
         """Cut the step into tiles; where they are cut changes no bits."""

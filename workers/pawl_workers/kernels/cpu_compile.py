@@ -14,7 +14,7 @@ from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import MOST_ROTARIES, ExpertsCall, LinearCall, Operation
 from pawl_workers.model.weights import ExpertWeights, LayerWeights, MlpWeights, PackedLinear, PackedNorm
 
-__all__ = ["compile_program"]
+__all__ = ["compile_head", "compile_program"]
 
 Cache = tuple[Tensor, Tensor]
 Steps = Iterator[Operation | Router]
@@ -41,6 +41,14 @@ def compile_program(
     attention = layers[0].attention
     kv_shape = attention.num_kv_heads, padded_dim(attention.head_dim)
     return CpuProgram(segments, _widths(layers), kv_shape, _widest(layers), library, kept)
+
+
+def compile_head(final_norm: PackedNorm | None, head: PackedLinear) -> list[Operation]:
+    """Compile what comes after the layers, for the rows of the whole stream."""
+    norm = list(_norm(final_norm, Buffer.STREAM, Buffer.NORMED))
+    scoring = _linear(head, Buffer.NORMED if norm else Buffer.STREAM, Buffer.LOGITS)
+    scoring.kind = Kind.SCORE
+    return [*norm, scoring]
 
 
 def _can_compile(w: LayerWeights, library: Library) -> bool:

@@ -39,6 +39,7 @@ class Kind(IntEnum):
     UP = 7
     DOWN = 8
     COMBINE = 9
+    SCORE = 10  # a linear layer: the head
 
 
 class Buffer(IntEnum):
@@ -58,6 +59,7 @@ class Buffer(IntEnum):
     EXPERT_FOUND = 11  # [T * num_active, D]
     SHARED_FOUND = 12  # [T, D], of the expert that every token goes to
     SHARED_SCORES = 13  # [T, 1], of its gate
+    LOGITS = 14  # [T, V], new in each step
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +106,10 @@ class KernelSeconds:
     """Where the time of steps went, by the clocks of the kernels.
 
     Attributes:
-        work: of the first thread, in the layers.
+        work: of the first thread, in the layers, and in the final norm where it is part of their program.
         waits: of the first thread for the others, after an operation, by the kind of that.
         entering: what the calls that run layers took beyond both.
-        head: the final norm and the head.
+        head: the head, and the final norm where it is not part of the program.
         sampling: choosing tokens and describing them.
     """
 
@@ -116,6 +118,9 @@ class KernelSeconds:
     entering: float
     head: float
     sampling: float
+
+
+_Compiled = tuple[ctypes.Array[Operation], Router | None]
 
 
 class CpuProgram:
@@ -139,7 +144,10 @@ class CpuProgram:
         library: Library,
         kept: Sequence[object] = (),
     ) -> None:
-        self._segments = [((Operation * len(s.operations))(*s.operations), s.router) for s in segments]
+        self._compiled = segments
+        self._segments = [(_array(s.operations), s.router) for s in segments]
+        self._through_head: list[_Compiled] | None = None
+        self._vocab_size = 0
         self._widths = [widths.get(buffer, 0) for buffer in list(Buffer)[1:]]
         self._routers = [s.router for s in segments if s.router is not None]
         self._num_kv_heads, self._padded = kv_shape
@@ -157,8 +165,29 @@ class CpuProgram:
         )
         self._frame_address = ctypes.addressof(self._frame)
 
+    def add_head(self, operations: Sequence[Operation], vocab_size: int) -> None:
+        """Have `run_through_head` end with these, which write the logits."""
+        *before, last = self._compiled
+        longer = [*last.operations, *operations]
+        self._through_head = [*self._segments[: len(before)], (_array(longer), last.router)]
+        self._vocab_size = vocab_size
+        if len(longer) > len(self._counters):
+            self._counters = np.zeros(len(longer), dtype=np.int64)
+            self._frame.counters = self._counters.ctypes.data
+
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """Run all layers over the stream, [T, D] float32, in place; writes keys and values into the cache."""
+        return self._run(x, batch, self._segments)
+
+    def run_through_head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run all layers and the head over the stream; see `ScoringProgram`."""
+        assert self._through_head is not None  # noqa: S101 - narrows the type
+        scores = torch.empty(x.shape[0], self._vocab_size)
+        self._make_room(x.shape[0], torch.get_num_threads())
+        self._frame.buffers[Buffer.LOGITS] = scores.data_ptr()
+        return self._run(x, batch, self._through_head), scores
+
+    def _run(self, x: Tensor, batch: Batch, segments: Sequence[_Compiled]) -> Tensor:
         layout = batch.attention
         assert isinstance(layout, CpuLayout)  # noqa: S101 - narrows the type
         x = x.contiguous()
@@ -178,7 +207,7 @@ class CpuProgram:
         for i, (cosines, sines) in enumerate(batch.rotary):
             frame.cosines[i], frame.sines[i] = cosines.data_ptr(), sines.data_ptr()
             frame.turned[i] = cosines.shape[-1]
-        for operations, router in self._segments:
+        for operations, router in segments:
             self._library.run(operations, len(operations), self._frame_address, num_threads)
             if router is not None:
                 before = time.perf_counter()
@@ -198,13 +227,14 @@ class CpuProgram:
 
     def take_seconds(self) -> KernelSeconds:
         """Seconds since this was last called; of the head and of sampling, those of every model in this process."""
-        work, waits = (_by_kind(seconds) for seconds in self._seconds.tolist())
+        work, waits = (_by_kind(seconds) for seconds in self._seconds[:, : Kind.SCORE].tolist())
+        scoring = float(self._seconds[:, Kind.SCORE].sum())
         calls = self._library.take_seconds()
         taken = KernelSeconds(
             work=replace(work, routing=work.routing + self._choosing_s),
             waits=waits,
-            entering=calls["run"] - work.total - waits.total,
-            head=calls["norm"] + calls["linear"],
+            entering=calls["run"] - work.total - waits.total - scoring,
+            head=calls["norm"] + calls["linear"] + scoring,
             sampling=calls["choose_tokens"] + calls["describe_tokens"],
         )
         self._seconds.fill(0.0)
@@ -224,6 +254,10 @@ class CpuProgram:
         if self._scratch.numel() < num_threads * self._scratch_bytes + 64:
             self._scratch = torch.empty(num_threads * self._scratch_bytes + 64, dtype=torch.uint8)
             frame.scratch = -(-self._scratch.data_ptr() // 64) * 64
+
+
+def _array(operations: Sequence[Operation]) -> ctypes.Array[Operation]:
+    return (Operation * len(operations))(*operations)
 
 
 def _by_kind(seconds: Sequence[float]) -> LayerSeconds:

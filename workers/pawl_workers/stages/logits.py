@@ -6,12 +6,16 @@ from torch import Tensor
 
 from pawl_workers.model.weights import HeadWeights
 
-__all__ = ["logits"]
+__all__ = ["adjust", "logits"]
 
 
 def logits(x: Tensor, w: HeadWeights) -> Tensor:
     """Score each token of the vocabulary for each row: [S, D] -> [S, V], float32."""
-    scores = w.linear(x).float()
+    return adjust(w.linear(x).float(), w)
+
+
+def adjust(scores: Tensor, w: HeadWeights) -> Tensor:
+    """Divide and cap what the head's projection gave, [S, V], where a family does, in place."""
     if w.divisor != 1.0:
         scores = scores.div_(w.divisor)
     if w.softcap is not None:

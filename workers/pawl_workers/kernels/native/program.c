@@ -11,10 +11,10 @@
 #include "experts.h"
 #include "linear.h"
 
-#define NUM_BUFFERS 14
+#define NUM_BUFFERS 15
 
-enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4, GROUP = 5, GATHER = 6, UP = 7, DOWN = 8, COMBINE = 9 };
-#define NUM_KINDS 10
+enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4, GROUP = 5, GATHER = 6, UP = 7, DOWN = 8, COMBINE = 9, SCORE = 10 };
+#define NUM_KINDS 11
 enum { GATHERED = 9, EXPERT_HIDDEN = 10, EXPERT_FOUND = 11, SHARED_FOUND = 12 }; /* buffers of routed layers */
 
 typedef struct {
@@ -67,7 +67,8 @@ static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threa
             norm_part(&norm, next, threads);
             break;
         }
-        case LINEAR: {
+        case LINEAR:
+        case SCORE: {
             Linear linear = o->linear;
             linear.x = from, linear.y = to, linear.m = f->rows;
             linear_part(&linear, next, threads, (float *)scratch);

@@ -22,7 +22,7 @@ _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _Fields = list[tuple[str, type]]
 
 MOST_ROTARIES = 4
-_NUM_BUFFERS = 14
+_NUM_BUFFERS = 15
 NO_WINDOW = 1 << 62
 
 
