@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pawl_server.config import EngineSettings, ModelSettings
@@ -72,8 +72,12 @@ class FakeEngineWorker:
     def __post_init__(self) -> None:
         self._shadow = ShadowWorker(self.facts.block_size, self.facts.vocab_size)
 
-    def launch(self, plan: StepPlan, masks: MaskSource | None = None) -> PendingStep:
+    def launch(
+        self, plan: StepPlan, masks: MaskSource | None = None, began: Callable[[], object] | None = None
+    ) -> PendingStep:
         """Compute the step at once."""
+        if began is not None:
+            began()
         return DoneStep(self.execute(plan, masks))
 
     def execute(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:

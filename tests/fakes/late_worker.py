@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -43,7 +44,9 @@ class LateWorker(FakeEngineWorker):
 
     in_flight: deque[LateStep] = field(default_factory=deque)
 
-    def launch(self, plan: StepPlan, masks: MaskSource | None = None) -> LateStep:
+    def launch(
+        self, plan: StepPlan, masks: MaskSource | None = None, began: Callable[[], object] | None = None
+    ) -> LateStep:
         """Compute the step, or crash, and say nothing of it."""
         while self.in_flight and masks is not None:
             self.settle_oldest()

@@ -156,7 +156,9 @@ class Worker:
         """
         return self.launch(plan, masks).result()
 
-    def launch(self, plan: StepPlan, masks: MaskSource | None = None) -> PendingStep:
+    def launch(
+        self, plan: StepPlan, masks: MaskSource | None = None, began: Callable[[], object] | None = None
+    ) -> PendingStep:
         """Begin one step: on a device it is queued, and the next may be launched before its tokens have come back.
 
         Settles the steps before it where it needs what they gave, which is before or, for masks and penalties, after
@@ -165,6 +167,7 @@ class Worker:
         Args:
             plan: what to compute.
             masks: as of `execute`.
+            began: called when the step is prepared, as its forward pass begins; not where nothing is to be computed.
 
         Raises:
             PlanError: the plan breaks the contract; nothing has changed.
@@ -180,10 +183,13 @@ class Worker:
         with torch.inference_mode():
             if decodes is not None and (batch := decodes.next(plan)) is not None:
                 self._step = plan.step
-                return self._run(Work(plan, decodes.rows, decodes.num_tokens, [], started), batch, masks, decodes)
-            return self._launch_anew(plan, masks, started)
+                work = Work(plan, decodes.rows, decodes.num_tokens, [], started)
+                return self._run(work, batch, masks, decodes, began)
+            return self._launch_anew(plan, masks, started, began)
 
-    def _launch_anew(self, plan: StepPlan, masks: MaskSource | None, started: float) -> PendingStep:
+    def _launch_anew(
+        self, plan: StepPlan, masks: MaskSource | None, started: float, began: Callable[[], object] | None
+    ) -> PendingStep:
         self._table.check(plan)
         if self._pipeline is not None:
             self._pipeline.make_room()
@@ -211,10 +217,10 @@ class Worker:
         batch, _ = build_batch(self._table, rows, num_tokens, self._settings, padded, num_drafts)
         if pipeline is None:
             decodes = Decodes.after(batch, rows, self._table, self._settings) if num_drafts is None else None
-            return self._run(Work(plan, rows, num_tokens, failures, started), batch, masks, decodes, padded)
+            return self._run(Work(plan, rows, num_tokens, failures, started), batch, masks, decodes, began, padded)
         pipeline.insert(batch)
         prepared = time.perf_counter()
-        stream, scores = self._compute(batch, len(rows), padded)
+        stream, scores = self._compute(batch, len(rows), padded, began)
         if masks is not None or pipeline.choice_must_wait(plan):
             pipeline.settle_all()
         if masks is not None:
@@ -227,11 +233,12 @@ class Worker:
         batch: Batch,
         masks: MaskSource | None,
         decodes: Decodes | None,
+        began: Callable[[], object] | None,
         padded: int | None = None,
     ) -> DoneStep:
         """Compute a step, and wait for it; `decodes` is kept for the next one if no row fails."""
         prepared = time.perf_counter()
-        stream, scores = self._compute(batch, len(work.rows), padded)
+        stream, scores = self._compute(batch, len(work.rows), padded, began)
         if masks is not None:
             batch = with_masks(batch, masks())
         output = finish(stream, scores, batch, self._weights)
@@ -240,7 +247,11 @@ class Worker:
         self._decodes = None if output.sampled.failures or result.failures else decodes
         return DoneStep(result)
 
-    def _compute(self, batch: Batch, num_rows: int, padded: int | None) -> tuple[Tensor, Tensor]:
+    def _compute(
+        self, batch: Batch, num_rows: int, padded: int | None, began: Callable[[], object] | None
+    ) -> tuple[Tensor, Tensor]:
+        if began is not None:
+            began()
         if self._graphs is None or padded is None:
             return compute(batch, self._weights, self._cache)
         stream, scores = self._graphs.run(batch)

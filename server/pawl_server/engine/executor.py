@@ -29,6 +29,8 @@ __all__ = [
     "check_result",
 ]
 
+_HEAD_START_S = 0.001  # preparing a decode step takes a tenth of this; what takes longer need not be waited for
+
 Value = TypeVar("Value")
 Given = TypeVar("Given")
 
@@ -117,10 +119,13 @@ class EngineWorker(Protocol):
     def facts(self) -> WorkerFacts:
         """Sizes and names of what was loaded."""
 
-    def launch(self, plan: StepPlan, masks: MaskSource | None = None) -> PendingStep:
+    def launch(
+        self, plan: StepPlan, masks: MaskSource | None = None, began: Callable[[], object] | None = None
+    ) -> PendingStep:
         """Begin one step, or compute it; may raise anything, after which `reset` must make the worker usable again.
 
-        `masks` is asked when the tokens are to be chosen, and may make it wait.
+        `masks` is asked when the tokens are to be chosen, and may make it wait. `began` is called once the step is
+        prepared and its forward pass begins, on this thread.
         """
 
     def reset(self, epoch: int) -> None:
@@ -151,9 +156,14 @@ class InProcessExecutor:
 
     Answers come as asyncio's own futures: those of `concurrent.futures`, chained to asyncio's, and a task for each step
     cost a small model's decode step several per cent.
+
+    Args:
+        head_start_s: most that `run` holds its caller up until the worker begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, head_start_s: float = _HEAD_START_S) -> None:
+        self._head_start_s = head_start_s
+        self._newest: asyncio.Future[StepResult] | None = None
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._waits: SimpleQueue[PendingStep | None] = SimpleQueue()
         self._worker: EngineWorker | None = None
@@ -191,11 +201,19 @@ class InProcessExecutor:
     def run(self, plan: StepPlan, masks: MaskSource | None = None) -> asyncio.Future[StepResult]:
         """Begin a step. The one after it may be given before this one is done.
 
+        A worker without a step in flight is let past: the caller goes on once the kernels run, which is without the
+        interpreter's lock. Else it would hold the lock, for a message to a front end say, which the worker needs to
+        prepare the step.
+
         Returns:
             A future. It raises BadResultError when the answer does not fit the plan, else whatever the worker raised.
         """
         answer: _Answer[StepResult] = _Answer()
-        self._jobs.put(partial(self._launch, plan, masks, answer))
+        began = threading.Event()
+        self._jobs.put(partial(self._launch, plan, masks, answer, began))
+        if self._newest is None or self._newest.done():
+            began.wait(self._head_start_s)
+        self._newest = answer.future
         return answer.future
 
     async def reset(self, epoch: int) -> None:
@@ -217,12 +235,16 @@ class InProcessExecutor:
                 step.wait()
             self._jobs.put(partial(_settle, step))
 
-    def _launch(self, plan: StepPlan, masks: MaskSource | None, answer: _Answer[StepResult]) -> None:
+    def _launch(
+        self, plan: StepPlan, masks: MaskSource | None, answer: _Answer[StepResult], began: threading.Event
+    ) -> None:
         try:
-            step = self.worker.launch(plan, masks)
+            step = self.worker.launch(plan, masks, began.set)
         except BaseException as error:  # raised where the step is awaited
             answer.fail(error)
             return
+        finally:
+            began.set()
         step.future.add_done_callback(partial(self._hand_over, plan, answer))
         if not step.future.done():
             self._waits.put(step)

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 
 import msgspec
 import pytest
 
-from pawl_server.engine.executor import BadResultError, InProcessExecutor, check_result
+from pawl_server.engine.executor import BadResultError, InProcessExecutor, PendingStep, check_result
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult, TokenLogprobs
 from pawl_workers.row_masks import MaskSource
 from tests.fakes.engine_worker import POISON, FakeEngineWorker
@@ -133,7 +133,9 @@ class DeviceWorker(FakeEngineWorker):
         self.launched: SimpleQueue[int] = SimpleQueue()
         self.settled: list[tuple[int, str]] = []
 
-    def launch(self, plan: StepPlan, masks: MaskSource | None = None) -> DeviceStep:
+    def launch(
+        self, plan: StepPlan, masks: MaskSource | None = None, began: Callable[[], object] | None = None
+    ) -> DeviceStep:
         if plan.copies:
             self.steps[-1].result()
         self.steps.append(DeviceStep(self, StepResult(plan.step, plan.epoch, [], [], [], [], [], 0.0, 0.0, 0.0)))
@@ -211,6 +213,75 @@ async def test_a_step_begins_before_the_loop_does_anything_else() -> None:
     assert worker.begun.wait(30)  # the loop is held up here
     assert not step.done()
     assert (await step).rows == [0]
+    await executor.close()
+
+
+class PreparingWorker(DeviceWorker):
+    """Takes its time to prepare a step; each then begins when `begins` says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prepared: list[int] = []
+        self.begins = threading.Event()
+
+    def launch(
+        self, plan: StepPlan, masks: MaskSource | None = None, began: Callable[[], object] | None = None
+    ) -> DeviceStep:
+        assert self.begins.wait(30)
+        self.prepared.append(plan.step)
+        if began is not None:
+            began()
+        return super().launch(plan, masks)
+
+
+async def test_a_worker_without_a_step_is_let_past_until_its_kernels_run() -> None:
+    executor, worker = InProcessExecutor(head_start_s=1000), PreparingWorker()  # longer than a test may take
+    await executor.load(lambda: worker)
+    worker.begins.set()
+    first = executor.run(_empty(1))
+    assert worker.prepared == [1]
+    assert not first.done()
+    worker.begins.clear()
+    second = executor.run(_empty(2))  # which begins when the loop goes on: it is not waited for
+    assert worker.prepared == [1]
+    worker.begins.set()
+    assert [await asyncio.to_thread(worker.launched.get, timeout=30) for _ in range(2)] == [1, 2]
+    for step in worker.steps:
+        step.arrived.set()
+    assert [(await first).step, (await second).step] == [1, 2]
+    third = executor.run(_empty(3))
+    assert worker.prepared == [1, 2, 3]
+    worker.steps[2].arrived.set()
+    assert (await third).step == 3
+    await executor.close()
+
+
+async def test_a_worker_that_does_not_begin_holds_nobody_up_for_long() -> None:
+    executor, worker = InProcessExecutor(head_start_s=0.001), PreparingWorker()
+    await executor.load(lambda: worker)
+    step = executor.run(_empty(1))
+    assert worker.prepared == []
+    worker.begins.set()
+    await asyncio.to_thread(worker.launched.get, timeout=30)
+    worker.steps[0].arrived.set()
+    assert (await step).step == 1
+    await executor.close()
+
+
+class RefusingWorker(FakeEngineWorker):
+    """Takes no step."""
+
+    def launch(
+        self, plan: StepPlan, masks: MaskSource | None = None, began: Callable[[], object] | None = None
+    ) -> PendingStep:
+        raise RuntimeError("planted refusal")
+
+
+async def test_a_worker_that_fails_before_it_begins_holds_nobody_up() -> None:
+    executor = InProcessExecutor(head_start_s=1000)  # longer than a test may take
+    await executor.load(RefusingWorker)
+    with pytest.raises(RuntimeError, match="planted refusal"):
+        await executor.run(_plan(5))
     await executor.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -260,6 +261,19 @@ def test_a_row_with_fewer_masks_than_samples_is_refused(fresh: Worker) -> None:
     masks = RowMasks([0], np.full((1, 9), 0xFFFFFFFF, dtype=np.uint32))
     with pytest.raises(PlanError, match="row 0 has 1 masks and more samples"):
         fresh.execute(plan(step=2, new=[], num_tokens=[2], drafts=[(0, [9])]), lambda: masks)
+
+
+def test_it_says_when_a_step_has_been_prepared(fresh: Worker) -> None:
+    """Once for each that computes something, a prompt or a decode step, before its tokens are there; and not before."""
+    told: list[int] = []
+    steps = [plan(), StepPlan(2, 0, [], [], [], [0], [1]), StepPlan(3, 0, [], [], [], [0], [1])]
+    for step in steps:
+        fresh.launch(step, began=partial(told.append, step.step)).result()
+        assert told == list(range(1, step.step + 1))
+    fresh.launch(StepPlan(4, 0, [0], [], [], [], []), began=partial(told.append, 4)).result()
+    with pytest.raises(PlanError):
+        fresh.launch(StepPlan(5, 0, [], [], [], [0], [1]), began=partial(told.append, 5))
+    assert told == [1, 2, 3]
 
 
 def test_reset_forgets(fresh: Worker) -> None:
