@@ -6,6 +6,7 @@ in. Knows nothing of engines.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -16,9 +17,12 @@ from pawl_server.frontend.auth import Principal
 
 __all__ = ["Admission", "Bucket", "Ticket"]
 
+log = logging.getLogger(__name__)
+
 _NUM_RECENT = 8192  # finished ids kept for Cancel
 _NUM_DEPARTURES = 64  # over which the drain rate is measured
 _RETRY_S = (0.1, 30.0)  # bounds of retry-after
+_TELL_EVERY_S = 60.0  # of one tenant and reason, to the log
 
 CancelOutcome = inference_pb2.CancelOutcome
 
@@ -104,6 +108,26 @@ class Ticket:
         self._admission.forget(self)
 
 
+class _Refusals:
+    """Tells the log who is refused and why, each at most once a minute. Bounded by the key file's tenants."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._untold: dict[tuple[str, str], int] = {}
+        self._told: dict[tuple[str, str], float] = {}
+
+    def add(self, tenant: str, reason: str) -> None:
+        """One more."""
+        key, now = (tenant, reason), self._clock()
+        self._untold[key] = self._untold.get(key, 0) + 1
+        if now - self._told.get(key, -_TELL_EVERY_S) < _TELL_EVERY_S:
+            return
+        log.warning(
+            "tenant %r: %d requests refused since this was last said: %s", tenant, self._untold.pop(key), reason
+        )
+        self._told[key] = now
+
+
 class Admission:
     """Lets requests in, or says when to come back.
 
@@ -126,6 +150,7 @@ class Admission:
         self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._tenants: dict[str, _Tenant] = {}
         self._departures: deque[float] = deque(maxlen=_NUM_DEPARTURES)
+        self._refusals = _Refusals(clock)
         self.num_queued = 0
         self.draining = False
 
@@ -150,15 +175,13 @@ class Admission:
             raise Unavailable("the server is draining: use another", reason="DRAINING", retry_after=1.0)
         if (principal.tenant, request_id) in self._live:
             raise AlreadyExists(f"request id {request_id!r} belongs to a live request: choose another")
-        if self.num_queued >= self._max_queued:
-            raise Overloaded(
-                f"{self.num_queued} requests wait for their first token, at most {self._max_queued} may",
-                reason="QUEUE_FULL",
-                retry_after=self.retry_after(),
-                metadata={"queued_requests": str(self.num_queued), "max_queued_requests": str(self._max_queued)},
-            )
         tenant = self._tenant(principal)
-        self._check_limits(tenant, principal)
+        try:
+            self._check_queue()
+            self._check_limits(tenant, principal)
+        except Overloaded as error:
+            self._refusals.add(principal.tenant, error.reason)
+            raise
         if tenant.requests is not None:
             tenant.requests.take(1)
         tenant.num_live += 1
@@ -217,6 +240,15 @@ class Admission:
             return known
         self._tenants[principal.tenant] = fresh
         return fresh
+
+    def _check_queue(self) -> None:
+        if self.num_queued >= self._max_queued:
+            raise Overloaded(
+                f"{self.num_queued} requests wait for their first token, at most {self._max_queued} may",
+                reason="QUEUE_FULL",
+                retry_after=self.retry_after(),
+                metadata={"queued_requests": str(self.num_queued), "max_queued_requests": str(self._max_queued)},
+            )
 
     def _check_limits(self, tenant: _Tenant, principal: Principal) -> None:
         now = self._clock()
