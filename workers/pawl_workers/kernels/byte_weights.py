@@ -19,7 +19,7 @@ __all__ = ["ByteLinear", "ByteScales", "ByteWeight"]
 
 _LARGEST = 127
 _AT_ONCE = 1 << 20  # weights that a `ByteLinear` widens at a time
-_ROUNDED_AT_ONCE = 1 << 13  # weights that are rounded at a time: in floats a head takes four times its bytes
+_ROUNDED_AT_ONCE = 1 << 16  # weights that are rounded at a time: in floats a head takes four times its bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,21 @@ class ByteScales:
         values = passing_tensor(shape, torch.int8) if passing else weight.new_empty(shape, dtype=torch.int8)
         scales = weight.new_empty(num_rows, -(-num_inputs // group), dtype=torch.float32)
         spans = [(0, num_whole, group), (num_whole * group, 1, num_inputs % group)]  # a last group may be smaller
-        step = max(1, _ROUNDED_AT_ONCE // num_inputs)
+        step = min(num_rows, max(1, _ROUNDED_AT_ONCE // num_inputs))
+        # All parts in the same memory, which no malloc keeps: among what stays it would leave gaps.
+        new = passing_tensor if weight.device.type == "cpu" else weight.new_empty
+        parts, sizes = new((2, step, num_inputs), dtype=torch.float32).unbind()
         for begin in range(0, num_rows, step):
             rows = slice(begin, min(begin + step, num_rows))
-            part = weight[rows].float()
+            part = parts[: rows.stop - begin].copy_(weight[rows])
             for first, count, size in (span for span in spans if span[1] * span[2]):
                 inputs, groups = slice(first, first + count * size), slice(first // group, first // group + count)
-                grouped = part[:, inputs].reshape(-1, count, size)
-                scale = grouped.abs().amax(dim=2, keepdim=True) / _LARGEST
+                grouped = part[:, inputs].view(-1, count, size)
+                size_of = torch.abs(grouped, out=sizes[: len(part), inputs].view(-1, count, size))
+                scale = size_of.amax(dim=2, keepdim=True) / _LARGEST
                 scales[rows, groups] = scale.squeeze(2)
-                values[rows, inputs] = (grouped / scale.masked_fill_(scale == 0, 1.0)).round_().flatten(1)
+                grouped.div_(scale.masked_fill_(scale == 0, 1.0)).round_()
+            values[rows] = part
         return ByteWeight(values, scales, group)
 
     def scale_bytes(self, shape: tuple[int, ...]) -> int:
