@@ -1,0 +1,40 @@
+"""Serves a few sequences by kernels that are built for ThreadSanitizer: `python -m ... LIBRARY CHECKPOINT KV_DTYPE`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+from unittest.mock import patch
+
+import torch
+
+from pawl_workers.kernels.native import build
+from pawl_workers.kernels.native.library import load_library
+from pawl_workers.plan import SamplingSpec
+from pawl_workers.worker import Worker, WorkerOptions
+from tests.fakes.worker_driver import WorkerDriver
+
+
+def main(built: Path, checkpoint: Path, kv_dtype: str) -> None:
+    """Prompts in chunks and decodes on two threads, greedy and sampled, with log-probabilities."""
+    build.instruction_flags()  # asks for matrix tiles
+    with patch("pawl_workers.kernels.native.library.find_or_build", lambda: built):
+        load_library()  # which keeps it
+    draw = Random(1)
+    worker = Worker.load(
+        WorkerOptions(str(checkpoint), kernels="cpu", kv_dtype=kv_dtype, max_running=6, num_blocks=120)
+    )
+    torch.set_num_threads(2)
+    driver = WorkerDriver(worker)
+    samplings = [SamplingSpec(temperature=0.0), SamplingSpec(temperature=0.9, top_p=0.9, top_k=40, seed=3, logprobs=2)]
+    generations = [
+        driver.start(draw.choices(range(worker.facts.vocab_size), k=length), samplings[i % 2])
+        for i, length in enumerate((1, 7, 40, 90, 600))
+    ]
+    driver.generate(generations[:1], 4, chunk=40)
+    driver.generate(generations, 4, chunk=250)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
