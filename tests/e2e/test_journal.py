@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from pawl.errors import InvalidRequest
 from pawl_server.config import EngineSettings
 from pawl_server.scheduler.journal import Launched, Settled, Submitted, read_events
 from pawl_server.sim.__main__ import main
 from pawl_server.sim.replay import replay
+from tests.fakes.engine_harness import running_engine
+from tests.fakes.engine_worker import fake_spec
 from tests.fakes.whole_server import whole_server
 
 
@@ -49,6 +54,15 @@ async def test_what_was_served_is_decided_again(tmp_path: Path, capsys: pytest.C
     assert sum(isinstance(event, Launched) for event in events) == sum(isinstance(event, Settled) for event in events)
     assert await asyncio.to_thread(main, ["replay", str(tmp_path / "journal.0")]) == 0
     assert f"{replayed.num_sequences} sequences" in capsys.readouterr().out
+
+
+async def test_a_journal_that_cannot_be_made_is_a_wrong_setting(tmp_path: Path) -> None:
+    spec = fake_spec()
+    spec = msgspec.structs.replace(spec, engine=replace(spec.engine, journal=str(tmp_path / "missing" / "journal")))
+    with pytest.raises(InvalidRequest, match=r"cannot write .*journal\.0: No such file") as caught:
+        async with running_engine(spec):
+            raise AssertionError("it started")
+    assert caught.value.reason == "BAD_SETTING"
 
 
 def test_a_journal_that_was_cut_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llguidance import LLTokenizer
 
-from pawl.errors import Unavailable
+from pawl.errors import InvalidRequest, Unavailable
 from pawl_server.addresses import host_port
 from pawl_server.engine.executor import EngineWorker, InProcessExecutor, WorkerFacts
 from pawl_server.engine.grammar.compiler import checkpoint_tokenizer
@@ -283,11 +283,20 @@ class Engine:
 
 
 def _open_journal(spec: EngineSpec, state: SchedulerState) -> JournalFile | None:
-    """The file that the scheduler's decisions are recorded in, `PATH.REPLICA`, or none."""
+    """The file that the scheduler's decisions are recorded in, `PATH.REPLICA`, or none.
+
+    Raises:
+        InvalidRequest: it cannot be made.
+    """
     if not spec.engine.journal:
         return None
     state.journal = Journal(state.limits, spec.engine.target_gap_s, epoch=state.epoch)
-    return JournalFile(Path(f"{spec.engine.journal}.{spec.replica}"), state.journal)
+    path = Path(f"{spec.engine.journal}.{spec.replica}")
+    try:
+        return JournalFile(path, state.journal)
+    except OSError as error:
+        text = f"journal = {spec.engine.journal!r}: cannot write {path}: {error.strerror}"
+        raise InvalidRequest(text, reason="BAD_SETTING") from error
 
 
 def _serve_metrics(host: str, ports: range, meter: Meter) -> MetricsServer:

@@ -115,7 +115,10 @@ def _template_source(folder: Path, settings: dict[str, object]) -> str | None:
     """The default template: `chat_template.jinja`, else `chat_template` of tokenizer_config.json, one or named."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"cannot read {path}: {error}", reason="BAD_CHECKPOINT") from error
     found = settings.get("chat_template")
     if isinstance(found, list):
         named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
