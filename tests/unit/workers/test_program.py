@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -47,6 +48,16 @@ def logits_of(runner: LogitRunner, lengths: list[int], chunk: int) -> list[Tenso
     return [torch.cat(parts) for parts in found]
 
 
+def draw_model(
+    data: st.DataObject, family: str, folder: Path, caches: Sequence[torch.dtype | None], shortest: int
+) -> tuple[Precision, list[int]]:
+    """Write a checkpoint of a family; what it is served with, and the lengths of some prompts."""
+    write_checkpoint(folder, data.draw(FAMILIES[family]))
+    weights = data.draw(st.sampled_from([(None, None), (torch.int8, None), (torch.int8, 32)]))
+    lengths = data.draw(st.lists(st.integers(shortest, 70), min_size=1, max_size=3))
+    return Precision(data.draw(st.sampled_from(caches)), *weights), lengths
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @given(data=st.data())
 @settings(max_examples=2)
@@ -55,10 +66,7 @@ def test_the_program_gives_the_bits_of_the_stages(
 ) -> None:
     """Every family, whole prompts and chunks, whatever the type of the cache."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder, data.draw(FAMILIES[family]))
-    weights = data.draw(st.sampled_from([(None, None), (torch.int8, None), (torch.int8, 32)]))
-    precision = Precision(data.draw(st.sampled_from(CACHES)), *weights)
-    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))
+    precision, lengths = draw_model(data, family, folder, CACHES, shortest=1)
     chunk = data.draw(st.sampled_from([1, 7, 70]))
     at_once = LogitRunner(folder, "cpu", precision=precision, max_running=3)
     staged = LogitRunner(folder, "cpu", precision=precision, max_running=3, one_by_one=True)
@@ -78,9 +86,7 @@ def test_the_program_gives_the_logits_of_the_stages(
 ) -> None:
     """Every family: decodes, which run through the head in one call, of one row and of several."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder, data.draw(FAMILIES[family]))
-    precision = Precision(None, *data.draw(st.sampled_from([(None, None), (torch.int8, None), (torch.int8, 32)])))
-    lengths = data.draw(st.lists(st.integers(2, 70), min_size=1, max_size=3))
+    precision, lengths = draw_model(data, family, folder, CACHES, shortest=2)
     found = []
     for one_by_one in (False, True):
         runner = LogitRunner(folder, "cpu", precision=precision, max_running=3, one_by_one=one_by_one)

@@ -183,11 +183,9 @@ class CpuProgram:
         """Run all layers and the head over the stream; see `ScoringProgram`."""
         assert self._through_head is not None  # noqa: S101 - narrows the type
         scores = torch.empty(x.shape[0], self._vocab_size)
-        self._make_room(x.shape[0], torch.get_num_threads())
-        self._frame.buffers[Buffer.LOGITS] = scores.data_ptr()
-        return self._run(x, batch, self._through_head), scores
+        return self._run(x, batch, self._through_head, scores), scores
 
-    def _run(self, x: Tensor, batch: Batch, segments: Sequence[_Compiled]) -> Tensor:
+    def _run(self, x: Tensor, batch: Batch, segments: Sequence[_Compiled], logits: Tensor | None = None) -> Tensor:
         layout = batch.attention
         assert isinstance(layout, CpuLayout)  # noqa: S101 - narrows the type
         x = x.contiguous()
@@ -195,6 +193,8 @@ class CpuProgram:
         self._make_room(num_rows, num_threads)
         partials: Tensor | None = None  # lives as long as the call
         frame.buffers[Buffer.STREAM] = x.data_ptr()
+        if logits is not None:
+            frame.buffers[Buffer.LOGITS] = logits.data_ptr()
         frame.slots, frame.tables = layout.slots.data_ptr(), layout.tables.data_ptr()
         frame.tiles = layout.tiles.data_ptr()
         frame.rows, frame.num_tiles, frame.table_stride = num_rows, layout.tiles.shape[0], layout.table_stride
