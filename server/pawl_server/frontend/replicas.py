@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,24 +29,20 @@ Key = tuple[int, int]
 """Number and incarnation: one process."""
 
 
-def _outcome(task: asyncio.Task[None]) -> None:
-    """Log a keeper that failed; one that was cancelled is as it should be."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("%s failed", task.get_name(), exc_info=error)
-
-
 class Replica:
     """One engine process.
 
     Attributes:
         listing: the fleet's latest word.
         link: None while not connected.
+        linked_at: when the link came up, `time.monotonic()`; infinite while it has not.
         outstanding_tokens: prompt and expected output tokens of this front end's requests there.
     """
 
     def __init__(self, listing: fleet_pb2.Replica) -> None:
         self.listing = listing
         self.link: EngineLink | None = None
+        self.linked_at = math.inf
         self.outstanding_tokens = 0
         self.task: asyncio.Task[None] | None = None
 
@@ -145,7 +142,6 @@ class Replicas:
             )
             if reachable and replica.task is None:
                 replica.task = asyncio.create_task(self._keep(replica), name=f"replica {item.index}")
-                replica.task.add_done_callback(_outcome)
             elif not reachable and replica.task is not None:
                 self._drop(replica)
         self._on_change()
@@ -165,28 +161,43 @@ class Replicas:
             task.add_done_callback(self._closing.discard)
 
     async def _keep(self, replica: Replica) -> None:
-        """Hold a link to a replica until cancelled; try again when it breaks, since the fleet knows best."""
-        address = replica.listing.address
-        pause, complained = _RETRY_S[0], False
+        """Hold a link to a replica until cancelled; try again however it ends, since the fleet knows best."""
+        number, pause, told = replica.listing.index, _RETRY_S[0], ""
         while True:
+            replica.linked_at = math.inf
+            unexpected: Exception | None = None
             try:
-                async with EngineLink(address, self._token, self._frontend_id, self._timeout_s) as link:
-                    pause, complained = _RETRY_S[0], False
-                    # What changed while there was no link is not known.
-                    self._on_cache(replica.key, engine_pb2.CacheEvents(reset=True))
-                    link.on_cache_events = partial(self._on_cache, replica.key)
-                    replica.link = link
-                    self._facts = link.welcome.model
-                    self._on_change()
-                    # Shielded: cancelling this task must not cancel the link's own future.
-                    detail = await asyncio.shield(link.closed)
-                    log.warning("replica %d: %s", replica.listing.index, detail)
+                trouble = await self._hold(replica)
             except (Unavailable, Unauthenticated) as error:
-                if not complained:
-                    log.warning("replica %d cannot be reached: %s", replica.listing.index, error)
-                complained = True
-            finally:
-                replica.link = None
-                self._on_change()
+                trouble = f"cannot be reached: {error}"
+            except Exception as error:
+                trouble, unexpected = f"the link failed: {error!r}", error
+            if time.monotonic() - replica.linked_at > _RETRY_S[1]:
+                # The link held for a while: whatever comes now is news.
+                pause, told = _RETRY_S[0], ""
+            if trouble != told:
+                log.warning("replica %d: %s; trying again", number, trouble, exc_info=unexpected)
+            told = trouble
             await asyncio.sleep(pause)
             pause = min(pause * 2, _RETRY_S[1])
+
+    async def _hold(self, replica: Replica) -> str:
+        """Hold one link until it is lost; says why.
+
+        Raises:
+            Unauthenticated: the engine does not accept the token.
+            Unavailable: it cannot be reached, says nothing, or speaks another version.
+        """
+        try:
+            async with EngineLink(replica.listing.address, self._token, self._frontend_id, self._timeout_s) as link:
+                # What changed while there was no link is not known.
+                self._on_cache(replica.key, engine_pb2.CacheEvents(reset=True))
+                link.on_cache_events = partial(self._on_cache, replica.key)
+                replica.link, replica.linked_at = link, time.monotonic()
+                self._facts = link.welcome.model
+                self._on_change()
+                # Shielded: cancelling this task must not cancel the link's own future.
+                return await asyncio.shield(link.closed)
+        finally:
+            replica.link = None
+            self._on_change()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from pawl.errors import Unavailable
@@ -116,3 +118,16 @@ async def test_leaving_the_context_loses_what_is_open() -> None:
             _, recorder = open_stream(link, [1])
         assert len(recorder.lost) == 1
         assert await link.closed == recorder.lost[0]
+
+
+async def test_a_failure_that_nobody_expected_loses_the_link_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not only when the engine has seemed silent for the heartbeat timeout."""
+    async with scripted_engine() as engine, engine.link() as link:
+        link.on_cache_events = _raise
+        _, recorder = open_stream(link, [1])
+        engine.send(engine_pb2.ConnectResponse(cache_events=engine_pb2.CacheEvents(reset=True)))
+        async with asyncio.timeout(10):
+            detail = await link.closed
+        assert "planted" in detail
+        assert recorder.lost == [detail]
+    assert sum("read failed" in record.getMessage() for record in caplog.records) == 1

@@ -99,6 +99,8 @@ class EngineLink:
                 ("watch", self._watch()),
             )
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._on_task_end)
         return self
 
     async def __aexit__(
@@ -269,6 +271,12 @@ class EngineLink:
     def _send_abort(self, handles: Sequence[int], reason: engine_pb2.AbortReason.ValueType) -> None:
         abort = engine_pb2.Abort(handle=handles[0], more_handles=handles[1:], reason=reason)
         self._outgoing.put_nowait(engine_pb2.ConnectRequest(abort=abort))
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """A task that fails as nobody expected takes the link with it: half a link would look whole."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=error)
+            self._lose(f"the link to engine {self.address} failed: {error!r}")
 
     def _lose(self, detail: str) -> None:
         """The one way out: resolve `closed`, stop the tasks and tell every open stream, once."""
