@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from prometheus_client import generate_latest
@@ -96,7 +96,7 @@ async def run_frontend(
             each()
 
     core = Core(config, token, tell)
-    health = Health(core, [*PUBLIC_SERVICES, *ADMIN_SERVICES])
+    health = Health(lambda: core.serving, [*PUBLIC_SERVICES, *ADMIN_SERVICES])
     news.append(health.news.set)
     async with contextlib.AsyncExitStack() as stack:
         stop_asked = stack.enter_context(_Stop(stop))
@@ -105,16 +105,20 @@ async def run_frontend(
         metrics = await asyncio.to_thread(_serve_metrics, core)
         stack.push_async_callback(asyncio.to_thread, metrics.stop)
         core.metrics.build(package_version())
+        await health.look()  # before anyone can ask: the library's servicer begins with SERVING
         for listener in listeners:
             await listener.server.start()
             stack.push_async_callback(listener.server.stop, _STOP_GRACE_S)
         addresses = FrontendAddresses(listeners[0].address, listeners[1].address, host_port(metrics.host, metrics.port))
-        stack.push_async_callback(_cancelled, asyncio.create_task(health.run(), name="health"))
         views: asyncio.Queue[fleet_pb2.WatchReplicasResponse] = asyncio.Queue()
-        following = asyncio.create_task(_follow(core, views), name="fleet views")
-        stack.push_async_callback(_cancelled, following)
+        tasks = {
+            asyncio.create_task(health.run(), name="health"),
+            asyncio.create_task(_follow(core, views), name="fleet views"),
+        }
+        for task in tasks:
+            stack.push_async_callback(_cancelled, task)
         await stack.enter_async_context(FleetWatch(fleet_address, token, core.instance_id, views.put_nowait))
-        await _until_stopped(core, stop_asked.asked, following, news, lambda: on_ready(addresses))
+        await _until_stopped(core, stop_asked.asked, tasks, news, lambda: on_ready(addresses))
         await drain(core, config.frontend.drain_grace_s, stop_asked.hurry)
     return 0
 
@@ -122,14 +126,15 @@ async def run_frontend(
 async def _until_stopped(
     core: Core,
     stop: asyncio.Event,
-    following: asyncio.Task[None],
+    tasks: Set[asyncio.Task[None]],
     news: list[Callable[[], None]],
     ready: Callable[[], None],
 ) -> None:
-    """Announce readiness once, then wait for the end.
+    """Announce readiness once, then wait for the end, or for that of a task without which nothing can be served.
 
     Raises:
         PawlError: the model's files cannot be read, so that it would never be ready.
+        Exception: whatever a task failed with.
     """
     changed = asyncio.Event()
     news.append(changed.set)
@@ -146,11 +151,12 @@ async def _until_stopped(
             waiting = asyncio.create_task(changed.wait())
             # The timeout is for progress, which sends no news.
             await asyncio.wait(
-                {stopped, waiting, following}, timeout=None if announced else 0.25, return_when=asyncio.FIRST_COMPLETED
+                {stopped, waiting, *tasks}, timeout=None if announced else 0.25, return_when=asyncio.FIRST_COMPLETED
             )
             waiting.cancel()
-            if following.done():
-                following.result()
+            for task in tasks:
+                if task.done():
+                    task.result()
     finally:
         stopped.cancel()
 
