@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pawl.errors import InvalidRequest
+from pawl.errors import PawlError
 from pawl_server.engine.grammar.constraint import Constraint
 from pawl_server.engine.grammar.gate import Released
 from pawl_server.engine.grammar.grammars import Grammars
@@ -129,7 +129,7 @@ class Intake:
     def _release(self, released: Released, now: float) -> None:
         """A request waited for its grammar: it goes on, but for samples that were aborted meanwhile."""
         held, outcome = released.held, released.outcome
-        if isinstance(outcome, InvalidRequest):
+        if isinstance(outcome, PawlError):
             field = outcome.violations[0].field if outcome.violations else ""
             refusal: Refusal | None = Refusal(outcome.code, outcome.reason, field, outcome.message, {})
         else:

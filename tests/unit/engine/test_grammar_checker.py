@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
-from pawl.errors import InvalidRequest
-from pawl_server.engine.grammar.checker import GrammarChecker
+from pawl.errors import InvalidRequest, Unavailable
+from pawl_server.engine.grammar.checker import CHECK_COMMAND, GrammarChecker
 from pawl_server.engine.grammar.constraint import Constraint, bad_constraint
 
 GOOD = Constraint("regex", "[ab]{3}")
@@ -107,3 +109,41 @@ async def test_what_a_grammar_takes_is_counted_and_bounded() -> None:
 
 def test_the_librarys_words_are_cut() -> None:
     assert len(bad_constraint(GOOD, "x " * 10_000).message) < 420
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "logged"),
+    [
+        ((sys.executable, "-c", "raise SystemExit('no memory for it')"), "ended with code 1", "no memory for it"),
+        ((sys.executable, "-c", "print('[1'); input()"), "Expecting", ""),
+        ((sys.executable, "-c", "input(); input()"), "did not answer in 0.2 s", ""),
+        (("/nowhere/python",), "No such file", ""),
+    ],
+)
+async def test_a_checker_that_does_not_start_is_no_grammars_fault(
+    command: tuple[str, ...], said: str, logged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said so with a status that means the server, and why in the log, once."""
+    checker = GrammarChecker(20.0, 1 << 30, command, start_timeout_s=0.2 if "0.2 s" in said else 60.0)
+    for _ in range(2):
+        with pytest.raises(Unavailable) as caught:
+            await checker.check(GOOD)
+        assert caught.value.reason == "GRAMMAR_CHECKER_FAILED"
+        assert said in caught.value.message
+        assert checker.process_id is None
+    (record,) = caplog.records
+    assert said in record.getMessage()
+    assert logged in record.getMessage()
+
+
+async def test_a_checker_that_did_not_start_is_started_for_the_next_one(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    script = f"import os, sys; os.path.exists({str(there)!r}) and os.execv(sys.executable, {list(CHECK_COMMAND)!r})"
+    checker = GrammarChecker(20.0, 1 << 30, (sys.executable, "-c", script))
+    try:
+        with pytest.raises(Unavailable):
+            await checker.check(GOOD)
+        there.touch()
+        assert await checker.check(GOOD) > 0
+    finally:
+        await checker.close()

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from llguidance import LLTokenizer
 
-from pawl.errors import InvalidRequest
+from pawl.errors import InvalidRequest, PawlError, ServerError, Unavailable
 from pawl_server.engine.grammar.compiler import GrammarCompiler
 from pawl_server.engine.grammar.constraint import CompiledConstraint, Constraint
 from pawl_server.engine.grammar.gate import GrammarGate, Released
@@ -36,9 +36,14 @@ class StuckCompiler(GrammarCompiler):
 
 
 @asynccontextmanager
-async def open_gate(compiler: GrammarCompiler, **changes: float) -> AsyncIterator[GrammarGate]:
+async def open_gate(compiler: GrammarCompiler, **changes: object) -> AsyncIterator[GrammarGate]:
     """A gate with two threads that waits three seconds and keeps much, but for what is said."""
-    settings = {"num_threads": 2, "max_kept": 10, "max_kept_bytes": 1 << 26, "timeout_s": 3.0} | changes
+    settings: dict[str, object] = {
+        "num_threads": 2,
+        "max_kept": 10,
+        "max_kept_bytes": 1 << 26,
+        "timeout_s": 3.0,
+    } | changes
     gate = GrammarGate(compiler, **settings)  # type: ignore[arg-type]
     try:
         yield gate
@@ -51,11 +56,11 @@ class Passing:
 
     def __init__(self, gate: GrammarGate) -> None:
         self._gate = gate
-        self._waiting: dict[Hashable, asyncio.Future[SequenceRequest | InvalidRequest]] = {}
+        self._waiting: dict[Hashable, asyncio.Future[SequenceRequest | PawlError]] = {}
 
     def begin(
         self, constraint: Constraint, handle: Hashable | None = None
-    ) -> asyncio.Future[SequenceRequest | InvalidRequest]:
+    ) -> asyncio.Future[SequenceRequest | PawlError]:
         """What will become of a request with this constraint."""
         handle = object() if handle is None else handle
         request = SequenceRequest(
@@ -126,3 +131,18 @@ async def test_grammars_are_kept_as_far_as_memory_goes() -> None:
         assert await passing.through(small[0])
         assert compiler.sources.count(small[0].source) == 1
         assert [source for _, source in gate.kept][-1] == small[0].source
+
+
+async def test_what_is_not_the_grammars_fault_is_not_put_on_the_caller() -> None:
+    async with open_gate(StuckCompiler(), check_command=["/nowhere/python"]) as gate:
+        refused = await asyncio.wait_for(Passing(gate).begin(Constraint("regex", "a")), 20)
+        assert isinstance(refused, Unavailable)
+        assert refused.reason == "GRAMMAR_CHECKER_FAILED"
+
+    def no_vocabulary() -> LLTokenizer:
+        raise OSError("planted")
+
+    async with open_gate(GrammarCompiler(no_vocabulary)) as gate:
+        refused = await asyncio.wait_for(Passing(gate).begin(Constraint("regex", "a")), 60)
+        assert isinstance(refused, ServerError)
+        assert "OSError" in refused.message

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from pawl.errors import InvalidRequest
-from pawl_server.engine.grammar.checker import GrammarChecker
+from pawl.errors import PawlError, ServerError
+from pawl_server.engine.grammar.checker import CHECK_COMMAND, GrammarChecker
 from pawl_server.engine.grammar.compiler import GrammarCompiler
 from pawl_server.engine.grammar.constraint import CompiledConstraint, Constraint, bad_constraint
 from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest
@@ -24,7 +24,7 @@ __all__ = ["GrammarGate", "Held", "Released"]
 
 log = logging.getLogger(__name__)
 
-Outcome = CompiledConstraint | InvalidRequest
+Outcome = CompiledConstraint | PawlError
 _Key = tuple[str, str]
 
 
@@ -89,7 +89,7 @@ class Released:
     """A request that waits no longer: it may go on, or here is why it cannot."""
 
     held: Held
-    outcome: SequenceRequest | InvalidRequest
+    outcome: SequenceRequest | PawlError
 
 
 class GrammarGate:
@@ -101,14 +101,22 @@ class GrammarGate:
         max_kept: compiled grammars kept, the last used.
         max_kept_bytes: that these may take, and each that is used.
         timeout_s: longest time that one may take to be tried, and then to be compiled.
+        check_command: the process that tries one.
     """
 
     def __init__(
-        self, compiler: GrammarCompiler, *, num_threads: int, max_kept: int, max_kept_bytes: int, timeout_s: float
+        self,
+        compiler: GrammarCompiler,
+        *,
+        num_threads: int,
+        max_kept: int,
+        max_kept_bytes: int,
+        timeout_s: float,
+        check_command: Sequence[str] = CHECK_COMMAND,
     ) -> None:
         self._compiler = compiler
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="pawl-grammar")
-        self._checkers = [GrammarChecker(timeout_s, max_kept_bytes) for _ in range(num_threads)]
+        self._checkers = [GrammarChecker(timeout_s, max_kept_bytes, check_command) for _ in range(num_threads)]
         self._idle: asyncio.Queue[GrammarChecker] = asyncio.Queue()
         for checker in self._checkers:
             self._idle.put_nowait(checker)
@@ -196,14 +204,17 @@ class GrammarGate:
             compiling.add_done_callback(partial(self._let_next, checker))
             async with asyncio.timeout(self._timeout_s):
                 compiled = await asyncio.shield(compiling)
-        except InvalidRequest as error:
+        except PawlError as error:
             return error
         except TimeoutError:
             what = f"not compiled after {self._timeout_s:g} s (server setting engine.grammar_timeout_s): simplify it"
             return bad_constraint(constraint, what, "CONSTRAINT_TOO_COMPLEX")
         except Exception as error:
             log.exception("a %s of %d characters could not be compiled", constraint.kind, len(constraint.source))
-            return bad_constraint(constraint, f"it could not be compiled: {type(error).__name__}")
+            return ServerError(
+                f"{constraint.kind}: it could not be compiled ({type(error).__name__}); the engine's log has the cause",
+                reason="GRAMMAR_FAILED",
+            )
         self._kept.put(key, compiled, num_bytes)
         return compiled
 
