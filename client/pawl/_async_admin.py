@@ -14,7 +14,7 @@ from typing import Self, cast
 import grpc
 import grpc.aio
 
-from pawl import _admin_core
+from pawl import _admin_core, _secrets
 from pawl._admin_types import Load, RequestState, ServerInfo
 from pawl._async_transport import AsyncServerStream, AsyncTransport
 from pawl._failures import from_grpc
@@ -84,6 +84,8 @@ class AsyncAdminClient:
     Args:
         target: host:port. Default: `PAWL_ADMIN_TARGET`, else localhost:50052.
         api_key: sent with every call. Default: `PAWL_API_KEY`.
+        internal_token: the server's internal token, which an admin listener beyond loopback wants, or a `Path` to the
+            file that holds it. Default: `PAWL_INTERNAL_TOKEN`, else the file that `PAWL_INTERNAL_TOKEN_FILE` names.
         timeout: seconds for a call; `drain` and `watch_load` have their own. Default: `PAWL_TIMEOUT`, else 600.
         retries: how often a call that met `Unavailable` or `Overloaded` is tried again, or a `Retry`. Default: 2.
         tls: True for the system's certificate authorities, a PEM file of others, or a `TLS`.
@@ -95,6 +97,7 @@ class AsyncAdminClient:
         target: str | None = None,
         *,
         api_key: str | None = None,
+        internal_token: str | Path | None = None,
         timeout: float | None = None,
         retries: int | Retry | None = None,
         tls: bool | str | Path | TLS | None = None,
@@ -105,6 +108,7 @@ class AsyncAdminClient:
             target_variable="PAWL_ADMIN_TARGET",
             default_target=DEFAULT_ADMIN_TARGET,
             api_key=api_key,
+            internal_token=_secrets.internal_token(internal_token),
             timeout=timeout,
             retries=retries,
             tls=tls,

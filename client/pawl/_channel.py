@@ -22,6 +22,7 @@ __all__ = ["MAX_MESSAGE_BYTES", "channel_options", "metadata", "open_async_chann
 # Long prompts as token ids with log-probabilities pass gRPC's 4 MiB default easily.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _SEVERAL_ADDRESSES = ("dns:", "ipv4:", "ipv6:")
+_INTERNAL_TOKEN_KEY = "pawl-internal-token"  # noqa: S105 (name of the metadata key, not a secret)
 _ROUND_ROBIN = '{"loadBalancingConfig": [{"round_robin": {}}]}'
 
 
@@ -68,7 +69,7 @@ def _credentials(tls: TLS) -> grpc.ChannelCredentials:
 
 def open_channel(settings: Settings) -> grpc.Channel:
     """A sync channel. Does not connect before the first call."""
-    _warn_of_open_key(settings)
+    _warn_of_open_secrets(settings)
     options = channel_options(settings)
     if settings.tls is None:
         return grpc.insecure_channel(settings.target, options=options)
@@ -77,7 +78,7 @@ def open_channel(settings: Settings) -> grpc.Channel:
 
 def open_async_channel(settings: Settings) -> grpc.aio.Channel:
     """An async channel, bound to the running event loop. Does not connect before the first call."""
-    _warn_of_open_key(settings)
+    _warn_of_open_secrets(settings)
     options = channel_options(settings)
     if settings.tls is None:
         return grpc.aio.insecure_channel(settings.target, options=options)
@@ -85,13 +86,24 @@ def open_async_channel(settings: Settings) -> grpc.aio.Channel:
 
 
 def metadata(settings: Settings) -> tuple[tuple[str, str], ...]:
-    """Metadata of every call. As call metadata the key also works on a connection without encryption."""
-    return (("authorization", f"Bearer {settings.api_key}"),) if settings.api_key else ()
+    """Metadata of every call. As call metadata the secrets also work on a connection without encryption."""
+    both = (
+        (("authorization", f"Bearer {settings.api_key}"), settings.api_key),
+        (
+            (_INTERNAL_TOKEN_KEY, settings.internal_token),
+            settings.internal_token,
+        ),
+    )
+    return tuple(pair for pair, secret in both if secret)
 
 
-def _warn_of_open_key(settings: Settings) -> None:
-    if settings.api_key and settings.tls is None and not _is_local(settings.target):
-        logger.warning("the API key goes to %s without encryption; pass tls=True", settings.target)
+def _warn_of_open_secrets(settings: Settings) -> None:
+    secrets = [
+        name for name, secret in (("API key", settings.api_key), ("internal token", settings.internal_token)) if secret
+    ]
+    if secrets and settings.tls is None and not _is_local(settings.target):
+        what = " and the ".join(secrets)
+        logger.warning("the %s goes to %s without encryption; pass tls=True", what, settings.target)
 
 
 def _is_local(target: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Final, TypedDict
 
 from pawl._inputs import Sampling, Stop
 from pawl._retry import Retry
+from pawl._secrets import secret
 from pawl.errors import FieldViolation, InvalidRequest
 
 __all__ = [
@@ -187,6 +188,7 @@ class Settings:
     default_model: str = ""
     priority: int | None = None
     api_key: str = field(default="", repr=False)
+    internal_token: str = field(default="", repr=False)
 
 
 def _timeout_from_environment() -> float:
@@ -209,14 +211,6 @@ def _bad_setting(name: str, what: str) -> InvalidRequest:
     return InvalidRequest(f"{name} {what}", violations=[FieldViolation(name, what)])
 
 
-def _key(given: str) -> str:
-    """An API key without the line end of the file that it was read from; it is never shown."""
-    key = given.strip()
-    if not all(" " < character <= "~" for character in key):
-        raise _bad_setting("api_key", "has a space or a character beyond ASCII inside; give the key alone")
-    return key
-
-
 def settings_from(
     target: str | None,
     *,
@@ -227,6 +221,7 @@ def settings_from(
     retries: int | Retry | None,
     tls: bool | str | Path | TLS | None,
     default_model: str = "",
+    internal_token: str = "",
 ) -> Settings:
     """Join arguments, environment and defaults, in that order.
 
@@ -252,7 +247,8 @@ def settings_from(
         retry=Retry.of(retries),
         tls=tls,
         default_model=default_model,
-        api_key=_key(api_key if api_key is not None else os.environ.get("PAWL_API_KEY", "")),
+        api_key=secret("api_key", api_key if api_key is not None else os.environ.get("PAWL_API_KEY", "")),
+        internal_token=internal_token,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,8 +10,21 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2
 
-from pawl import TLS, AsyncClient, DeadlineExceeded, InvalidRequest, Overloaded, Stop, Unauthenticated, Unavailable
+from pawl import (
+    TLS,
+    AdminClient,
+    AsyncAdminClient,
+    AsyncClient,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    Stop,
+    Unauthenticated,
+    Unavailable,
+)
+from pawl_server.cli import main
 from pawl_server.frontend.auth import hash_key, new_key
+from tests.fakes.fake_engine import TOKEN
 from tests.fakes.front_end import RunningFrontEnd, front_end, health_stub
 from tests.fakes.tokenizer import write_checkpoint
 
@@ -100,6 +114,31 @@ async def test_a_tenants_requests_at_once(guarded: RunningFrontEnd) -> None:
         guarded.engine.release.set()
         await stream.final()
         await client.generate("hello", stop=STOP)
+
+
+async def test_an_admin_listener_beyond_loopback_wants_the_internal_token(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names under localhost always mean loopback (RFC 6761), which the server does not know of any but the first."""
+    file = tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    async with front_end(checkpoint, admin_host="pawl.localhost") as server:
+        target = server.addresses.admin
+        for wrong in ("", "another"):
+            async with AsyncAdminClient(target, internal_token=wrong, retries=0) as admin:
+                with pytest.raises(Unauthenticated, match="--internal-token-file") as refused:
+                    await admin.server_info()
+            assert refused.value.reason == "INTERNAL_TOKEN_INVALID"
+            assert TOKEN not in str(refused.value)
+        async with AsyncAdminClient(target, internal_token=file) as admin, admin.watch_load() as watch:
+            assert TOKEN not in str((await admin.server_info()).config)
+            assert (await anext(aiter(watch))).block_count == 100
+        with AdminClient(target, internal_token=TOKEN) as sync_admin:
+            assert await asyncio.to_thread(sync_admin.requests) == []
+        for given, code in (([], 1), (["--internal-token-file", str(file)], 0)):
+            words = ["requests", "--json", "--admin-target", target, *given]
+            assert await asyncio.to_thread(main, words) == code
+        assert TOKEN not in "".join(capsys.readouterr())
 
 
 class Certificates:

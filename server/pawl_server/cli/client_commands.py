@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pawl.errors import PawlError
@@ -113,6 +114,13 @@ def _admin_flags() -> argparse.ArgumentParser:
     group = flags.add_argument_group("connection")
     group.add_argument(
         "--admin-target", help="host:port of the admin listener (default: PAWL_ADMIN_TARGET, else localhost:50052)"
+    )
+    group.add_argument(
+        "--internal-token-file",
+        type=Path,
+        metavar="FILE",
+        help="the server's, which its admin listener wants beyond loopback (default: PAWL_INTERNAL_TOKEN, else the"
+        " file of PAWL_INTERNAL_TOKEN_FILE)",
     )
     _add_common(group)
     return flags

@@ -15,7 +15,12 @@ __all__ = ["cancel", "drain", "models", "requests"]
 
 
 def _connect_admin(arguments: argparse.Namespace) -> AdminClient:
-    return AdminClient(arguments.admin_target, timeout=arguments.timeout, tls=arguments.tls_ca)
+    return AdminClient(
+        arguments.admin_target,
+        internal_token=arguments.internal_token_file,
+        timeout=arguments.timeout,
+        tls=arguments.tls_ca,
+    )
 
 
 def models(arguments: argparse.Namespace) -> int:

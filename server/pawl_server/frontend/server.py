@@ -127,7 +127,11 @@ def admin_listener(core: Core, health: Health) -> Listener:
         if open_to_others:
             given = [value for name, value in metadata if name == TOKEN_KEY and isinstance(value, str)]
             if not given or not hmac.compare_digest(given[0].encode(), core.token.encode()):
-                text = f"the admin listener is open to other machines: send the internal token as `{TOKEN_KEY}`"
+                text = (
+                    "the admin listener is open to other machines and wants the server's internal token:"
+                    " --internal-token-file, PAWL_INTERNAL_TOKEN, or AdminClient(internal_token=...),"
+                    f" which send it as `{TOKEN_KEY}`"
+                )
                 raise Unauthenticated(text, reason="INTERNAL_TOKEN_INVALID")
         return ANONYMOUS
 

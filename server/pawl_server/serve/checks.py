@@ -64,18 +64,21 @@ def _holder(port: int) -> str:
     return ""
 
 
-def check_internal_listeners(config: Config, token: str | None) -> None:
+def check_internal_listeners(config: Config, token: str | None, *, admin: bool = False) -> None:
     """Refuse internal listeners that others can reach unless the operator chose their token.
 
     Args:
         config: the settings.
         token: the token that the settings give, None if there is none.
+        admin: whether this process has an admin listener.
 
     Raises:
         InvalidRequest: a listener is open and no token was given.
     """
-    for setting in ("fleet_host", "engine_host"):
-        host = getattr(config.fleet, setting)
+    hosts = {"fleet_host": config.fleet.fleet_host, "engine_host": config.fleet.engine_host}
+    if admin:
+        hosts["admin_host"] = config.frontend.admin_host
+    for setting, host in hosts.items():
         if not is_loopback(host) and token is None:
             raise InvalidRequest(
                 f"{setting} = {host} is open to other machines and no token protects it: write one to a file"

@@ -43,7 +43,7 @@ async def serve(config: Config, output: Output) -> int:
     """
     remove_ready_file(config.frontend.ready_file)
     given = given_token(config.security)
-    check_internal_listeners(config, given)
+    check_internal_listeners(config, given, admin=True)
     frontend = config.frontend
     check_port(frontend.host, frontend.port, "--port")
     check_port(frontend.admin_host, frontend.admin_port, "--admin-port")

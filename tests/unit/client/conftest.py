@@ -13,7 +13,8 @@ from pawl.testing import FakeServer, ManualClock
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of the shell that runs the tests must not reach them."""
-    for name in ("PAWL_TARGET", "PAWL_ADMIN_TARGET", "PAWL_API_KEY", "PAWL_TIMEOUT", "PAWL_LOG"):
+    secrets = ("PAWL_API_KEY", "PAWL_INTERNAL_TOKEN", "PAWL_INTERNAL_TOKEN_FILE")
+    for name in ("PAWL_TARGET", "PAWL_ADMIN_TARGET", *secrets, "PAWL_TIMEOUT", "PAWL_LOG"):
         monkeypatch.delenv(name, raising=False)
 
 

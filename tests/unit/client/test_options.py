@@ -11,6 +11,7 @@ from google.protobuf import json_format, message
 
 from pawl import (
     TLS,
+    AdminClient,
     AsyncClient,
     ChatOptions,
     Client,
@@ -24,6 +25,7 @@ from pawl import (
 from pawl import _core as core
 from pawl._channel import channel_options, metadata, open_channel
 from pawl._options import DEFAULT_TARGET, Settings, settings_from
+from pawl._secrets import internal_token
 
 SETTINGS = Settings(target="localhost:1")
 
@@ -317,7 +319,45 @@ def test_open_key_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
     open_channel(settings("far.example:1", api_key="secret-key")).close()
     assert "without encryption" in caplog.text
-    assert "secret-key" not in caplog.text
+    open_channel(settings("far.example:1", internal_token="secret-token")).close()
+    assert "the internal token goes to far.example:1 without encryption" in caplog.text
+    assert "secret-" not in caplog.text
+
+
+def test_an_internal_token_comes_from_what_is_given_else_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("of-the-file\n")
+    assert internal_token(None) == ""
+    monkeypatch.setenv("PAWL_INTERNAL_TOKEN_FILE", str(file))
+    assert internal_token(None) == internal_token(file) == "of-the-file"
+    monkeypatch.setenv("PAWL_INTERNAL_TOKEN", "of-the-variable")
+    assert internal_token(None) == "of-the-variable"
+    assert internal_token("given") == "given"
+    assert internal_token("") == ""
+    sent = metadata(settings("h:1", api_key="k", internal_token="given"))
+    assert sent == (("authorization", "Bearer k"), ("pawl-internal-token", "given"))
+
+
+def test_an_internal_token_that_cannot_be_had_is_refused_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "token"
+    monkeypatch.setenv("PAWL_INTERNAL_TOKEN_FILE", str(file))
+    with pytest.raises(InvalidRequest, match="PAWL_INTERNAL_TOKEN_FILE cannot be read"):
+        AdminClient("h:1")
+    with pytest.raises(InvalidRequest, match="internal_token cannot be read"):
+        internal_token(file)
+    file.write_text("\n")
+    with pytest.raises(InvalidRequest, match="is empty"):
+        internal_token(file)
+    file.write_text("two words")
+    with pytest.raises(InvalidRequest, match="give the token alone") as caught:
+        internal_token(file)
+    assert "words" not in str(caught.value)
+    with AdminClient("h:1", internal_token="secret-token") as admin:
+        assert "secret-token" not in repr(admin)
 
 
 def test_with_options() -> None:

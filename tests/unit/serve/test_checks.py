@@ -74,13 +74,17 @@ def test_settings_that_no_engine_can_serve_with_are_refused_before_one_is_starte
     assert caught.value.reason == "BAD_SETTING"
 
 
-@pytest.mark.parametrize("setting", ["fleet_host", "engine_host"])
+@pytest.mark.parametrize("setting", ["fleet_host", "engine_host", "admin_host"])
 def test_an_open_internal_listener_needs_a_chosen_token(setting: str) -> None:
     config = Config().replace(**{setting: "0.0.0.0"})
     with pytest.raises(InvalidRequest, match=f"{setting}.*--internal-token-file"):
-        check_internal_listeners(config, None)
-    check_internal_listeners(config, "chosen")
-    check_internal_listeners(Config(), None)
+        check_internal_listeners(config, None, admin=True)
+    check_internal_listeners(config, "chosen", admin=True)
+    check_internal_listeners(Config(), None, admin=True)
+
+
+def test_an_admin_host_is_no_matter_of_a_process_without_that_listener() -> None:
+    check_internal_listeners(Config().replace(admin_host="0.0.0.0"), None)
 
 
 def test_the_exposure_warning_names_the_missing_flags() -> None:
