@@ -9,6 +9,8 @@ INTERNAL_PROTOS := $(shell find protos/pawl_server -name '*.proto')
 # One thread per process in the test suites: two OpenMP pools on two cores starve each other.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(PY) -m pytest
+# Tests that start no servers are spread over the processors, a file to a process, so that what a file shares is made once.
+SPREAD := --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: help setup demo serve test unit property parity e2e chaos interop check lint types imports proto-lint deploy-check fmt protos sizes bench train test-gpu bench-gpu clean
 
@@ -30,9 +32,13 @@ serve: setup ## pawl serve, on the embedded model unless MODEL=... is given
 	$(BIN)/pawl serve $(MODEL)
 
 test: setup ## unit, property, parity, e2e, chaos and interop tests
-	$(PYTEST) tests -m "not gpu and not slow"
+	$(PYTEST) $(SPREAD) tests/unit tests/property tests/parity -m "not gpu and not slow"
+	$(PYTEST) tests/e2e tests/chaos tests/interop -m "not gpu and not slow"
 
-unit property parity e2e chaos interop: setup
+unit property parity: setup
+	$(PYTEST) $(SPREAD) tests/$@ -m "not gpu and not slow"
+
+e2e chaos interop: setup
 	$(PYTEST) tests/$@ -m "not gpu and not slow"
 
 check: setup lint types imports proto-lint deploy-check ## ruff, mypy, import-linter, buf, manifests
