@@ -24,6 +24,7 @@ class LinearTime:
 
     Attributes:
         best: of all runs; `median` likewise.
+        weight_bytes: as they are packed.
     """
 
     name: str
@@ -63,9 +64,10 @@ def measure_linears(kernels: Kernels, model: ModelShape, rows: Sequence[int], dt
     """Measure layer after layer, each at every number of rows."""
     found = []
     for name, (inner, outer) in _linears(model).items():
-        num_bytes = inner * outer * dtype.itemsize
-        weights = [(torch.randn(outer, inner) * 0.02).to(dtype) for _ in range(max(1, _SET_BYTES // num_bytes))]
+        copies = max(1, _SET_BYTES // (inner * outer * dtype.itemsize))
+        weights = [(torch.randn(outer, inner) * 0.02).to(dtype) for _ in range(copies)]
         packed = [kernels.pack_linear(weight, None) for weight in weights]
+        num_bytes = packed[0].num_bytes
         del weights
         for count in rows:
             x = torch.randn(count, inner)

@@ -7,7 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from pawl_workers.kernels.byte_weights import ByteScales, ByteWeight
+from pawl_workers.kernels.byte_weights import ByteScales
+from pawl_workers.kernels.coded_weights import ExponentCode
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import LinearCall
 from pawl_workers.kernels.weight_memory import WeightMemory
@@ -18,6 +19,7 @@ __all__ = ["NARROW", "CpuLinear", "Workspace", "packed_bytes"]
 NARROW = (torch.bfloat16, torch.float16)
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # as in linear.h
 GROUPS_FORMAT = 4
+CODED_FORMAT = 5
 _COMPARED_AT_ONCE = 1 << 14  # weights
 
 
@@ -31,7 +33,10 @@ def _is_exact(weight: Tensor, dtype: torch.dtype) -> bool:
 def packed_bytes(
     out_features: int, in_features: int, dtype: torch.dtype, panel_width: int, scales: ByteScales | None = None
 ) -> int:
-    """Memory that panels take: an even number of them; of bf16, an even number of inputs; of bytes, the scales too."""
+    """Memory that panels take: an even number of them; of bf16 an even number of inputs, of bytes the scales too.
+
+    Of bf16 that is coded, three quarters of this.
+    """
     features = -(-out_features // (2 * panel_width)) * 2 * panel_width
     if scales is not None:  # those of groups lie in the panels
         features_scaled = out_features if scales.group is None else features
@@ -57,11 +62,13 @@ class CpuLinear:
     """A linear layer whose weight lies in panels of output features.
 
     In bf16 or fp16 if it comes so, or if every value is exact in it, which halves the bytes a step reads; else in fp32.
+    bf16 is coded in 12 bits where that can be.
     `byte_scales`: in bytes, and how they share scales.
     """
 
     __slots__ = (
         "_call",
+        "_code",
         "_group",
         "_library",
         "_packed",
@@ -91,34 +98,54 @@ class CpuLinear:
         self.data_type = torch.int8 if byte_scales is not None else weight.dtype
         if self.data_type is torch.float32:
             self.data_type = next((dtype for dtype in NARROW if _is_exact(weight, dtype)), torch.float32)
-        num_bytes = packed_bytes(self.out_features, self.in_features, self.data_type, library.panel_width, byte_scales)
-        if byte_scales is not None and byte_scales.group is None:
-            num_bytes -= byte_scales.scale_bytes((self.out_features, self.in_features))
-        self._packed = memory.take(num_bytes)
+        self._code: ExponentCode | None = None
         if byte_scales is None:
-            narrow = self.data_type is not weight.dtype
-            self._fill(passing_tensor(weight.shape, self.data_type).copy_(weight) if narrow else weight)
+            if self.data_type is not weight.dtype:
+                weight = passing_tensor(weight.shape, self.data_type).copy_(weight)
+            self._fill(weight.contiguous(), memory)
         else:
-            self._fill_bytes(byte_scales.quantise(weight, passing=True))
+            self._fill_bytes(byte_scales, weight, memory)
         self._call = self.call()  # filled in by each step
         self._wide_bytes = library.wide_bytes(self.in_features)
 
-    def _fill(self, source: Tensor) -> None:
-        source = source.contiguous()
+    def _fill(self, source: Tensor, memory: WeightMemory) -> None:
+        shape, width = (self.out_features, self.in_features), self._library.panel_width
+        if self.data_type is torch.bfloat16:
+            self._code = ExponentCode.of(source, self._library)
+        if self._code is not None:
+            self._packed = memory.take(self._code.packed_bytes(*shape, width))
+            self._code.pack(source, self._packed, self._library)
+            return
+        self._packed = memory.take(packed_bytes(*shape, self.data_type, width))
+        self._pack(source)
+
+    def _pack(self, source: Tensor) -> None:
         self._library.pack(
             source.data_ptr(), self._packed.data_ptr(), self.out_features, self.in_features,
             self.in_features * source.element_size(), FORMATS[self.data_type], torch.get_num_threads(),
         )  # fmt: skip
 
-    def _fill_bytes(self, weight: ByteWeight) -> None:
+    def _fill_bytes(self, byte_scales: ByteScales, source: Tensor, memory: WeightMemory) -> None:
+        shape = (self.out_features, self.in_features)
+        num_bytes = packed_bytes(*shape, torch.int8, self._library.panel_width, byte_scales)
+        if byte_scales.group is None:
+            num_bytes -= byte_scales.scale_bytes(shape)
+        self._packed = memory.take(num_bytes)
+        weight = byte_scales.quantise(source, passing=True)
         if self._group is None:
             self.scales = weight.scales.squeeze(1)
-            self._fill(weight.values)
+            self._pack(weight.values.contiguous())
             return
         self._library.pack_groups(
             weight.values.data_ptr(), weight.scales.data_ptr(), self._packed.data_ptr(), self.out_features,
             self.in_features, self._shift, torch.get_num_threads(),
         )  # fmt: skip
+
+    @property
+    def _format(self) -> int:
+        if self._group is not None:
+            return GROUPS_FORMAT
+        return FORMATS[self.data_type] if self._code is None else CODED_FORMAT
 
     @property
     def _shift(self) -> int:
@@ -139,7 +166,7 @@ class CpuLinear:
             n=self.out_features,
             x_stride=self.in_features,
             y_stride=self.out_features,
-            format=FORMATS[self.data_type] if self._group is None else GROUPS_FORMAT,
+            format=self._format,
             factor=1.0,
             shift=self._shift,
         )
@@ -161,6 +188,8 @@ class CpuLinear:
         width = self._library.panel_width
         if self._group is not None:
             return self._unpack_groups(self._group, width)
+        if self._code is not None:
+            return self._code.unpack(self._packed, self.out_features, self.in_features, width).float()
         if self.data_type is torch.bfloat16:  # [panels, pairs, features, 2]: a pair is turned as one word
             pairs = self._packed.view(torch.int32).view(-1, -(-self.in_features // 2), width)
             values = pairs.transpose(1, 2).reshape(-1, pairs.shape[1]).view(torch.bfloat16)

@@ -24,6 +24,7 @@ _FOLDER = Path(__file__).parent
 _SOURCES = (
     "linear.c",
     "linear_pack.c",
+    "linear_coded.c",
     "linear_tiles.c",
     "attention.c",
     "attention_rows.c",
@@ -40,6 +41,7 @@ _HEADERS = (
     "linear.h",
     "linear_tiles.h",
     "panels.h",
+    "coded.h",
     "tiles.h",
     "sums.h",
     "best_tokens.h",

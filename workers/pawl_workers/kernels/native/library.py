@@ -51,6 +51,8 @@ class Library:
 
     pack: Function
     pack_groups: Function
+    pack_coded: Function
+    count_exponents: Function
     linear: Function
     attend: Function
     norm: Function
@@ -62,6 +64,7 @@ class Library:
     describe_tokens: Function
     panel_width: int
     scratch_bytes: int
+    multiplies_coded: bool
     _loaded: ctypes.CDLL
 
     def take_seconds(self) -> dict[str, float]:
@@ -93,6 +96,8 @@ _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _ARGUMENTS: dict[str, list[type[ctypes._SimpleCData]]] = {  # type: ignore[type-arg]
     "pack": [_P, _P, _N, _N, _N, _I, _I],
     "pack_groups": [_P, _P, _P, _N, _N, _I, _I],
+    "pack_coded": [_P, _P, _N, _N, _N, _P, _I],
+    "count_exponents": [_P, _N, _N, _N, _P, _I],
     "linear": [_P, _P, _I],
     "attend": [_P, _P, _I],
     "norm": [_P, _I],
@@ -106,6 +111,7 @@ _ARGUMENTS: dict[str, list[type[ctypes._SimpleCData]]] = {  # type: ignore[type-
 _COUNTS: dict[str, list[type[ctypes.c_int64]]] = {
     "scratch_bytes": [],
     "panel_width": [],
+    "multiplies_coded": [],
     "linear_wide_bytes": [_N],
     "program_scratch_bytes": [_N],
     "sampling_scratch_bytes": [_N],
@@ -139,6 +145,7 @@ def load_library() -> Library:
         **functions,
         panel_width=int(loaded.pawl_panel_width()),
         scratch_bytes=int(loaded.pawl_scratch_bytes()),
+        multiplies_coded=bool(loaded.pawl_multiplies_coded()),
         _loaded=loaded,
     )
 

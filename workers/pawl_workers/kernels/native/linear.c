@@ -27,7 +27,7 @@
 #define MOST_PANELS 8
 #define MOST_SUMS 24
 #define DEPTH 4      /* inputs whose weights are prefetched together */
-#define WIDE 5       /* a format of its own: two panels of floats side by side, [K][2][WIDTH] */
+#define WIDE 6       /* a format of its own: two panels of floats side by side, [K][2][WIDTH] */
 
 #if WIDTH == 16
 #define ROWS 12      /* 12 rows x 2 panels fill 24 of 32 registers */

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-enum { FLOAT = 0, HALF = 1, BRAIN = 2, BYTE = 3, GROUPS = 4 }; /* of packed weights */
+enum { FLOAT = 0, HALF = 1, BRAIN = 2, BYTE = 3, GROUPS = 4, CODED = 5 }; /* of packed weights */
 
 typedef struct {
     const float *x;      /* [m, k], rows x_stride apart */

@@ -2,7 +2,7 @@
 
    A float is the sum of three bfloat16, its upper 8 bits, the next 8 and the last 8. So x W^T is the sum of three
    products of bfloat16, each exact before it is added up; what is lost is the rounding of sums, as in fp32, and numbers
-   below 2^-126. Weights are those that bfloat16 holds exactly: as they are packed, or bytes, widened.
+   below 2^-126. Weights are those that bfloat16 holds exactly: as they are packed, coded (coded.h), or bytes, widened.
 
    Every output is a sum over k in order, 32 at a time, the upper part of x before the next: its bits depend neither on
    the number of rows nor on that of threads. They differ from those of linear.c in the last places.
@@ -33,6 +33,7 @@ int64_t tiles_scratch_bytes(int64_t k) { return (void)k, 0; }
 #define MOST_DEPTH 6           /* tiles of k at a time: so many of PANELS, and a row's parts, fit the first-level cache */
 #define AHEAD 2048             /* bytes of each panel to prefetch ahead, for one tile of rows */
 #define FAR_AHEAD 4096         /* as many into the second-level cache */
+#define KEPT 7                 /* mask of places for unpacked tiles: of MOST_DEPTH at least */
 #define PAIRED_ROWS 192        /* from here on two tiles of rows are multiplied at once, with two panels */
 #define PAIRED_DEPTH 18        /* tiles of k at a time then */
 
@@ -61,24 +62,21 @@ INLINE Ahead look_ahead(const Weights *w, int panels, int64_t depth, int64_t byt
 }
 
 /* sums [16][panels][16] += 16 rows times the tiles from `begin` to `end` of some panels. All parts of the rows are held, so
-   that a tile of weights is loaded once for its three products. widen: 0, or the k of panels of bytes, a tile of which is
-   widened while the one before it is multiplied, into every `mask + 1`th place. later: what the second-level cache is to
+   that a tile of weights is loaded once for its three products. unpack: the format of panels of which a tile is unpacked
+   while the one before it is multiplied, or BRAIN where none is. mask: of the places of unpacked tiles. later: what the second-level cache is to
    have, or NULL. */
-INLINE void product(int panels, const char *parts, const Weights *w, int64_t begin, int64_t end, int64_t widen,
-                    int64_t mask, const Ahead *ahead, const Ahead *later, int64_t lines, int64_t bytes, float *sums) {
-#define WIDEN(p, i) \
-    widen_tile((const int8_t *)w->packed[p] + (i) * bytes, widen - (i) * TILE_DEPTH, \
-               (char *)w->tiles[p] + ((i) & mask) * TILE_BYTES);
+INLINE void product(int panels, const char *parts, Weights *w, int64_t begin, int64_t end, int unpack, int64_t mask,
+                    const Ahead *ahead, const Ahead *later, int64_t lines, int64_t bytes, float *sums) {
 #define FIRST(p) \
     if (begin) _tile_loadd(p, sums + p * 16, panels * 64); \
     else _tile_zero(p); \
-    if (widen) WIDEN(p, begin)
+    if (unpack != BRAIN) unpack_tile(unpack, w, p, begin, mask);
 #define MULTIPLY(p) \
     for (int64_t line = 0; line < lines; line++) { \
         __builtin_prefetch(next[p] + i * bytes + line * 64); \
         if (later) __builtin_prefetch(after[p] + i * bytes + line * 64, 0, 2); \
     } \
-    if (widen && i + 1 < end) WIDEN(p, i + 1) \
+    if (unpack != BRAIN && i + 1 < end) unpack_tile(unpack, w, p, i + 1, mask); \
     _tile_loadd(WEIGHTS, w->tiles[p] + (i & mask) * TILE_BYTES, 64); \
     _tile_dpbf16ps(p, 5, WEIGHTS); \
     _tile_dpbf16ps(p, 6, WEIGHTS); \
@@ -101,15 +99,18 @@ INLINE void product(int panels, const char *parts, const Weights *w, int64_t beg
 
 /* As `product`, of two tiles of rows and two panels. The second tile of rows lies `row_step` bytes on, its sums behind
    those of the first. share: of what comes next, for each tile of k. */
-INLINE void paired_product(const char *parts, int64_t row_step, const Weights *w, int64_t begin, int64_t end,
+INLINE void paired_product(const char *parts, int64_t row_step, Weights *w, int64_t begin, int64_t end, int unpack,
                            const char *next, int64_t share, float *sums) {
     float *below = sums + TILE_ROWS * 2 * WIDTH;
 #define EACH_SUM(DO) DO(0, sums) DO(1, sums + WIDTH) DO(2, below) DO(3, below + WIDTH)
 #define BEGIN_PAIRED(i, at) if (begin) _tile_loadd(i, at, 128); else _tile_zero(i);
 #define STORE_PAIRED(i, at) _tile_stored(i, at, 128);
     EACH_SUM(BEGIN_PAIRED)
-    settle(parts);
+#define UNPACK_PAIR(i) if (unpack != BRAIN) unpack_tile(unpack, w, 0, i, -1), unpack_tile(unpack, w, 1, i, -1)
+    UNPACK_PAIR(begin);
     for (int64_t i = begin; i < end; i++, next += share) {
+        if (i + 1 < end) UNPACK_PAIR(i + 1);
+        settle(parts);
         _tile_loadd(6, w->tiles[0] + i * TILE_BYTES, 64);
         _tile_loadd(7, w->tiles[1] + i * TILE_BYTES, 64);
         for (int part = 0; part < PARTS; part++, parts += TILE_BYTES) {
@@ -126,13 +127,12 @@ INLINE void paired_product(const char *parts, int64_t row_step, const Weights *w
 }
 
 /* As `some_panels`, of two panels and many rows. */
-static void paired_panels(const Linear *l, int64_t row, int64_t rows, int64_t panel, const TileScratch *s) {
+INLINE void paired_panels(int format, const Linear *l, int64_t row, int64_t rows, int64_t panel, const TileScratch *s) {
     int64_t depth = depth_tiles(l->k), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, begin = 0;
-    int64_t passes = (depth + PAIRED_DEPTH - 1) / PAIRED_DEPTH;
-    Weights w = find_weights(l, 2, panel, s);
+    int64_t passes = (depth + PAIRED_DEPTH - 1) / PAIRED_DEPTH, row_step = depth * PARTS * TILE_BYTES;
+    Weights w = find_weights(format, l, 2, panel, s);
     int64_t odd = w.packed[1] - w.packed[0], share = (2 * w.bytes / (tiles / 2) + 63) / 64 * 64;
     const Ahead nothing = {.turn = -1};
-    if (l->format == BYTE) widen_panels(&w, 2, l->k);
     for (int64_t pass = 0; pass < passes; pass++) {
         int64_t end = begin + depth / passes + (pass < depth % passes), bytes = (end - begin) * w.bytes;
         const char *after = w.packed[0] + (pass + 1 < passes ? end * w.bytes : w.step);
@@ -141,8 +141,9 @@ static void paired_panels(const Linear *l, int64_t row, int64_t rows, int64_t pa
             float *sums = s->sums + tile * TILE_ROWS * 2 * WIDTH;
             int64_t fetched = tile / 2 * share * (end - begin); /* of the even panel, then of the odd one */
             const char *next = after + (fetched < bytes ? fetched : odd + fetched - bytes);
-            if (tile + 1 == tiles) product(2, parts, &w, begin, end, 0, -1, &nothing, NULL, 0, 0, sums);
-            else paired_product(parts, depth * PARTS * TILE_BYTES, &w, begin, end, next, share, sums);
+            if (tile == 0) paired_product(parts, row_step, &w, begin, end, format, next, share, sums);
+            else if (tile + 1 < tiles) paired_product(parts, row_step, &w, begin, end, BRAIN, next, share, sums);
+            else product(2, parts, &w, begin, end, BRAIN, -1, &nothing, NULL, 0, 0, sums);
         }
         begin = end;
     }
@@ -150,17 +151,17 @@ static void paired_panels(const Linear *l, int64_t row, int64_t rows, int64_t pa
 }
 
 /* Some panels times the rows whose parts are in the scratch. after: the panels that come next. */
-INLINE void some_panels(const Linear *l, int panels, int64_t row, int64_t rows, int64_t panel, int64_t after,
+INLINE void some_panels(int format, const Linear *l, int panels, int64_t row, int64_t rows, int64_t panel, int64_t after,
                         const TileScratch *s) {
     int64_t depth = depth_tiles(l->k), row_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     int64_t passes = row_tiles == 1 ? 1 : (depth + MOST_DEPTH - 1) / MOST_DEPTH, begin = 0;
-    Weights w = find_weights(l, panels, panel, s);
+    Weights w = find_weights(format, l, panels, panel, s);
     w.step = w.step / (panels / 2) * ((after - panel) / 2);
     Ahead ahead = {.turn = -1}, later = ahead;
     if (row_tiles == 1)
         ahead = look_ahead(&w, panels, depth, AHEAD), later = look_ahead(&w, panels, depth, FAR_AHEAD);
-    int64_t size = w.bytes, lines = size / 64 / row_tiles;
-    int widen = l->format == BYTE;
+    const int64_t size = tile_bytes(format), lines = size / 64 / row_tiles, all = size / 64;
+    const int64_t pair = format == BRAIN ? -1 : 1, kept = format == BRAIN ? -1 : KEPT;
     for (int64_t pass = 0; pass < passes; pass++) {
         int64_t end = begin + depth / passes + (pass < depth % passes);
         int64_t next = pass + 1 < passes ? (end - begin) * size : w.step - begin * size;
@@ -168,10 +169,10 @@ INLINE void some_panels(const Linear *l, int panels, int64_t row, int64_t rows, 
         for (int64_t tile = 0; tile < row_tiles; tile++) {
             const char *parts = s->parts + (tile * depth + begin) * PARTS * TILE_BYTES;
             float *sums = s->sums + tile * TILE_ROWS * panels * WIDTH;
-            int64_t now = tile == 0 && widen ? l->k : 0; /* for the tiles of rows after it too */
-            if (row_tiles > 1) product(panels, parts, &w, begin, end, now, -1, &ahead, NULL, lines, size, sums);
-            else if (widen) product(panels, parts, &w, begin, end, l->k, 1, &ahead, NULL, 8, 512, sums);
-            else product(panels, parts, &w, begin, end, 0, -1, &ahead, &later, 16, 1024, sums);
+            const Ahead *far = format == BYTE ? NULL : &later;
+            if (row_tiles == 1) product(panels, parts, &w, begin, end, format, pair, &ahead, far, all, size, sums);
+            else if (tile == 0) product(panels, parts, &w, begin, end, format, kept, &ahead, NULL, lines, size, sums);
+            else product(panels, parts, &w, begin, end, BRAIN, kept, &ahead, NULL, lines, size, sums);
             for (int p = 0; p < panels; p++) ahead.near[p] += lines * 64; /* another share for each tile of rows */
             if (pass + 1 < passes) continue;
             int64_t height = rows - tile * TILE_ROWS < TILE_ROWS ? rows - tile * TILE_ROWS : TILE_ROWS;
@@ -180,6 +181,30 @@ INLINE void some_panels(const Linear *l, int panels, int64_t row, int64_t rows, 
         begin = end;
     }
 }
+
+/* A function for each format and number of panels. */
+typedef void Panelwise(const Linear *l, int64_t row, int64_t rows, int64_t panel, int64_t after, const TileScratch *s);
+
+#define DEFINE(format) \
+    static void two_##format(const Linear *l, int64_t row, int64_t rows, int64_t panel, int64_t after, \
+                             const TileScratch *s) { \
+        some_panels(format, l, 2, row, rows, panel, after, s); \
+    } \
+    static void four_##format(const Linear *l, int64_t row, int64_t rows, int64_t panel, int64_t after, \
+                              const TileScratch *s) { \
+        some_panels(format, l, PANELS, row, rows, panel, after, s); \
+    } \
+    static void paired_##format(const Linear *l, int64_t row, int64_t rows, int64_t panel, int64_t after, \
+                                const TileScratch *s) { \
+        (void)after; \
+        paired_panels(format, l, row, rows, panel, s); \
+    }
+DEFINE(BRAIN)
+DEFINE(BYTE)
+DEFINE(CODED)
+static Panelwise *const TWO[] = {[BRAIN] = two_BRAIN, [BYTE] = two_BYTE, [CODED] = two_CODED};
+static Panelwise *const FOUR[] = {[BRAIN] = four_BRAIN, [BYTE] = four_BYTE, [CODED] = four_CODED};
+static Panelwise *const PAIRED[] = {[BRAIN] = paired_BRAIN, [BYTE] = paired_BYTE, [CODED] = paired_CODED};
 
 /* One tile of rows at most, which waits for weights and not for products. */
 static void few_rows_part(const Linear *l, int64_t *next, int32_t threads, const TileScratch *s) {
@@ -193,8 +218,7 @@ static void few_rows_part(const Linear *l, int64_t *next, int32_t threads, const
             if (odd) first = share.end -= step, after = first - step;
             else after = share.first += step;
             if (after < 0 || after >= panels || (share.first == share.end && !known)) after = first;
-            if (step == 2) some_panels(l, 2, 0, l->m, first, after, s);
-            else some_panels(l, PANELS, 0, l->m, first, after, s);
+            (step == 2 ? TWO : FOUR)[l->format](l, 0, l->m, first, after, s);
         }
     }
 }
@@ -238,9 +262,9 @@ void tiles_part(const Linear *l, int64_t *next, int32_t threads, char *scratch) 
         int64_t first = shared < 0 ? 0 : first_of(&blocks.dealt, i);
         int64_t end = shared < 0 ? blocks.dealt.panels : end_of(&blocks.dealt, i);
         int paired = l->m >= PAIRED_ROWS && count > PAIRED_ROWS / 2;
-        for (; paired && first < end; first += 2) paired_panels(l, row, count, first, &s);
-        for (; first + PANELS <= end; first += PANELS) some_panels(l, PANELS, row, count, first, first + PANELS, &s);
-        if (first < end) some_panels(l, 2, row, count, first, first + 2, &s);
+        for (; paired && first < end; first += 2) PAIRED[l->format](l, row, count, first, first + 2, &s);
+        for (; first + PANELS <= end; first += PANELS) FOUR[l->format](l, row, count, first, first + PANELS, &s);
+        if (first < end) TWO[l->format](l, row, count, first, first + 2, &s);
     }
     _tile_release();
 }

@@ -7,7 +7,7 @@
 /* Whether weights of this format are multiplied in tiles. */
 static inline int in_tiles(int format) {
 #if defined(__AMX_BF16__)
-    return format == BRAIN || format == BYTE;
+    return format == BRAIN || format == BYTE || format == CODED;
 #else
     (void)format;
     return 0;

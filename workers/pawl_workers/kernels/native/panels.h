@@ -11,6 +11,7 @@ typedef struct {
 } Panels;
 
 INLINE int64_t panel_bytes(int format, int64_t k) {
+    if (format == CODED) return k * WIDTH * 3 / 2;
     return format == BRAIN ? (k + 1) / 2 * WIDTH * 4 : k * WIDTH * (format == FLOAT ? 4 : format == HALF ? 2 : 1);
 }
 

@@ -2,6 +2,7 @@
 #ifndef PAWL_TILES_H
 #define PAWL_TILES_H
 
+#include "coded.h"
 #include "panels.h"
 #include "vector.h"
 
@@ -16,7 +17,7 @@
 
 typedef struct {
     char *parts;   /* [row tiles][k tiles][PARTS][16][32] bfloat16 */
-    char *widened; /* panels of bytes as bfloat16; a panel of which a last tile is filled up with zeros */
+    char *widened; /* what is unpacked of panels, as bfloat16; a panel of which a last tile is filled up with zeros */
     float *sums;   /* [row tiles][16][panels][16] */
 } TileScratch;
 
@@ -109,36 +110,69 @@ INLINE void widen_tile(const int8_t *from, int64_t left, char *to) {
 
 /* Some panels. */
 typedef struct {
-    const char *packed[PANELS]; /* as they lie in memory */
-    const char *tiles[PANELS];  /* as tiles: there, or in the scratch */
-    int64_t bytes;              /* of a packed tile */
-    int64_t step;               /* bytes from here to the panels that come next */
+    const char *packed[PANELS];          /* as they lie in memory */
+    const char *tiles[PANELS];           /* as tiles: there, or in the scratch */
+    const Exception *exceptions[PANELS]; /* of CODED, those that are not yet in their places */
+    const uint16_t *exponents;           /* of CODED */
+    int64_t bytes;                       /* of a packed tile */
+    int64_t step;                        /* bytes from here to the panels that come next */
+    int64_t k;
 } Weights;
 
+/* A tile of CODED: signs and fractions, and what else is in their 32 bits gives way to the exponents. */
+INLINE void decode_tile(const char *from, const uint16_t *exponents, char *to) {
+    const __m512i table = _mm512_loadu_si512(exponents), kept = _mm512_set1_epi32((int32_t)SIGN_AND_FRACTION);
+#define DECODE(row, rest, numbers) /* (rest & kept) | exponents */ \
+    _mm512_store_si512(to + (row) * 64, \
+                       _mm512_ternarylogic_epi32(rest, kept, _mm512_permutexvar_epi16(numbers, table), 0xea));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++, to += 4 * 64) {
+        __m512i numbers = _mm512_loadu_si512(from + i * 64);
+        __m512i low = _mm512_loadu_si512(from + NUMBERS_BYTES + i * 128);
+        __m512i high = _mm512_loadu_si512(from + NUMBERS_BYTES + i * 128 + 64);
+        DECODE(0, low, numbers)
+        DECODE(1, _mm512_rol_epi32(low, 8), _mm512_srli_epi16(numbers, 4))
+        DECODE(2, high, _mm512_srli_epi16(numbers, 8))
+        DECODE(3, _mm512_rol_epi32(high, 8), _mm512_srli_epi16(numbers, 12))
+    }
+#undef DECODE
+}
+
+/* Bytes of a packed tile. */
+INLINE int64_t tile_bytes(int format) {
+    return format == BYTE ? TILE_BYTES / 2 : format == CODED ? CODED_BYTES : TILE_BYTES;
+}
+
 /* Those of bfloat16 are tiles as they lie, but for a last one, which is filled up. */
-INLINE Weights find_weights(const Linear *l, int panels, int64_t panel, const TileScratch *s) {
-    int64_t bytes = panel_bytes(l->format, l->k), depth = depth_tiles(l->k), whole = l->k / TILE_DEPTH;
+INLINE Weights find_weights(int format, const Linear *l, int panels, int64_t panel, const TileScratch *s) {
+    int64_t bytes = panel_bytes(format, l->k), depth = depth_tiles(l->k), whole = l->k / TILE_DEPTH;
     Panels at = panels_of(l, bytes);
     const char *from = (const char *)l->weights + panel / 2 * at.pair_step;
-    Weights w = {.bytes = TILE_DEPTH * WIDTH * (l->format == BYTE ? 1 : 2), .step = panels / 2 * at.pair_step};
+    Weights w = {.bytes = tile_bytes(format), .step = panels / 2 * at.pair_step, .k = l->k};
+    Coded coded = {0};
+    if (format == CODED) coded = coded_of(l->weights, l->n, l->k), w.exponents = coded.exponents;
     for (int p = 0; p < panels; p++) {
         char *own = s->widened + p * depth * TILE_BYTES;
         w.packed[p] = from + (p & 1) * at.odd_step + (p >> 1) * at.pair_step;
-        w.tiles[p] = l->format == BYTE || whole < depth ? own : w.packed[p];
-        if (l->format == BYTE || whole == depth) continue;
+        w.tiles[p] = format == BRAIN && whole == depth ? w.packed[p] : own;
+        if (format == CODED) w.exceptions[p] = exceptions_of(&coded, (w.packed[p] - (const char *)l->weights) / bytes);
+        if (format != BRAIN || whole == depth) continue;
         memset(own + whole * TILE_BYTES, 0, TILE_BYTES);
         memcpy(own, w.packed[p], (size_t)bytes);
     }
     return w;
 }
 
-/* Whole panels of bytes, into their tiles. */
-INLINE void widen_panels(const Weights *w, int panels, int64_t k) {
-    for (int64_t i = 0; i < depth_tiles(k); i++)
-        for (int p = 0; p < panels; p++) {
-            const int8_t *from = (const int8_t *)w->packed[p] + i * w->bytes;
-            widen_tile(from, k - i * TILE_DEPTH, (char *)w->tiles[p] + i * TILE_BYTES);
-        }
+/* Tile i of panel p of bytes or CODED as bfloat16, into place i & mask. In each panel i only grows. */
+INLINE void unpack_tile(int format, Weights *w, int p, int64_t i, int64_t mask) {
+    const char *from = w->packed[p] + i * w->bytes;
+    char *to = (char *)w->tiles[p] + (i & mask) * TILE_BYTES;
+    if (format == BYTE) {
+        widen_tile((const int8_t *)from, w->k - i * TILE_DEPTH, to);
+        return;
+    }
+    decode_tile(from, w->exponents, to);
+    w->exceptions[p] = put_exceptions(w->exceptions[p], i, (uint16_t *)to);
 }
 
 #endif
