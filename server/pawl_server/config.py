@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pawl.errors import InvalidRequest
 from pawl_server.settings import (
+    MAX_CHUNK_TOKENS,
     EngineSettings,
     FleetSettings,
     FrontendSettings,
@@ -147,6 +148,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "fleet_port": (0, 65535),
     "replicas": (1, 1024),
     "frontends": (1, 64),
+    "stream_interval": (1, MAX_CHUNK_TOKENS),
     "max_waiting": (1, _MOST),
     "max_queued_requests": (1, _MOST),
     "max_running": (1, 65536),

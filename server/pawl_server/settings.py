@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass, field
 
 __all__ = [
+    "MAX_CHUNK_TOKENS",
     "EngineSettings",
     "FleetSettings",
     "FrontendSettings",
@@ -21,6 +22,9 @@ __all__ = [
 ]
 
 Value = str | int | float | bool | None
+
+MAX_CHUNK_TOKENS = 1024
+"""Most tokens that a message of a stream can be made to wait for, by its request or by `stream_interval`."""
 
 
 def _setting(default: Value, text: str, *, common: bool = False, secret: bool = False) -> typing.Any:  # noqa: ANN401 (as dataclasses.field)
@@ -134,6 +138,11 @@ class FrontendSettings:
     )
     max_concurrent_streams: int = _setting(4096, "HTTP/2 streams of one connection")
     drain_grace_s: float = _setting(30.0, "how long running requests may finish after SIGTERM", common=True)
+    stream_interval: int = _setting(
+        1,
+        "tokens in a message of a stream that does not say it itself; the first and the last come at once",
+        common=True,
+    )
     slow_reader_timeout_s: float = _setting(30.0, "a reader that takes nothing for so long is cancelled")
     heartbeat_timeout_s: float = _setting(5.0, "an engine silent for so long counts as lost")
     keepalive_time_s: float = _setting(30.0, "time between keepalive pings")

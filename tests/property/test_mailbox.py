@@ -54,12 +54,12 @@ async def _read(mailbox: Mailbox[str], pauses: list[int]) -> list[Delta]:
     return deltas
 
 
-@given(puts, st.lists(st.integers(0, 4), max_size=4), st.sampled_from([1, 2, 7, EVERYTHING]))
-def test_order_and_counts_survive_the_joining(script: list[Put], pauses: list[int], least: int) -> None:
+@given(puts, st.lists(st.integers(0, 4), max_size=4), st.sampled_from([1, 2, 7, EVERYTHING]), st.sampled_from([0, 1]))
+def test_order_and_counts_survive_the_joining(script: list[Put], pauses: list[int], least: int, first: int) -> None:
     total = sum(put.num_tokens for put in script)
 
     async def run() -> tuple[str, list[Delta]]:
-        mailbox: Mailbox[str] = Mailbox(total, least)
+        mailbox: Mailbox[str] = Mailbox(total, least, first_tokens=first)
         async with asyncio.timeout(10):
             text, deltas = await asyncio.gather(_write(mailbox, script), _read(mailbox, pauses))
         assert mailbox.num_tokens == total
@@ -74,9 +74,10 @@ def test_order_and_counts_survive_the_joining(script: list[Put], pauses: list[in
         assert [entry.token_id for entry in delta.logprobs] == delta.token_ids
         assert delta.token_ids or delta.text
         expected += len(delta.token_ids)
-    assert all(len(delta.token_ids) >= least for delta in deltas[:-1])
+    assert all(len(delta.token_ids) >= least for delta in deltas[first:-1])
+    assert all(delta.token_ids for delta in deltas[:-1])
     if least == EVERYTHING:
-        assert len(deltas) <= 1
+        assert len(deltas) <= 1 + first
 
 
 @given(st.integers(0, 20), st.lists(st.integers(0, 6), max_size=12))
@@ -94,6 +95,23 @@ def test_it_never_holds_more_than_one_output(most: int, sizes: list[int]) -> Non
     mailbox.finish(END)
     with pytest.raises(ValueError, match="after the end"):
         mailbox.put((), (), "more")
+
+
+async def test_the_first_token_does_not_wait_for_more() -> None:
+    mailbox: Mailbox[str] = Mailbox(10, 3, first_tokens=1)
+    sent = []
+    for token_id in range(6):
+        mailbox.put([token_id], (), "abcdef"[token_id])
+        waiting = asyncio.create_task(mailbox.take())
+        await asyncio.sleep(0)
+        if waiting.done():
+            sent.append(waiting.result())
+        else:
+            waiting.cancel()
+    assert sent == [Delta(0, [0], [], "a"), Delta(1, [1, 2, 3], [], "bcd")]
+    mailbox.finish(END)
+    assert await mailbox.take() == Delta(4, [4, 5], [], "ef")
+    assert await mailbox.take() == END
 
 
 class _Clock:

@@ -122,7 +122,8 @@ class Core:
             NotFound: no such model.
         """
         model = self.served(name)
-        return Rules(self.limits, self.vocab_size, model.defaults, principal.max_priority)
+        interval = self.config.frontend.stream_interval
+        return Rules(self.limits, self.vocab_size, model.defaults, principal.max_priority, interval)
 
     def pick(self, prompt_ids: list[int], cache_key: bytes) -> Replica:
         """The replica for a prompt.

@@ -44,6 +44,7 @@ class Mailbox(Generic[Ending]):
     Args:
         max_tokens: most tokens of the whole output; more is a defect of the engine.
         min_tokens: a delta has at least so many, the last one excepted.
+        first_tokens: of the first delta, which may be sent earlier; 0 = as `min_tokens`.
         min_interval_s: least time between two deltas, the last one excepted.
         clock: monotonic seconds.
     """
@@ -54,9 +55,12 @@ class Mailbox(Generic[Ending]):
         min_tokens: int = 1,
         min_interval_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        first_tokens: int = 0,
     ) -> None:
         self._max_tokens = max_tokens
         self._min_tokens = min_tokens
+        self._wanted = first_tokens or min_tokens  # tokens of the next delta
         self._interval_s = min_interval_s
         self._clock = clock
         self._next_at = -float("inf")
@@ -87,7 +91,7 @@ class Mailbox(Generic[Ending]):
         self._waiting.logprobs += logprobs
         if text:
             self._texts.append(text)
-        if len(self._waiting.token_ids) >= self._min_tokens:
+        if len(self._waiting.token_ids) >= self._wanted:
             self._ready = True
             self._wake()
 
@@ -118,6 +122,7 @@ class Mailbox(Generic[Ending]):
             return self._ending
         taken, self._waiting = self._waiting, Delta(self.num_tokens)
         taken.text, self._texts = "".join(self._texts), []
+        self._wanted = self._min_tokens
         self._next_at = self._clock() + self._interval_s
         self._ready = self._ending is not None
         return taken

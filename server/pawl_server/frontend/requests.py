@@ -127,10 +127,11 @@ class Handling:
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """How a stream is cut into messages."""
+    """How a stream is cut into messages. `first_tokens` are enough for the first delta; 0 = as `min_tokens`."""
 
     min_tokens: int = 1
     min_interval_s: float = 0.0
+    first_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

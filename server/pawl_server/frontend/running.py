@@ -178,7 +178,7 @@ def _open_sample(
     chunking = request.chunking
     mailbox: Mailbox[Finish | PawlError]
     if streamed:
-        mailbox = Mailbox(longest, chunking.min_tokens, chunking.min_interval_s)
+        mailbox = Mailbox(longest, chunking.min_tokens, chunking.min_interval_s, first_tokens=chunking.first_tokens)
     else:
         mailbox = Mailbox(longest, EVERYTHING)
     return RequestStream(

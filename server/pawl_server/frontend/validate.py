@@ -26,6 +26,7 @@ from pawl_server.frontend.requests import (
 from pawl_server.frontend.validate_constraint import constraint
 from pawl_server.frontend.validate_conversation import conversation
 from pawl_server.frontend.violations import Violations, visible_ascii
+from pawl_server.settings import MAX_CHUNK_TOKENS
 
 __all__ = ["MIN_PRIORITY", "Rules", "chat", "generation", "prompt", "score"]
 
@@ -43,6 +44,7 @@ class Rules:
     vocab_size: int
     defaults: SamplingDefaults
     max_priority: int = 10
+    stream_interval: int = 1
 
 
 def generation(
@@ -86,7 +88,7 @@ def _finish(
     output = _output(found, message.output, message.stop, rules.limits)
     handling = _handling(found, message.options, rules.max_priority, rules.limits)
     outer = Violations()
-    chunking = Chunking() if stream is None else _chunking(outer, stream)
+    chunking = Chunking() if stream is None else _chunking(outer, stream, rules.stream_interval)
     found.absorb(outer)
     found.raise_if_any()
     return GenerationRequest(source, sampling, stop, output, handling, chunking, path)
@@ -248,10 +250,12 @@ def _handling(
     )
 
 
-def _chunking(found: Violations, message: inference_pb2.StreamOptions) -> Chunking:
-    least = message.min_chunk_tokens if message.HasField("min_chunk_tokens") else 1
-    found.number("stream.min_chunk_tokens", least, 1, 1024)
+def _chunking(found: Violations, message: inference_pb2.StreamOptions, stream_interval: int) -> Chunking:
+    """The request's own way, or the server's, whose first delta comes at once."""
+    chosen = message.HasField("min_chunk_tokens")
+    least = message.min_chunk_tokens if chosen else stream_interval
+    found.number("stream.min_chunk_tokens", least, 1, MAX_CHUNK_TOKENS)
     interval = 0.0
     if message.HasField("min_chunk_interval"):
         interval = found.duration("stream.min_chunk_interval", message.min_chunk_interval, 0, 10)
-    return Chunking(least, interval)
+    return Chunking(least, interval, first_tokens=0 if chosen else 1)

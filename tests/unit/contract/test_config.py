@@ -66,6 +66,8 @@ def test_names_are_unique_over_all_sections() -> None:
         ({"step_timeout_s": 0}, "between 0.01 and"),
         ({"heartbeat_timeout_s": "0"}, "between 0.01 and"),
         ({"slow_reader_timeout_s": "inf"}, "and 31536000"),
+        ({"stream_interval": 0}, "stream_interval = 0 (flag --stream-interval): must be between 1 and 1024"),
+        ({"stream_interval": 1025}, "must be between 1 and 1024"),
         ({"drain_grace_s": "inf"}, "and 31536000"),
         ({"drain_grace_s": "nan"}, "and 31536000"),
         ({"keepalive_time_s": 3e6}, "and 2147483"),
