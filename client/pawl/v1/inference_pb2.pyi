@@ -171,7 +171,9 @@ class StreamOptions(_message.Message):
     MIN_CHUNK_INTERVAL_FIELD_NUMBER: _builtins.int
     MIN_CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
     min_chunk_tokens: _builtins.int
-    """Least number of tokens in a delta, the last one excepted. Default: 1. Range: [1, 1024]."""
+    """Least number of tokens in a delta, the last one excepted. Default: the server's `stream_interval`, usually 1,
+    with the first token at once. Range: [1, 1024].
+    """
     @_builtins.property
     def min_chunk_interval(self) -> _duration_pb2.Duration:
         """Least time between two deltas; what arrives meanwhile is joined. Default: 0 (as soon as possible).
