@@ -9,7 +9,7 @@ INTERNAL_PROTOS := $(shell find protos/pawl_server -name '*.proto')
 # One thread per process in the test suites: two OpenMP pools on two cores starve each other.
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(PY) -m pytest
-# Tests that start no servers are spread over the processors, a file to a process, so that what a file shares is made once.
+# Tests that start no whole server are spread over the processors, a file to a process, so that what a file shares is made once.
 SPREAD := --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: help setup demo serve test unit property parity e2e chaos interop check lint types imports proto-lint deploy-check fmt protos sizes bench train test-gpu bench-gpu clean
