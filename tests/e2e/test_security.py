@@ -21,6 +21,7 @@ from pawl import (
     Stop,
     Unauthenticated,
     Unavailable,
+    user,
 )
 from pawl_server.cli import main
 from pawl_server.frontend.auth import hash_key, new_key
@@ -77,9 +78,9 @@ async def test_health_needs_no_key(guarded: RunningFrontEnd) -> None:
 
 
 async def test_tenants_do_not_share_a_cache_whatever_they_say(guarded: RunningFrontEnd) -> None:
-    for key, user in ((FREE, "umbrella"), (FREE, "somebody"), (OTHER, "acme")):
+    for key, name in ((FREE, "umbrella"), (FREE, "somebody"), (OTHER, "acme")):
         async with _client(guarded, key) as client:
-            await client.generate("hello", stop=STOP, user=user)
+            await client.generate("hello", stop=STOP, user=name)
     mine, mine_again, theirs = (submit.cache_key for submit in guarded.engine.submits)
     assert mine == mine_again != theirs
 
@@ -102,6 +103,29 @@ async def test_a_tenants_rate_is_his_own(guarded: RunningFrontEnd) -> None:
     assert refused.value.retry_after is not None
     async with _client(guarded, FREE) as client:
         await client.generate("hello", stop=STOP)
+
+
+async def test_calls_of_the_tokenizer_are_requests_of_their_tenant(guarded: RunningFrontEnd) -> None:
+    """Of the same minute as those that generate; nothing else of the tenant's limits holds for them."""
+    async with _client(guarded, OTHER) as client:
+        await client.tokenize("hello")
+        await client.generate("hello", stop=STOP)
+        for call in (
+            client.tokenize("hello"),
+            client.detokenize([1]),
+            client.render_chat([user("hello")]),
+            client.generate("hello", stop=STOP),
+        ):
+            with pytest.raises(Overloaded, match="2 requests per minute") as refused:
+                await call
+            assert refused.value.reason == "REQUEST_RATE"
+            assert refused.value.retry_after is not None
+    guarded.engine.hold_after = 1
+    async with _client(guarded, LIMITED) as client, client.stream("hello", stop=Stop(max_tokens=8)) as stream:
+        await anext(stream)
+        assert await client.tokenize("hello")
+        guarded.engine.release.set()
+        await stream.final()
 
 
 async def test_a_tenants_requests_at_once(guarded: RunningFrontEnd) -> None:

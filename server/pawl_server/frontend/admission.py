@@ -191,6 +191,21 @@ class Admission:
         self._on_change(self.num_queued, len(self._live))
         return ticket
 
+    def count(self, principal: Principal) -> None:
+        """Let a call in that no engine works on: it counts as a request of the tenant, and for nothing else.
+
+        Raises:
+            Overloaded: the tenant has no more requests in this minute.
+        """
+        tenant = self._tenant(principal)
+        if tenant.requests is None:
+            return
+        wait_s = tenant.requests.wait_s(1, self._clock())
+        if wait_s > 0:
+            self._refusals.add(principal.tenant, "REQUEST_RATE")
+            raise _over(principal, "REQUEST_RATE", principal.requests_per_minute, "requests per minute", wait_s)
+        tenant.requests.take(1)
+
     def cancel(self, tenant: str, request_id: str) -> CancelOutcome.ValueType:
         """Cancel one request of a tenant; says what became of it."""
         ticket = self._live.get((tenant, request_id))
@@ -264,9 +279,14 @@ class Admission:
             waits.append((self.retry_after(), "CONCURRENCY", principal.max_concurrent, "requests at once"))
         for wait_s, reason, number, what in waits:
             if wait_s > 0:
-                raise Overloaded(
-                    f"tenant {principal.tenant!r} may have {number} {what}",
-                    reason=reason,
-                    retry_after=max(wait_s, _RETRY_S[0]),
-                    metadata={"subject": f"tenant:{principal.tenant}", "limit": str(number)},
-                )
+                raise _over(principal, reason, number, what, wait_s)
+
+
+def _over(principal: Principal, reason: str, number: int, what: str, wait_s: float) -> Overloaded:
+    """The error of a tenant who is at one of his limits."""
+    return Overloaded(
+        f"tenant {principal.tenant!r} may have {number} {what}",
+        reason=reason,
+        retry_after=max(wait_s, _RETRY_S[0]),
+        metadata={"subject": f"tenant:{principal.tenant}", "limit": str(number)},
+    )

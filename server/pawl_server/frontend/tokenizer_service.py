@@ -1,4 +1,8 @@
-"""Tokenize, Detokenize and RenderChat: answered here, whatever the replicas do."""
+"""Tokenize, Detokenize and RenderChat: answered here, whatever the replicas do.
+
+Each call is a request of its tenant's requests per minute, as of any other gateway; it takes no place in the queue,
+and its tokens are not those that the tenant pays for.
+"""
 
 # ruff: noqa: N802 - gRPC names the methods
 from __future__ import annotations
@@ -7,7 +11,7 @@ from functools import partial
 
 from pawl.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from pawl_server.frontend import validate_other
-from pawl_server.frontend.calls import Context
+from pawl_server.frontend.calls import Context, current_call
 from pawl_server.frontend.core import Core
 from pawl_server.frontend.tokens import PlacedToken
 
@@ -24,6 +28,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request: tokenizer_pb2.TokenizeRequest, context: Context
     ) -> tokenizer_pb2.TokenizeResponse:
         """See the proto."""
+        self._core.admission.count(current_call().principal)
         tokenizer = self._core.served(request.model).tokenizer
         validate_other.tokenize(request, self._core.limits)
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
@@ -41,6 +46,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request: tokenizer_pb2.DetokenizeRequest, context: Context
     ) -> tokenizer_pb2.DetokenizeResponse:
         """See the proto."""
+        self._core.admission.count(current_call().principal)
         tokenizer = self._core.served(request.model).tokenizer
         validate_other.detokenize(request, self._core.limits, self._core.vocab_size)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
@@ -54,6 +60,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request: tokenizer_pb2.RenderChatRequest, context: Context
     ) -> tokenizer_pb2.RenderChatResponse:
         """See the proto."""
+        self._core.admission.count(current_call().principal)
         self._core.served(request.model)
         conversation = validate_other.render(request, self._core.limits)
         text = await self._core.render(conversation, "conversation")
