@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from pawl_loadtest.arguments import positive
-from pawl_loadtest.kernel_bench.linears import LinearTime, measure_linears
+from pawl_loadtest.kernel_bench.linears import LinearTime, bytes_per_weight, measure_linears
 from pawl_loadtest.kernel_bench.report import as_json, phase_lines, run_lines
 from pawl_loadtest.kernel_bench.single import parse_step, run_steps
 from pawl_loadtest.kernel_bench.split import Phase, WatchedStep, phases_of
@@ -89,11 +89,12 @@ def _load(options: argparse.Namespace, checkpoint: Path) -> Worker:
     )
 
 
-def _measure_linears(options: argparse.Namespace, model: ModelShape) -> list[LinearTime]:
-    shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim)
+def _measure_linears(options: argparse.Namespace, model: ModelShape) -> tuple[list[LinearTime], float]:
+    """Linear layers, and bytes of a weight as they are packed."""
+    shape, dtype = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim), WEIGHTS[options.weights]
     with torch.inference_mode():
         kernels = choose_backend(torch.device("cpu"), torch.float32, shape, "cpu")
-        return measure_linears(kernels, model, options.rows, WEIGHTS[options.weights])
+        return measure_linears(kernels, model, options.rows, dtype), bytes_per_weight(kernels, dtype)
 
 
 def _measure_steps(options: argparse.Namespace, checkpoint: Path) -> list[list[WatchedStep]]:
@@ -136,18 +137,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    model, weight_bytes = SHAPES[options.shape], WEIGHTS[options.weights].itemsize
-    weights = (model.layer_weights + model.head_weights) * weight_bytes
+    model = SHAPES[options.shape]
+    weights = (model.layer_weights + model.head_weights) * WEIGHTS[options.weights].itemsize
     before = measure_machine(options.threads, weights, quick=options.quick)
     with tempfile.TemporaryDirectory(prefix="pawl-kernels-") as folder:
         checkpoint = make_checkpoint(model, options.folder or Path(folder), weights=options.weights)
-        linears = _measure_linears(options, model)
+        linears, weight_bytes = _measure_linears(options, model)
         steps = _measure_steps(options, checkpoint)
         runs = _measure_workloads(options, checkpoint, workloads)
     machine = before.better(measure_machine(options.threads, weights, quick=options.quick))
     peak = instructions(options.weights)
     cost = Cost(model, weight_bytes, _KV_BYTES[options.kv_dtype], machine.limits(peak))
     _write(*machine.lines(), f"the better of before and after; limits are those of {peak}")
+    _write(f"a weight is packed in {weight_bytes:.2f} bytes, which limits count")
     _print(cost, linears, steps, runs)
     if options.json:
         settings = {name: str(value) for name, value in vars(options).items()}

@@ -10,7 +10,7 @@ __all__ = ["limits_of_step"]
 
 
 def limits_of_step(
-    model: ModelShape, step: Shape, weight_bytes: int, kv_bytes: int, can: MachineLimits, num_samples: int
+    model: ModelShape, step: Shape, weight_bytes: float, kv_bytes: int, can: MachineLimits, num_samples: int
 ) -> dict[str, float]:
     """Least seconds of linears, of attention and of the head, which scores `num_samples` rows."""
 

@@ -13,8 +13,9 @@ from pawl_loadtest.peers.bounds import MachineLimits
 from pawl_loadtest.peers.shapes import Shape as ModelShape
 from pawl_workers.kernels import Kernels
 
-__all__ = ["LinearTime", "measure_linears"]
+__all__ = ["LinearTime", "bytes_per_weight", "measure_linears"]
 
+_DEVIATION = 0.02  # of random weights
 _SET_BYTES = 64 << 20  # weights that a linear is measured over, so that they come from memory as in a step
 
 
@@ -65,7 +66,7 @@ def measure_linears(kernels: Kernels, model: ModelShape, rows: Sequence[int], dt
     found = []
     for name, (inner, outer) in _linears(model).items():
         copies = max(1, _SET_BYTES // (inner * outer * dtype.itemsize))
-        weights = [(torch.randn(outer, inner) * 0.02).to(dtype) for _ in range(copies)]
+        weights = [(torch.randn(outer, inner) * _DEVIATION).to(dtype) for _ in range(copies)]
         packed = [kernels.pack_linear(weight, None) for weight in weights]
         num_bytes = packed[0].num_bytes
         del weights
@@ -79,6 +80,12 @@ def measure_linears(kernels: Kernels, model: ModelShape, rows: Sequence[int], dt
             best, middle = (seconds / len(packed) for seconds in _times(run))
             found.append(LinearTime(name, inner, outer, count, best, middle, num_bytes))
     return found
+
+
+def bytes_per_weight(kernels: Kernels, dtype: torch.dtype) -> float:
+    """Bytes that one weight takes in a packed layer."""
+    weight = (torch.randn(512, 512) * _DEVIATION).to(dtype)
+    return kernels.pack_linear(weight, None).num_bytes / weight.numel()
 
 
 def _times(run: Callable[[], object], *, least_s: float = 0.3, least_runs: int = 5) -> tuple[float, float]:

@@ -60,10 +60,10 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What limits are worked out with."""
+    """What limits are worked out with; `weight_bytes` are those of one weight, as it is packed."""
 
     model: ModelShape
-    weight_bytes: int
+    weight_bytes: float
     kv_bytes: int
     can: MachineLimits
 

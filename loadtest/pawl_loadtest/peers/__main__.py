@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="whether everything runs: one round of a few requests and tokens")
     add("--peers-dir", type=Path, default=cache_folder(), help="environments and checkpoints; default: %(default)s")
     add("--join", type=Path, nargs="+", metavar="JSON", help="measure nothing: report these, which --json wrote")
+    add(
+        "--kept-weight-bytes",
+        type=float,
+        metavar="BYTES",
+        help="pawl's limits count so many for a weight, 1.5 as it reads bf16 in 12 bits; default: the checkpoint's",
+    )
     add("--json", type=Path, help="write every figure here")
     add("--plot", type=Path, help="draw the figures here, as the name's ending says (needs --json)")
     return parser
@@ -77,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     try:
-        run = joined or _run(options, variants, workloads)
+        run = replace(joined or _run(options, variants, workloads), kept_weight_bytes=options.kept_weight_bytes)
     except (EngineError, EnvironmentUnavailable) as error:
         sys.stderr.write(f"error: the reference: {error}\n")
         return 1

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from pawl_loadtest.peers.rounds import Agreement, Outcome
 from pawl_loadtest.peers.runs import Piece, Run
-from pawl_loadtest.peers.variants import BASE, TABLES
+from pawl_loadtest.peers.variants import BASE, OURS, TABLES
 from pawl_loadtest.peers.workloads import Workload
 
 __all__ = ["as_tables", "base_of", "spread"]
 
-_SAME_ENGINE = "pawl"
+_SAME_ENGINE = OURS
 _SERVED = "pawl over gRPC"
 _MOST_OTHERS = 0.1  # cores
 
@@ -46,6 +46,8 @@ def as_tables(run: Run) -> str:
         "limits are worked out with the best of these; (x): what takes most of the least time there is; right then: "
         "with what the machine could do right before and after each run, round by round",
         f"pawl's own multiply in {run.instructions}; the peak of attention is that of registers",
+        "limits count the bytes that a weight has in the checkpoint, or as the engine's type has them"
+        + ("" if run.kept_weight_bytes is None else f"; of pawl {run.kept_weight_bytes:g}"),
     ]
     for table in run.tables:
         rows = [outcome for outcome in run.outcomes if _belongs(outcome, table)]

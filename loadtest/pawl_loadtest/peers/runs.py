@@ -10,17 +10,17 @@ import hashlib
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from pawl_loadtest.peers.bounds import Bound, bound
+from pawl_loadtest.peers.bounds import Bound, Precision, bound
 from pawl_loadtest.peers.machine import Machine
 from pawl_loadtest.peers.rounds import Outcome
 from pawl_loadtest.peers.shapes import Shape
-from pawl_loadtest.peers.variants import TABLES, VARIANTS
+from pawl_loadtest.peers.variants import OURS, TABLES, VARIANTS
 from pawl_loadtest.peers.workloads import Workload
 
 __all__ = ["JoinError", "Piece", "Run", "code_digest", "join", "processor"]
@@ -64,7 +64,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that was measured, and on what; `notes` are what a reader must know beside it."""
+    """Everything that was measured, and on what; `notes` are what a reader must know beside it.
+
+    `kept_weight_bytes`: bytes that pawl's limits count for a weight; None = as many as it has in the checkpoint.
+    """
 
     shape: Shape
     weights: str
@@ -73,6 +76,7 @@ class Run:
     pieces: Sequence[Piece]
     outcomes: Sequence[Outcome]
     notes: Sequence[str] = ()
+    kept_weight_bytes: float | None = None
 
     @property
     def rounds(self) -> int:
@@ -91,8 +95,14 @@ class Run:
 
     def least(self, outcome: Outcome, workload: Workload, peak: str) -> Bound:
         """The least time that the variant's own bytes and operations take."""
-        precision = outcome.variant.precision(self.weights)
+        precision = self._precision(outcome)
         return bound(self.shape, workload, precision, self.machine.limits(peak, precision.tile_products))
+
+    def _precision(self, outcome: Outcome) -> Precision:
+        variant, found = outcome.variant, outcome.variant.precision(self.weights)
+        if self.kept_weight_bytes is None or variant.environment != OURS or variant.weight_bytes is not None:
+            return found
+        return replace(found, weight_bytes=self.kept_weight_bytes)
 
     def limit_share(self, outcome: Outcome, workload: Workload, peak: str) -> float:
         """The least seconds over those it took (median)."""
@@ -101,7 +111,7 @@ class Run:
 
     def limit_shares_then(self, outcome: Outcome, workload: Workload, peak: str) -> list[float]:
         """Round by round, the least seconds over those it took, by what the machine could do right around that run."""
-        precision = outcome.variant.precision(self.weights)
+        precision = self._precision(outcome)
         return [
             bound(self.shape, workload, precision, machine.limits(peak, precision.tile_products)).seconds
             * outcome.rates[workload.name][number]

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 
 from pawl_loadtest.peers.bounds import Precision
 
-__all__ = ["BASE", "TABLES", "VARIANTS", "Variant", "choose_variants"]
+__all__ = ["BASE", "OURS", "TABLES", "VARIANTS", "Variant", "choose_variants"]
+
+OURS = "pawl"
+"""The environment of pawl's own variants: this interpreter."""
 
 TABLES: Mapping[str, str] = {
     "exact": "fp32 KV, exact weights",

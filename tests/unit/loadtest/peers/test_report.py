@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pawl_loadtest.peers.bounds import Precision, bound
@@ -46,6 +48,19 @@ def test_tables_show_ratios_limits_and_who_differs() -> None:
     short = text.partition("in short")[2]
     assert "other 25.0" in _row(short, "1 x 32/128, exact")
     assert "50 % of it" in _row(short, "1 x 32/128, exact")
+
+
+def test_limits_count_the_bytes_in_which_pawl_keeps_a_weight_if_told() -> None:
+    pawl = Outcome(VARIANTS[0], {}, Agreement(1.0, None, None, True), rates(50.0, 60.0, 55.0))
+    other = Outcome(Variant("other", "x", "x.py", "exact", 4, 4), {}, pawl.agreement, rates(25.0, 20.0, 27.5))
+    run, workload = make_run(pawl, other), WORKLOAD
+    told = replace(run, kept_weight_bytes=1.5)
+    assert told.least(pawl, workload, "AVX2") == bound(
+        run.shape, workload, Precision(1.5, 4), run.machine.limits("AVX2")
+    )
+    assert told.limit_share(pawl, workload, "AVX2") < run.limit_share(pawl, workload, "AVX2")
+    assert told.limit_share(other, workload, "AVX2") == run.limit_share(other, workload, "AVX2")
+    assert "; of pawl 1.5" in as_tables(told)
 
 
 def test_ratios_are_those_of_rounds_in_which_both_were_timed() -> None:
