@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -118,7 +119,8 @@ def _plan(parsed: argparse.Namespace) -> int:
     from pawl_workers.errors import WorkerError  # noqa: PLC0415 (as above)
 
     try:
-        plan = plan_model(config)
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print there, the hub's client what it cannot import
+            plan = plan_model(config)
     except WorkerError as error:
         raise InvalidRequest(str(error), reason="NO_PLAN") from error
     if parsed.json:

@@ -172,6 +172,20 @@ def test_that_no_request_of_the_whole_context_fits_is_said_with_what_does(
     assert short["longest_request"] == 97
 
 
+def test_what_libraries_print_is_no_part_of_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def available(device: torch.device) -> int:
+        print("Error importing a_module")
+        return 1 << 30
+
+    monkeypatch.setattr("pawl_workers.start_plan.available_bytes", available)
+    assert main(["plan", "--json", *SETTINGS, str(make_llama(tmp_path))]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["available_bytes"] == 1 << 30
+    assert "Error importing a_module" in shown.err
+
+
 def test_an_unknown_model_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "./nowhere"]) == 1
     assert "there is no folder ./nowhere" in capsys.readouterr().err
