@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from pawl_workers.kernels import cpu
 from pawl_workers.kernels.byte_weights import ByteScales
 from pawl_workers.kernels.coded_weights import ExponentCode
 from pawl_workers.kernels.cpu_linear import CODED_FORMAT, CpuLinear, Workspace
 from pawl_workers.kernels.native.library import BuildError, Library, load_library
 from pawl_workers.kernels.weight_memory import WeightMemory
+from tests.fakes.checkpoints import VOCAB_SIZE, make_llama
+from tests.fakes.logit_runner import LogitRunner
 
 ODD_ONES = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -3e38, 2.0**-60, 1.0, -255.0)
 
@@ -88,6 +93,34 @@ def test_products_have_the_bits_of_weights_that_are_not_coded(
     x = torch.randn(530, shape[1])
     for num_rows in (1, 2, 4, 15, 16, 17, 33, 64, 97, 128, 129, 191, 192, 250, 530):
         assert torch.equal(coded(x[:num_rows]), plain(x[:num_rows])), num_rows
+
+
+def _make_mixtral(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=1024,
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_a_model_has_the_bits_of_one_whose_weights_are_not_coded(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: bool
+) -> None:
+    """With gates, residuals, and experts: prompts, then steps of a token."""
+    folder = _make_mixtral(tmp_path) if experts else make_llama(tmp_path, dtype=torch.bfloat16, hidden_size=64)
+    coded = LogitRunner(folder, "cpu")
+    monkeypatch.setattr(cpu, "load_library", lambda: replace(library, multiplies_coded=False))
+    plain = LogitRunner(folder, "cpu")
+    assert coded.weights.num_bytes < plain.weights.num_bytes
+    for runner in (coded, plain):
+        runner.add(0, list(range(1, 80)))
+        runner.add(1, list(range(50, 90)))
+    for chunk in ({0: 70, 1: 20}, {0: 1, 1: 1}, {0: 8, 1: 19}):
+        found, wanted = coded.step(chunk), plain.step(chunk)
+        assert all(torch.equal(_bits(found[row]), _bits(wanted[row])) for row in chunk)
 
 
 def test_coded_weights_take_three_quarters_of_the_memory(library: Library) -> None:
