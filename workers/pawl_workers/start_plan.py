@@ -34,7 +34,7 @@ class StartPlan:
         dtype: in which it computes.
         staging: carries a step's integers to a GPU; the kernels' own.
         available_bytes: on the device, before anything is read.
-        weight_bytes: packed; exact for 16-bit weights, else the most.
+        weight_bytes: packed; exact for fp16 weights, else the most: bf16 may be coded in 12 bits.
         activation_bytes: of the largest step, at most.
         block_bytes: of one KV block in all layers.
     """

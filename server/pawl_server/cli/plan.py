@@ -71,7 +71,7 @@ class ModelPlan:
     Attributes:
         replicas_sharing: replicas that take the available memory: on one machine, or one GPU of it.
         reserve_bytes: what all of them leave.
-        weight_bytes: in memory; exact where weights are stored in 16 bits, else the most.
+        weight_bytes: in memory; exact for fp16 weights, else the most: bf16 may be kept in 12 bits.
         stored_bytes: in the files.
         cache_tokens: tokens whose keys and values fit at once.
         requests: sequences of `max_context` tokens that fit at once.

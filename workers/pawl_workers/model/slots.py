@@ -117,7 +117,7 @@ def _waiting_dtype(name: str, slot: Slot, packer: Packer, dtype: torch.dtype) ->
 
 
 def held_bytes(slots: Mapping[str, Slot], packer: Packer, dtype: torch.dtype) -> int:
-    """Bytes that the weights of these slots will take, packed: exact for 16-bit weights, else the most.
+    """Bytes that the weights of these slots will take, packed: exact for fp16 weights, else the most.
 
     Args:
         slots: all that will be filled; without a head the embedding is packed as one, too.
