@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pawl_workers.kernels.cpu import CpuKernels
+from pawl_workers.kernels.native.library import load_library
 from pawl_workers.kernels.onednn import OneDnnKernels
 from pawl_workers.kernels.weight_memory import WeightMemory
 from pawl_workers.model.headers import folder_headers
@@ -43,6 +44,14 @@ def peak_of(work: Callable[[], Weights], folder: Path) -> tuple[Weights, int]:
         live += change
         peak = max(peak, live)
     return made, peak
+
+
+def assert_held(weights: Weights, planned: int, packer: Packer, stored: torch.dtype) -> None:
+    """To the byte, but for bf16 where that is kept in 12 bits: how many weights are is not known before."""
+    if stored is torch.bfloat16 and isinstance(packer, CpuKernels) and load_library().multiplies_coded:
+        assert 0.7 * planned < weights.num_bytes <= planned
+    else:
+        assert weights.num_bytes == planned
 
 
 @pytest.fixture
@@ -75,7 +84,7 @@ def test_no_more_than_packed_weights_and_one_tensor(
         lambda: load_weights(config, kernels, CPU, torch.float32, 1 << 40, reading=reading), tmp_path
     )
     assert weights.num_bytes <= peak <= weights.num_bytes + max(sizes.values()) + waiting + SLACK_BYTES
-    assert weights.num_bytes == reading.held_bytes(kernels, torch.float32)
+    assert_held(weights, reading.held_bytes(kernels, torch.float32), kernels, stored)
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
@@ -84,11 +93,11 @@ def test_no_more_than_packed_weights_and_one_tensor(
 def test_what_will_be_held_is_known_before_it_is_read(
     make: Callable[..., Path], packer: Callable[[], Packer], stored: torch.dtype, tmp_path: Path
 ) -> None:
-    """From headers alone, to the byte."""
-    config = read_config(make(tmp_path, dtype=stored))
+    """From headers alone."""
+    config, kernels = read_config(make(tmp_path, dtype=stored)), packer()
     reading = plan_reading(config, folder_headers(tmp_path))
-    weights = load_weights(config, packer(), CPU, torch.float32, 1 << 40)
-    assert reading.held_bytes(packer(), torch.float32) == weights.num_bytes
+    weights = load_weights(config, kernels, CPU, torch.float32, 1 << 40)
+    assert_held(weights, reading.held_bytes(kernels, torch.float32), kernels, stored)
     assert reading.num_parameters == weights.num_parameters
 
 
