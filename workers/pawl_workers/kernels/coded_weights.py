@@ -12,6 +12,7 @@ from pawl_workers.kernels.native.library import Library
 __all__ = ["ExponentCode"]
 
 _DEPTH = 32  # inputs of a tile
+_MOST_TILES = 0xFFFE  # of a panel: exceptions number them in 16 bits, and one number is none
 _EXPONENTS = 16
 _MOST_EXCEPTIONS = 1 / 1024  # of the weights: one in every other tile, each a wait of some ten cycles
 _SIGN_AND_FRACTION = 0x807F
@@ -33,7 +34,7 @@ class ExponentCode:
     def of(cls, weight: Tensor, library: Library) -> ExponentCode | None:
         """Choose the exponents; None if the weight is better left as it is, or these kernels multiply none coded."""
         out_features, in_features = weight.shape
-        if not library.multiplies_coded or in_features % _DEPTH:
+        if not library.multiplies_coded or in_features % _DEPTH or in_features // _DEPTH > _MOST_TILES:
             return None
         counts = torch.empty(256, dtype=torch.int64)
         library.count_exponents(

@@ -63,8 +63,8 @@ INLINE Ahead look_ahead(const Weights *w, int panels, int64_t depth, int64_t byt
 
 /* sums [16][panels][16] += 16 rows times the tiles from `begin` to `end` of some panels. All parts of the rows are held, so
    that a tile of weights is loaded once for its three products. unpack: the format of panels of which a tile is unpacked
-   while the one before it is multiplied, or BRAIN where none is. mask: of the places of unpacked tiles. later: what the second-level cache is to
-   have, or NULL. */
+   while the one before it is multiplied, or BRAIN where none is. mask: of the places of unpacked tiles. later: what the
+   second-level cache is to have, or NULL. */
 INLINE void product(int panels, const char *parts, Weights *w, int64_t begin, int64_t end, int unpack, int64_t mask,
                     const Ahead *ahead, const Ahead *later, int64_t lines, int64_t bytes, float *sums) {
 #define FIRST(p) \
