@@ -87,14 +87,12 @@ def open_async_channel(settings: Settings) -> grpc.aio.Channel:
 
 def metadata(settings: Settings) -> tuple[tuple[str, str], ...]:
     """Metadata of every call. As call metadata the secrets also work on a connection without encryption."""
-    both = (
-        (("authorization", f"Bearer {settings.api_key}"), settings.api_key),
-        (
-            (_INTERNAL_TOKEN_KEY, settings.internal_token),
-            settings.internal_token,
-        ),
-    )
-    return tuple(pair for pair, secret in both if secret)
+    pairs: list[tuple[str, str]] = []
+    if settings.api_key:
+        pairs.append(("authorization", f"Bearer {settings.api_key}"))
+    if settings.internal_token:
+        pairs.append((_INTERNAL_TOKEN_KEY, settings.internal_token))
+    return tuple(pairs)
 
 
 def _warn_of_open_secrets(settings: Settings) -> None:
