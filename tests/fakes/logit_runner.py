@@ -40,11 +40,11 @@ class LogitRunner:
         precision: Precision = Precision(),  # noqa: B008 - frozen
         one_by_one: bool = False,
         dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - as above
     ) -> None:
         """`one_by_one`: stage after stage, even where the backend has a program of all layers."""
         config = config or read_config(folder)
         self.spec = spec = config.spec
-        device = torch.device("cpu")
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
         self.kernels = choose_backend(device, dtype, shape, kernels, precision=precision)
         with torch.inference_mode():

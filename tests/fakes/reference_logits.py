@@ -25,7 +25,12 @@ def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
 
 
 def assert_same_logits(
-    model: PreTrainedModel, folder: Path, backends: Iterable[str], token_ids: list[int], chunks: list[int]
+    model: PreTrainedModel,
+    folder: Path,
+    backends: Iterable[str],
+    token_ids: list[int],
+    chunks: list[int],
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - never changed
 ) -> None:
     """All positions, computed in chunks by each backend from the model's checkpoint; a mismatch names its stage."""
     wanted = reference_logits(model, token_ids)
@@ -33,6 +38,6 @@ def assert_same_logits(
     assert wanted.std(dim=-1).min() > 0.3, "all tokens have the same logits"
     assert wanted.std(dim=0).mean() > 0.1, "all positions have the same logits"
     for kernels in backends:
-        runner = LogitRunner(folder, kernels, max_running=1)
-        found = runner.alone(token_ids, chunks)
+        runner = LogitRunner(folder, kernels, max_running=1, device=device)
+        found = runner.alone(token_ids, chunks).cpu()
         assert (found - wanted).abs().max() < LOGIT_TOLERANCE, explain_mismatch(runner, model, token_ids)

@@ -114,7 +114,7 @@ class _Recorder:
     block: str = "attention"
 
     def record(self, name: str, value: Tensor) -> Tensor:
-        self.stages[name] = value.detach().clone().float()
+        self.stages[name] = value.detach().clone().float().cpu()
         return value
 
     def in_layer(self, name: str, value: Tensor) -> Tensor:
