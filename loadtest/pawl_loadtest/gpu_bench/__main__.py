@@ -23,7 +23,7 @@ from pawl_loadtest.gpu_bench.checkpoint import make_gpu_checkpoint
 from pawl_loadtest.gpu_bench.engines import Pawl, Transformers
 from pawl_loadtest.gpu_bench.machine import describe_gpu, measure_gpu
 from pawl_loadtest.gpu_bench.report import Row, table
-from pawl_loadtest.gpu_bench.workload import Request, mixed_requests, shortened, single_stream
+from pawl_loadtest.gpu_bench.workload import Request, describe, mixed_requests, shortened, single_stream
 from pawl_loadtest.peers.shapes import SHAPES
 
 _TOLERANCE = 6
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="*", choices=_CASES, default=list(_CASES))
     parser.add_argument("--shape", choices=SHAPES, help="instead of each case's own")
     parser.add_argument("--requests", type=int, default=256, help="of the mixed workload; 256 is the standing one")
+    parser.add_argument(
+        "--most-output", type=int, help="tokens; cuts the mixed workload's, over which transformers take many minutes"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--strict", action="store_true", help="pawl in strict mode")
     parser.add_argument("--no-peer", action="store_true", help="check outputs, but do not time transformers")
@@ -77,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(case: str, options: argparse.Namespace, folder: Path, limits: GpuLimits | None) -> tuple[Row, GpuLimits]:
     shape = SHAPES[options.shape or _CASES[case]]
-    requests = mixed_requests(options.requests) if case == "mixed" else single_stream()
-    workload = f"{len(requests)} x 100-1024" if case == "mixed" else "1 x 512/128"
+    requests = mixed_requests(options.requests, options.most_output) if case == "mixed" else single_stream()
+    workload = describe(requests)
     checkpoint = make_gpu_checkpoint(shape, folder)
     pawl = Pawl(checkpoint, requests, strict=options.strict)
     limits = limits or measure_gpu()

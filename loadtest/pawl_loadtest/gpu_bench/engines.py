@@ -20,7 +20,7 @@ __all__ = ["Outcome", "Pawl", "Transformers"]
 
 _BATCH_TOKENS = 16_384
 _BF16_BITS = 7  # of the fraction
-_PAGE = 32  # of transformers' cache
+_PAGE = 256  # of transformers' cache, as by default
 _SMALLEST_BLOCK = 64 if torch.cuda.is_available() else 16
 
 

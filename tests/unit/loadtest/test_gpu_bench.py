@@ -12,7 +12,7 @@ from pawl_loadtest.gpu_bench.bounds import GpuLimits, byte_bound
 from pawl_loadtest.gpu_bench.checkpoint import make_gpu_checkpoint
 from pawl_loadtest.gpu_bench.engines import Pawl, Transformers
 from pawl_loadtest.gpu_bench.report import Row, table
-from pawl_loadtest.gpu_bench.workload import Request, mixed_requests, shortened, single_stream
+from pawl_loadtest.gpu_bench.workload import Request, describe, mixed_requests, shortened, single_stream
 from pawl_loadtest.peers.shapes import SHAPES
 
 
@@ -25,6 +25,14 @@ def test_the_mixed_workload_is_the_published_one() -> None:
     cut = shortened(requests[:3], 50, 4)
     assert [(len(one.prompt_ids), one.output_tokens) for one in cut] == [(50, 4)] * 3
     assert [len(one.prompt_ids) for one in single_stream(7, 2)] == [7]
+
+
+def test_outputs_are_cut_and_prompts_are_not() -> None:
+    whole, cut = mixed_requests(20), mixed_requests(20, 128)
+    assert [one.prompt_ids for one in cut] == [one.prompt_ids for one in whole]
+    assert [one.output_tokens for one in cut] == [min(one.output_tokens, 128) for one in whole]
+    assert describe(mixed_requests(256, 128)) == "256 x 107-1024/103-128"
+    assert describe(single_stream(7, 2)) == "1 x 7/2"
 
 
 def test_the_bound_counts_kv_weights_and_prefill() -> None:
