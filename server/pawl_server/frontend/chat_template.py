@@ -7,54 +7,21 @@ attribute of Python is reachable from it, and its output and time are bounded. C
 from __future__ import annotations
 
 import datetime
-import json
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pawl.errors import FieldViolation, InvalidRequest
 from pawl_server.frontend.requests import ConversationInput
+from pawl_server.frontend.template_budget import Budget
+from pawl_server.frontend.template_sandbox import TemplateSandbox
 
 __all__ = ["ChatTemplate"]
 
-_MAX_OPERAND = 1 << 16  # of `*` and `**` in a template: enough for arithmetic, too little to fill memory
 _MAX_SHOWN = 300  # characters of a template's own complaint that are passed on
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`, which training uses to mark turns; here its body alone counts."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """Replace the tag by its body."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """No attributes, no mutation (jinja2's own sandbox), and no operator that makes much of little."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401 - signature of the base class
-        """Refuse operands of `*` and `**` that are too large."""
-        for operand in (left, right):
-            size = abs(operand) if isinstance(operand, int | float) else len(operand)
-            if size > (_MAX_OPERAND if operator == "*" else 64):
-                raise SecurityError(f"an operand of {operator} is too large")
-        return super().call_binop(context, operator, left, right)
-
-
-def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:  # noqa: ANN401 - options of json.dumps
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+_UNITS_PER_CHARACTER = 32  # of output: how often a template may make a text anew, in pieces, before it comes out
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -88,20 +55,18 @@ class ChatTemplate:
         max_seconds: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.filters["tojson"] = _tojson
+        environment = TemplateSandbox()
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(f"the chat template is not valid: {error}", reason="BAD_TEMPLATE") from error
-        self._special_tokens = special_tokens
+        self._environment = environment
         self._max_characters = max_characters
         self._max_seconds = max_seconds
         self._clock = clock
+        try:
+            self._template = environment.compile_bounded(source, self._budget())
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"the chat template is not valid: {error}", reason="BAD_TEMPLATE") from error
+        self._special_tokens = special_tokens
 
     def render(self, conversation: ConversationInput, field: str = "conversation") -> str:
         """The prompt of a conversation. Blocking: call it on a thread.
@@ -120,24 +85,37 @@ class ChatTemplate:
                 {**variables, "messages": turns, "add_generation_prompt": conversation.add_generation_prompt}
             )
             return _cut_after(text, turns[-1]["content"]) if conversation.continue_final_message else text
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            complaint = str(error)[:_MAX_SHOWN] or type(error).__name__
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+            MemoryError,
+        ) as error:
+            complaint = (
+                "it calls itself, or nests values, too deeply" if isinstance(error, RecursionError) else str(error)
+            )
+            complaint = complaint[:_MAX_SHOWN] or type(error).__name__
             raise InvalidRequest(
                 f"the model's chat template refuses the conversation: {complaint}",
                 reason="TEMPLATE_REFUSED",
                 violations=[FieldViolation(field, complaint)],
             ) from error
 
+    def _budget(self) -> Budget:
+        return Budget(_UNITS_PER_CHARACTER * self._max_characters, self._max_seconds, self._clock)
+
     def _run(self, variables: dict[str, object]) -> str:
-        end = self._clock() + self._max_seconds
+        self._environment.start(self._budget())
         pieces: list[str] = []
         size = 0
         for piece in self._template.generate(variables):
             size += len(piece)
             if size > self._max_characters:
                 raise ValueError(f"the rendered prompt is longer than {self._max_characters} characters")
-            if self._clock() > end:
-                raise ValueError(f"rendering took longer than {self._max_seconds:g} s")
             pieces.append(piece)
         return "".join(pieces)
 
