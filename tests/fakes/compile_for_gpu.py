@@ -27,6 +27,7 @@ from triton.runtime.jit import KernelInterface
 from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.triton.backend import TritonKernels
 from pawl_workers.kernels.triton.draw import draw
+from pawl_workers.kernels.triton.experts import TritonExperts
 from pawl_workers.kernels.triton.insert import insert
 from pawl_workers.kernels.triton.layout import SPLIT, Layout
 from pawl_workers.kernels.triton.linear import StrictLinear, WideLinear
@@ -110,6 +111,18 @@ def _attention(
         kernels.attend(projected[:, :heads].contiguous(), rule, cache, cache, layout)
 
 
+def _experts(dtype: torch.dtype, num_rows: int, *, strict: bool) -> None:
+    """Of Mixtral's kind: eight, of which two are chosen; few rows of each, and many."""
+    _compile_instead(f"{num_rows} rows, {dtype}, {'strict' if strict else 'fast'}")
+    up, down = torch.zeros(8, 2 * 768, 2048, dtype=dtype), torch.zeros(8, 2048, 768, dtype=dtype)
+    experts = TritonExperts(up, TritonActivation(Activation.SILU, True, not strict), down, 2, True, strict)
+    x, scores = torch.zeros(num_rows, 2048, dtype=dtype), torch.zeros(num_rows, 8, dtype=dtype)
+    experts(x, scores)
+    if experts.takes_single_rows and num_rows == 1:
+        norm = TritonRmsNorm(NormWeights(NormKind.RMS, torch.ones(2048, dtype=dtype), None, 1e-6), fuses=True)
+        experts.add_row(x, scores, 1.0, norm)
+
+
 def main() -> None:
     """Compile everything."""
     triton.runtime.driver.set_active(_Driver())
@@ -141,6 +154,12 @@ def main() -> None:
     multiply_row(row, square, None, bf16, norm)
     add_row(row, row, square, None, 1.0)
     fire_row(row, square, None, TritonActivation(Activation.SILU, gated=True, fuses=True), norm)
+    for num_rows in (1, 8, 40, 100, 2048):
+        _experts(bf16, num_rows, strict=False)
+    _experts(bf16, 8, strict=True)
+    _experts(torch.float16, 2048, strict=False)
+    for num_rows in (1, 2048):
+        _experts(torch.float32, num_rows, strict=False)
     _compile_instead("vocabulary")
     draw(torch.zeros(2, 151_936), torch.zeros(2, WORDS, dtype=torch.int64), adjusted=False)
     insert(torch.zeros(300, dtype=torch.int32), torch.zeros(64, dtype=torch.int32))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pawl_workers.memory import MemoryPlan
 from pawl_workers.model.source import checkpoint_revision
-from pawl_workers.model.weights import ExpertWeights, Weights
+from pawl_workers.model.weights import Weights, asks_host
 from pawl_workers.pipeline import MAX_IN_FLIGHT
 from pawl_workers.sampling.batch import QueueingSampler
 from pawl_workers.start_plan import StartPlan
@@ -77,9 +77,9 @@ def worker_facts(plan: StartPlan, weights: Weights, memory: MemoryPlan, started:
 
 
 def _max_in_flight(plan: StartPlan, weights: Weights) -> int:
-    """Experts are chosen on the host, in the middle of a step; and not every sampler leaves its ids on the device."""
-    routed = any(isinstance(layer.mlp, ExpertWeights) for layer in weights.layers)
-    return MAX_IN_FLIGHT if isinstance(plan.kernels.sampler, QueueingSampler) and not routed else 1
+    """Where experts are chosen on the host, a step waits in its middle; and not every sampler leaves its ids there."""
+    queues = isinstance(plan.kernels.sampler, QueueingSampler) and not asks_host(weights)
+    return MAX_IN_FLIGHT if queues else 1
 
 
 def _kv_type(plan: StartPlan) -> str:

@@ -17,7 +17,7 @@ from pawl_workers.errors import WorkerError
 from pawl_workers.forward import compute
 from pawl_workers.kernels.triton.layout import Layout
 from pawl_workers.kv_cache import KvCache
-from pawl_workers.model.weights import ExpertWeights, Weights
+from pawl_workers.model.weights import Weights, asks_host
 from pawl_workers.prepare import BatchSettings, batch_angles
 
 __all__ = ["BUCKETS", "DecodeGraphs", "bucket_of"]
@@ -43,7 +43,7 @@ class DecodeGraphs:
     """Graphs of one model, by rows and splits.
 
     Args:
-        weights: of a model whose layers are all dense: routing asks the host which experts are chosen.
+        weights: of a model that asks the host nothing, as `serve` finds.
         cache: of the worker.
         settings: of the worker, with a staging buffer that never grows.
     """
@@ -55,9 +55,12 @@ class DecodeGraphs:
 
     @staticmethod
     def serve(weights: Weights, settings: BatchSettings) -> bool:
-        """Whether steps of this model on this device can be captured."""
-        dense = not any(isinstance(layer.mlp, ExpertWeights) for layer in weights.layers)
-        return dense and settings.device.type == "cuda" and settings.staging is not None
+        """Whether steps of this model on this device can be captured.
+
+        Experts that are not computed together ask the host which of them are chosen: those of the reference kernels,
+        which alone keep weights in bytes on this device.
+        """
+        return not asks_host(weights) and settings.device.type == "cuda" and settings.staging is not None
 
     def __len__(self) -> int:
         """Graphs captured so far."""

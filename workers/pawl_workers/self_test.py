@@ -213,7 +213,7 @@ def _unpacked_experts(w: ExpertWeights) -> ExpertWeights:
     if shared is not None:
         shared = replace(shared, mlp=_unpacked_mlp(shared.mlp), gate=_UnpackedLinear(shared.gate))
     experts = tuple(_unpacked_mlp(expert) for expert in w.experts)
-    return replace(w, router=_UnpackedLinear(w.router), experts=experts, shared=shared)
+    return replace(w, router=_UnpackedLinear(w.router), experts=experts, shared=shared, together=None)
 
 
 def _unpacked_mlp(mlp: MlpWeights) -> MlpWeights:

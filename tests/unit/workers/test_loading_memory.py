@@ -13,14 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.cpu import CpuKernels
 from pawl_workers.kernels.native.library import load_library
 from pawl_workers.kernels.onednn import OneDnnKernels
+from pawl_workers.kernels.triton.backend import TritonKernels
+from pawl_workers.kernels.triton.experts import TritonExperts
 from pawl_workers.kernels.weight_memory import WeightMemory
 from pawl_workers.model.headers import folder_headers
 from pawl_workers.model.loading import load_weights, plan_reading, read_config
-from pawl_workers.model.weights import Packer, Weights
+from pawl_workers.model.weights import ExpertWeights, Packer, Weights
+from pawl_workers.staging import Staging
 from tests.fakes.checkpoints import make_gpt2, make_llama
+from tests.fakes.families import Draft, write_checkpoint
 
 CPU = torch.device("cpu")
 SLACK_BYTES = 64 << 10  # norms being widened, and what torch keeps of small tensors
@@ -85,6 +90,38 @@ def test_no_more_than_packed_weights_and_one_tensor(
     )
     assert weights.num_bytes <= peak <= weights.num_bytes + max(sizes.values()) + waiting + SLACK_BYTES
     assert_held(weights, reading.held_bytes(kernels, torch.float32), kernels, stored)
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "100KB"])
+def test_experts_that_are_computed_together_are_not_copied(shard_size: str, tmp_path: Path) -> None:
+    """They come one by one, and lie one after the other; for the GPU's kernels, here in the interpreter."""
+    values: dict[str, object] = {
+        "vocab_size": 97, "hidden_size": 128, "moe_intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32,
+        "num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 16, "num_experts_per_tok": 2,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    draft = Draft("Qwen3MoeForCausalLM", "Qwen3MoeConfig", values, torch.bfloat16, seed=1)
+    model = write_checkpoint(tmp_path, draft)
+    model.bfloat16().save_pretrained(tmp_path, max_shard_size=shard_size)
+    config, kernels = read_config(tmp_path), TritonKernels(torch.bfloat16, AttentionShape(4, 2, 32), Staging(CPU))
+    reading = plan_reading(config, folder_headers(tmp_path))
+    weights, peak = peak_of(
+        lambda: load_weights(config, kernels, CPU, torch.bfloat16, 1 << 40, reading=reading), tmp_path
+    )
+    assert reading.held_bytes(kernels, torch.bfloat16) == weights.num_bytes
+    assert (
+        weights.num_bytes <= peak <= weights.num_bytes + SLACK_BYTES + max(e.stored.num_bytes for e in reading.entries)
+    )
+    for layer in weights.layers:
+        mlp = layer.mlp
+        assert isinstance(mlp, ExpertWeights)
+        together = mlp.together
+        assert isinstance(together, TritonExperts)
+        assert together.up.shape == (16, 192, 128)
+        for number, expert in enumerate(mlp.experts):
+            for packed, stacked in ((expert.up, together.up), (expert.down, together.down)):
+                assert packed.unpack().data_ptr() == stacked[number].data_ptr()
+                assert packed.unpack().abs().sum() > 0
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])

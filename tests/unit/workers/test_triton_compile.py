@@ -24,7 +24,7 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 47
+    assert len(kernels) == 93
     for kernel in kernels:
         assert kernel["shared_bytes"] <= SHARED_BYTES, kernel
         assert kernel["spilled_bytes"] <= 16, kernel  # a loop's counters
@@ -33,5 +33,8 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
             assert tensor_cores == (True, False), kernel
         elif kernel["kernel"] == "_multiply":  # all tiles of 16 bits by one kind of instruction, or bits would differ
             assert tensor_cores == ("float32" not in kernel["variant"], False), kernel
+        elif kernel["kernel"] == "_multiply_experts":
+            full = kernel["variant"].startswith(("100", "2048")) or "strict" in kernel["variant"]
+            assert tensor_cores == (False, False) if "float32" in kernel["variant"] else (full, not full), kernel
         elif kernel["kernel"] in {"_attend_split", "_attend_tiles"}:
             assert tensor_cores == (False, True), kernel

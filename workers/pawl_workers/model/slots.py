@@ -6,6 +6,8 @@ Knows shapes and merging; reads no files.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +20,13 @@ from pawl_workers.model.weights import (
     AttentionRule,
     AttentionWeights,
     EmbeddingWeights,
+    ExpertPacker,
     ExpertWeights,
     HeadWeights,
     LayerWeights,
     MlpWeights,
     NormWeights,
+    PackedExperts,
     PackedLinear,
     PackedNorm,
     Packer,
@@ -34,6 +38,7 @@ from pawl_workers.model.weights import (
 __all__ = ["Slot", "Slots", "held_bytes", "slot_shapes"]
 
 _LINEARS = ("qkv", "attention_output", "up", "down", "router", "shared_gate", "head")
+_EXPERT = re.compile(r"(layers\.\d+\.experts\.)(\d+)(\..*)")
 _NORMS = ("attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
 
 
@@ -107,6 +112,11 @@ def _is_linear(name: str) -> bool:
     return kind == "weight" and path.rpartition(".")[2] in _LINEARS
 
 
+def _stack_of(name: str) -> str:
+    """The name that the same slot has in all experts of a layer."""
+    return _EXPERT.sub(lambda found: found[1] + found[3][1:], name)
+
+
 def _waiting_dtype(name: str, slot: Slot, packer: Packer, dtype: torch.dtype) -> torch.dtype:
     """The type in which a slot's tensor waits, and stays if it is not packed: the narrowest that loses nothing."""
     if _is_linear(name):
@@ -138,7 +148,8 @@ def held_bytes(slots: Mapping[str, Slot], packer: Packer, dtype: torch.dtype) ->
 class Slots:
     """Collects tensors by slot; a linear layer is packed, and its tensors dropped, once it is whole.
 
-    Nothing is allocated for a slot before the first of its tensors arrives.
+    Nothing is allocated for a slot before the first of its tensors arrives; where the backend computes the experts of a
+    layer together, one tensor is allocated for all of them, of which each expert's weight is a view.
     """
 
     def __init__(self, slots: Mapping[str, Slot], packer: Packer, device: torch.device, dtype: torch.dtype) -> None:
@@ -148,6 +159,8 @@ class Slots:
         self._tensors: dict[str, Tensor] = {}
         self._missing_rows = {name: slot.shape[0] for name, slot in slots.items()}
         self._linears: dict[str, PackedLinear] = {}
+        self._stacks: dict[str, Tensor] = {}
+        self._stack_sizes = Counter(map(_stack_of, slots)) if isinstance(packer, ExpertPacker) else Counter[str]()
 
     def put(self, target: TensorTarget, tensor: Tensor) -> None:
         """Store one tensor of the checkpoint, converted and in its place among those it is merged with."""
@@ -175,6 +188,12 @@ class Slots:
                 self._linears[name] = pack(self._tensors.pop(weight), self._tensors.pop(bias, None))
 
     def _room(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        stack, expert = _stack_of(slot), _EXPERT.match(slot)
+        if expert and _is_linear(slot) and self._stack_sizes[stack]:
+            if stack not in self._stacks:
+                whole = (self._stack_sizes[stack], *shape)
+                self._stacks[stack] = torch.empty(whole, dtype=dtype, device=self._device)
+            return self._stacks[stack][int(expert[2])]
         if _is_linear(slot) and self._device.type == "cpu":
             return passing_tensor(shape, dtype)  # until it is packed
         return torch.empty(shape, dtype=dtype, device=self._device)
@@ -226,7 +245,12 @@ class Slots:
             if spec.experts.shared_size:
                 shared = SharedExpertWeights(self._mlp(spec, f"{at}shared."), self._linears[at + "shared_gate"])
             mlp = ExpertWeights(
-                self._linears[at + "router"], tuple(experts), spec.experts.num_active, spec.experts.normalised, shared
+                self._linears[at + "router"],
+                tuple(experts),
+                spec.experts.num_active,
+                spec.experts.normalised,
+                shared,
+                self._experts_together(spec, at),
             )
         else:
             mlp = self._mlp(spec, at)
@@ -234,6 +258,16 @@ class Slots:
         return LayerWeights(
             before, attention, after, mlp_before, mlp, mlp_after, spec.parallel_blocks, spec.residual_scale
         )
+
+    def _experts_together(self, spec: ModelSpec, at: str) -> PackedExperts | None:
+        up, down = self._stacks.get(f"{at}experts.up.weight"), self._stacks.get(f"{at}experts.down.weight")
+        if not isinstance(self._packer, ExpertPacker) or spec.experts is None or up is None or down is None:
+            return None
+        if self._stack_sizes[f"{at}experts.up.bias"] or self._stack_sizes[f"{at}experts.down.bias"]:
+            return None
+        activate = self._packer.pack_activation(spec.activation, gated=spec.gated_mlp)
+        num_active, normalised = spec.experts.num_active, spec.experts.normalised
+        return self._packer.pack_experts(up, down, activate, num_active, normalised=normalised)
 
     def _mlp(self, spec: ModelSpec, at: str) -> MlpWeights:
         activate = self._packer.pack_activation(spec.activation, gated=spec.gated_mlp)

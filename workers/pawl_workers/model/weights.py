@@ -6,7 +6,7 @@ Knows no file formats and no kernels: a linear layer is anything that can be app
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,18 +17,21 @@ __all__ = [
     "AttentionRule",
     "AttentionWeights",
     "EmbeddingWeights",
+    "ExpertPacker",
     "ExpertWeights",
     "HeadWeights",
     "LayerWeights",
     "MlpWeights",
     "NormWeights",
     "PackedActivation",
+    "PackedExperts",
     "PackedLinear",
     "PackedNorm",
     "Packer",
     "QueryKeyNormWeights",
     "SharedExpertWeights",
     "Weights",
+    "asks_host",
 ]
 
 
@@ -134,6 +137,39 @@ class Packer(Protocol):
         ...
 
 
+class PackedExperts(Protocol):
+    """All routed experts of a layer as one operation of their kernel backend."""
+
+    def __call__(self, x: Tensor, scores: Tensor) -> Tensor:
+        """Compute, for each row of x, [T, D], the experts that its scores, [T, E], choose, and add them up: [T, D].
+
+        The host is not asked which they are. They are added in the order of their numbers.
+        """
+        ...
+
+
+@runtime_checkable
+class ExpertPacker(Packer, Protocol):
+    """A packer whose kernels compute all experts of a layer at once.
+
+    Their weights are to lie one after the other; each is packed by `pack_linear`, as a view, as well.
+    """
+
+    def pack_experts(
+        self, up: Tensor, down: Tensor, activate: PackedActivation, num_active: int, *, normalised: bool
+    ) -> PackedExperts:
+        """Bind experts without biases to their kernels.
+
+        Args:
+            up: gate above up, [E, 2I, D], or up alone, [E, I, D].
+            down: [E, D, I].
+            activate: of `pack_activation`.
+            num_active: experts of a token.
+            normalised: whether the shares of a token add up to 1.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class QueryKeyNormWeights:
     """RMS norms of queries and keys: each [head_dim], or, over all heads of a token, [H * head_dim], [K * head_dim]."""
@@ -199,13 +235,17 @@ class SharedExpertWeights:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """Routed MLPs: `router` is [E, D]; each token goes to `num_active` experts, and to the shared one if there is."""
+    """Routed MLPs: `router` is [E, D]; each token goes to `num_active` experts, and to the shared one if there is.
+
+    `together` computes all of `experts`, of which it holds the same tensors, where the backend can.
+    """
 
     router: PackedLinear
     experts: tuple[MlpWeights, ...]
     num_active: int
     normalised: bool
     shared: SharedExpertWeights | None = None
+    together: PackedExperts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,3 +302,8 @@ class Weights:
     num_parameters: int
     num_bytes: int
     linear_types: tuple[torch.dtype, ...]
+
+
+def asks_host(weights: Weights) -> bool:
+    """Whether a step has to know on the host which experts are chosen, and so waits for the device in its middle."""
+    return any(isinstance(layer.mlp, ExpertWeights) and layer.mlp.together is None for layer in weights.layers)

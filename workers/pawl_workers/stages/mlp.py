@@ -23,13 +23,20 @@ def mlp(x: Tensor, w: MlpWeights | ExpertWeights) -> Tensor:
 
 
 def _route(x: Tensor, w: ExpertWeights) -> Tensor:
-    """Each expert computes all its tokens at once; a token adds up its experts by number, then the shared one."""
-    shares, chosen = choose_experts(w.router(x), w.num_active, normalised=w.normalised)
+    """A token adds up its experts by number, then the shared one."""
+    scores = w.router(x)
+    gathered = _one_by_one(x, scores, w) if w.together is None else w.together(x, scores)
+    if w.shared is not None:
+        gathered += mlp(x, w.shared.mlp) * steady_sigmoid(w.shared.gate(x))
+    return gathered
+
+
+def _one_by_one(x: Tensor, scores: Tensor, w: ExpertWeights) -> Tensor:
+    """Each expert computes all its tokens at once. Asks the host which are chosen."""
+    shares, chosen = choose_experts(scores, w.num_active, normalised=w.normalised)
     gathered = torch.zeros_like(x)
     for expert in sorted(set(chosen.flatten().tolist())):
         tokens, place = (chosen == expert).nonzero(as_tuple=True)
         found = mlp(x[tokens], w.experts[expert])
         gathered[tokens] += found * shares[tokens, place].unsqueeze(1).to(x.dtype)
-    if w.shared is not None:
-        gathered += mlp(x, w.shared.mlp) * steady_sigmoid(w.shared.gate(x))
     return gathered

@@ -10,6 +10,7 @@ from torch import Tensor
 from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels.as_computed import AsComputed
 from pawl_workers.kernels.reference import ReferenceNorm
+from pawl_workers.kernels.triton.experts import TritonExperts
 from pawl_workers.kernels.triton.extend import extend
 from pawl_workers.kernels.triton.layout import TILE, Layout, lay_out_host
 from pawl_workers.kernels.triton.linear import GpuLinear, StrictLinear, WideLinear
@@ -22,8 +23,8 @@ from pawl_workers.kernels.triton.tuning import Tuning
 from pawl_workers.model.spec import Activation, NormKind
 from pawl_workers.model.weights import (
     AttentionRule,
+    ExpertWeights,
     LayerWeights,
-    MlpWeights,
     NormWeights,
     PackedActivation,
     PackedNorm,
@@ -76,6 +77,13 @@ class TritonKernels(AsComputed):
         """All are compiled."""
         return TritonActivation(activation, gated, self._tuning.fuses)
 
+    def pack_experts(
+        self, up: Tensor, down: Tensor, activate: PackedActivation, num_active: int, *, normalised: bool
+    ) -> TritonExperts:
+        """Keep the tensors."""
+        assert isinstance(activate, TritonActivation)  # noqa: S101 - narrows the type
+        return TritonExperts(up, activate, down, num_active, normalised, self._strict)
+
     def cache_shapes(self, num_blocks: int, shape: AttentionShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Keys and values alike: [num_blocks, K, 64, head_dim]."""
         cache = (num_blocks, shape.num_kv_heads, TILE, shape.head_dim)
@@ -84,9 +92,10 @@ class TritonKernels(AsComputed):
     def compile_layers(
         self, layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]]
     ) -> TritonProgram | None:
-        """Put sums and norms together; routed layers run stage by stage."""
-        dense = all(isinstance(layer.mlp, MlpWeights) for layer in layers)
-        return TritonProgram(self, layers, caches) if dense else None
+        """Put sums and norms together; layers whose experts are not computed together run stage by stage."""
+        if any(isinstance(layer.mlp, ExpertWeights) and layer.mlp.together is None for layer in layers):
+            return None
+        return TritonProgram(self, layers, caches)
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> Layout:
         """Tell decodes from extends, cut extends into tiles, and put it all on its way to the device."""

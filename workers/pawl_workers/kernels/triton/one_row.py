@@ -16,9 +16,10 @@ from torch import Tensor
 
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm, activated
 
-__all__ = ["add_row", "fire_row", "multiply_row"]
+__all__ = ["add_expert_rows", "add_row", "fire_expert_rows", "fire_row", "multiply_row"]
 
 _SHALLOW = 1024
+_EXPERT_COLUMNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ def _multiply_row(
     bias: tl.tensor,
     norm: tl.tensor,
     y: tl.tensor,
+    chosen: tl.tensor,
     epsilon: tl.tensor,
     scale: tl.tensor,
     K: tl.constexpr,
@@ -51,6 +53,7 @@ def _multiply_row(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
+    ROUTED: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
@@ -60,6 +63,9 @@ def _multiply_row(
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
     column_exists = columns < N
+    if ROUTED:  # a row of results for each expert
+        weight += tl.load(chosen + tl.program_id(1)).to(tl.int64) * ((2 * N if GATED else N) * K)
+        y += tl.program_id(1) * N
     at_weight = weight + columns.to(tl.int64)[:, None] * K + inner[None, :]
     total = tl.zeros((COLUMNS, INNER), tl.float32)
     ungated = tl.zeros((COLUMNS, INNER), tl.float32)
@@ -104,14 +110,16 @@ def _launch(
     gated: bool = False,
     kind: int = -1,
     add: bool = False,
+    chosen: Tensor | None = None,
 ) -> Tensor:
-    depth, num_columns = weight.shape[1], y.shape[1]
+    depth, num_columns = weight.shape[-1], y.shape[1]
     shape = _Shape.of(depth)
-    _multiply_row[(triton.cdiv(num_columns, shape.columns),)](
+    _multiply_row[(triton.cdiv(num_columns, shape.columns), y.shape[0])](
         x, weight, x if bias is None else bias, x if norm is None else norm.weights.weight, y,
-        0.0 if norm is None else norm.weights.epsilon, scale,
+        x if chosen is None else chosen, 0.0 if norm is None else norm.weights.epsilon, scale,
         K=depth, N=num_columns, COLUMNS=shape.columns, INNER=shape.inner, STAGES=shape.stages,
-        BIAS=bias is not None, NORM=norm is not None, GATED=gated, KIND=kind, ADD=add, num_warps=4,
+        ROUTED=chosen is not None, BIAS=bias is not None, NORM=norm is not None, GATED=gated, KIND=kind, ADD=add,
+        num_warps=4,
     )  # fmt: skip
     return y
 
@@ -135,3 +143,72 @@ def fire_row(
 def add_row(stream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Add the product of one row and a weight, times `scale`, to the stream, [1, N], in place."""
     return _launch(x, weight, bias, None, stream, scale=scale, add=True)
+
+
+def fire_expert_rows(
+    x: Tensor, weights: Tensor, chosen: Tensor, activation: TritonActivation, norm: TritonRmsNorm | None
+) -> Tensor:
+    """As `fire_row` by each of one row's experts, `chosen`, [1, A] int32, of weights [E, 2I or I, K], to [A, I]."""
+    width = weights.shape[1] // 2 if activation.gated else weights.shape[1]
+    y = torch.empty(chosen.shape[1], width, dtype=x.dtype, device=x.device)
+    return _launch(x, weights, None, norm, y, gated=activation.gated, kind=activation.kind, chosen=chosen)
+
+
+@triton.jit
+def _add_experts(
+    fired: tl.tensor,
+    weights: tl.tensor,
+    chosen: tl.tensor,
+    shares: tl.tensor,
+    y: tl.tensor,
+    scale: tl.tensor,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    STAGES: tl.constexpr,
+    ADD: tl.constexpr,
+) -> None:
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inner = tl.arange(0, INNER)
+    column_exists = columns < N
+    at_columns = columns.to(tl.int64)[:, None] * K
+    steps: tl.constexpr = tl.cdiv(K, INNER)
+    total = tl.zeros((COLUMNS, INNER), tl.float32)
+    for step in tl.range(0, ACTIVE * steps, num_stages=STAGES):
+        place = step // steps
+        at = step % steps * INNER + inner
+        exists = at < K
+        expert = tl.load(chosen + place).to(tl.int64)
+        part = tl.load(fired + place * K + at, mask=exists, other=0.0).to(tl.float32) * tl.load(shares + place)
+        mask = column_exists[:, None] & exists[None, :]
+        w = tl.load(weights + expert * (N * K) + at_columns + at[None, :], mask=mask, other=0.0)
+        total += w.to(tl.float32) * part[None, :]
+    result = tl.sum(total, 1)
+    if ADD:
+        result = tl.load(y + columns, mask=column_exists, other=0.0).to(tl.float32) + result * scale
+    tl.store(y + columns, result.to(y.dtype.element_ty), mask=column_exists)
+
+
+def add_expert_rows(
+    y: Tensor, fired: Tensor, weights: Tensor, chosen: Tensor, shares: Tensor, scale: float, *, add: bool
+) -> Tensor:
+    """Multiply each row of `fired`, [A, I], by its expert's weight, of [E, N, I], and add them up by their shares.
+
+    Args:
+        y: [1, N]; written to, or, where `add`, added to, times `scale`.
+        fired: in the order of the experts' numbers.
+        weights: of all experts.
+        chosen: experts, int32, [1, A].
+        shares: of each, float32, [1, A].
+        scale: of what is added.
+        add: whether y holds a stream.
+    """
+    _, num_columns, depth = weights.shape
+    _add_experts[(triton.cdiv(num_columns, _EXPERT_COLUMNS),)](
+        fired, weights, chosen, shares, y, scale,
+        K=depth, N=num_columns, ACTIVE=chosen.shape[1], COLUMNS=_EXPERT_COLUMNS,
+        INNER=256 if depth <= _SHALLOW else 512, STAGES=4, ADD=add, num_warps=4,
+    )  # fmt: skip
+    return y
