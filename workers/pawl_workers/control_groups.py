@@ -8,13 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["memory_left"]
+import psutil
+
+__all__ = ["host_memory_left", "memory_left"]
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MOUNT = Path("/sys/fs/cgroup")
 # Of each version: limit, use, and the line of memory.stat that counts file pages which the kernel drops when asked.
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def host_memory_left() -> int:
+    """Bytes of host memory that this process could still take: what machine and control groups both allow."""
+    available, left = int(psutil.virtual_memory().available), memory_left()
+    return available if left is None else min(available, left)
 
 
 def memory_left(membership: Path = _MEMBERSHIP, mount: Path = _MOUNT) -> int | None:

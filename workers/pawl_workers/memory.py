@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
-from pawl_workers.control_groups import memory_left
+from pawl_workers.control_groups import host_memory_left
 from pawl_workers.errors import OutOfMemoryError
 from pawl_workers.model.spec import ModelSpec
 from pawl_workers.plan import LEAST_SAMPLES
 
-__all__ = ["MemoryPlan", "activation_bytes", "available_bytes", "elements_per_token", "plan_memory"]
+__all__ = ["MemoryPlan", "activation_bytes", "available_bytes", "elements_per_token", "gpu_share", "plan_memory"]
 
 _ATTENTION_WORKSPACE_BYTES = 16 << 20
 
@@ -33,8 +32,13 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    available, left = int(psutil.virtual_memory().available), memory_left()
-    return available if left is None else min(available, left)
+    return host_memory_left()
+
+
+def gpu_share(device: torch.device, replicas: int) -> int:
+    """Bytes of a GPU that each of the replicas on it may take: as much of its whole memory, whoever starts first."""
+    _, total = torch.cuda.mem_get_info(device)
+    return int(total) // replicas
 
 
 def activation_bytes(spec: ModelSpec, max_batch_tokens: int, max_running: int, element_bytes: int) -> int:

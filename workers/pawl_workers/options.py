@@ -37,6 +37,7 @@ class WorkerOptions:
     max_context: int | None = None  # None: the model's
     max_running: int = 64  # rows
     max_batch_tokens: int = 512
+    memory_bytes: int | None = None  # most of its device's memory, where others share it; None: all that is free
     num_blocks: int | None = None  # None: from kv_bytes or memory_fraction
     memory_fraction: float = 0.5  # share of the memory left beside weights and activations that KV may take
     most_kv_bytes: int | None = None  # bounds what memory_fraction gives

@@ -33,7 +33,7 @@ class StartPlan:
     Attributes:
         dtype: in which it computes.
         staging: carries a step's integers to a GPU; the kernels' own.
-        available_bytes: on the device, before anything is read.
+        available_bytes: on the device, before anything is read, and no more than `memory_bytes` of the options.
         weight_bytes: packed; exact for fp16 weights, else the most: bf16 may be coded in 12 bits.
         activation_bytes: of the largest step, at most.
         block_bytes: of one KV block in all layers.
@@ -79,7 +79,11 @@ class StartPlan:
                 memory_fraction=options.memory_fraction,
             )
         except OutOfMemoryError as error:
-            raise OutOfMemoryError(f"{options.model} does not fit on {self.device}: {error}") from error
+            where, remedy = str(self.device), ""
+            if options.memory_bytes is not None:
+                where += f" beside the other replicas, of which each may take {options.memory_bytes / 1e6:.2f} MB"
+                remedy = ", or lower replicas"
+            raise OutOfMemoryError(f"{options.model} does not fit on {where}: {error}{remedy}") from error
 
 
 def plan_start(options: WorkerOptions, *, fetch: bool = True) -> StartPlan:
@@ -111,6 +115,7 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
     """
     device, dtype, spec = choose_device(options.device), choose_dtype(options), config.spec
     shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    available = available_bytes(device)
     staging = Staging(device)
     kernels = choose_backend(
         device,
@@ -136,7 +141,7 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
         staging=staging if device.type == "cuda" else None,
         shape=shape,
         max_context=min(spec.max_context, options.max_context or spec.max_context),
-        available_bytes=available_bytes(device),
+        available_bytes=available if options.memory_bytes is None else min(available, options.memory_bytes),
         weight_bytes=reading.held_bytes(kernels, dtype),
         activation_bytes=activation_bytes(spec, options.max_batch_tokens, options.max_running, dtype.itemsize),
         block_bytes=spec.num_layers

@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pawl_server.cli.render import size_text
 from pawl_server.config import Config
-from pawl_server.engine.load import worker_options
+from pawl_server.engine.load import share_device, worker_options
 from pawl_server.engine.spec import check_engine
 from pawl_server.fleet.local_fleet import visible_gpus
-from pawl_server.fleet.specs import num_cores, served_name
+from pawl_server.fleet.specs import num_cores, replicas_per_gpu, replicas_per_machine, served_name
 from pawl_workers.errors import OutOfMemoryError, WorkerError
 from pawl_workers.memory import MemoryPlan
 from pawl_workers.start_plan import StartPlan, explain_kernels, plan_checkpoint, plan_start
@@ -123,13 +122,17 @@ def plan_model(config: Config) -> ModelPlan:
     num_threads = config.engine.num_threads or max(1, num_cores() // replicas)
     options = worker_options(config.model, config.engine, num_threads)
     plan = plan_start(options, fetch=False)
+    available = plan.available_bytes
     sharing = _replicas_sharing(config, plan.device.type)
-    spec, main = plan.config.spec, _numbers(plan, sharing)
+    if sharing > 1:
+        options = share_device(options, available // sharing, sharing)
+        plan = plan_checkpoint(options, plan.config, plan.reading)
+    spec, main = plan.config.spec, _numbers(plan)
     kv_bytes = reserve_bytes = num_blocks = longest = 0
     if not main.refused:
         memory = plan.divide_memory()
         kv_bytes, num_blocks = memory.kv_bytes, memory.num_blocks
-        reserve_bytes = plan.available_bytes - sharing * _replica_bytes(plan, memory)
+        reserve_bytes = available - sharing * _replica_bytes(plan, memory)
         longest = min(plan.max_context, main.cache_tokens + 1)  # the last token's KV is never needed
     return ModelPlan(
         model=served_name(config),
@@ -146,7 +149,7 @@ def plan_model(config: Config) -> ModelPlan:
         stored_dtypes=plan.reading.stored_dtypes,
         kernels=main.kernels,
         kernels_reason=explain_kernels(plan),
-        available_bytes=plan.available_bytes,
+        available_bytes=available,
         stored_bytes=plan.reading.stored_bytes,
         weight_bytes=main.weight_bytes,
         activation_bytes=plan.activation_bytes,
@@ -160,36 +163,28 @@ def plan_model(config: Config) -> ModelPlan:
         longest_request=longest,
         full_context_kv_bytes=(-(-(plan.max_context - 1) // plan.kernels.block_size) + 1) * plan.block_bytes,
         refused=main.refused,
-        alternatives=tuple(_alternative(plan, sharing, *choice) for choice in _ALTERNATIVES[options.device]),
+        alternatives=tuple(_alternative(plan, *choice) for choice in _ALTERNATIVES[options.device]),
     )
 
 
 def _replicas_sharing(config: Config, device_kind: str) -> int:
-    """Replicas whose memory is that of one device. In a cluster, whose nodes are not known here, each has its own."""
-    fleet = config.fleet
-    if fleet.ray_address:
-        return 1
+    """Replicas whose memory is that of one device."""
     if device_kind == "cpu":
-        return fleet.replicas
-    if fleet.fleet == "local":  # it deals the GPUs out in turn
-        return -(-fleet.replicas // max(1, len(visible_gpus(config))))
-    share = fleet.gpus_per_replica
-    return min(fleet.replicas, int(1 / share)) if 0 < share < 1 else 1
+        return replicas_per_machine(config)
+    return replicas_per_gpu(config, len(visible_gpus(config)))
 
 
-def _alternative(
-    plan: StartPlan, sharing: int, kernels: str, dtype: str, kv_dtype: str, weight_dtype: str
-) -> Alternative:
+def _alternative(plan: StartPlan, kernels: str, dtype: str, kv_dtype: str, weight_dtype: str) -> Alternative:
     options = dataclasses.replace(
         plan.options, kernels=kernels, dtype=dtype, kv_dtype=kv_dtype, weight_dtype=weight_dtype
     )
     try:
-        return _numbers(plan_checkpoint(options, plan.config, plan.reading), sharing)
+        return _numbers(plan_checkpoint(options, plan.config, plan.reading))
     except WorkerError as error:
         return Alternative(kernels, dtype, kv_dtype, weight_dtype, refused=str(error))
 
 
-def _numbers(plan: StartPlan, sharing: int) -> Alternative:
+def _numbers(plan: StartPlan) -> Alternative:
     options, block_size = plan.options, plan.kernels.block_size
     found = Alternative(
         kernels=plan.kernels.name,
@@ -203,15 +198,6 @@ def _numbers(plan: StartPlan, sharing: int) -> Alternative:
         memory = plan.divide_memory()
     except OutOfMemoryError as error:
         return dataclasses.replace(found, refused=str(error))
-    each = _replica_bytes(plan, memory)
-    if sharing * each > plan.available_bytes:
-        # Each divides what is free as if it were alone, since none knows how far the others have got.
-        text = (
-            f"{sharing} replicas on {plan.device} take {sharing} x {size_text(each)} = {size_text(sharing * each)},"
-            f" available are {size_text(plan.available_bytes)}. Lower replicas, or their KV by num_blocks or"
-            " kv_max_bytes"
-        )
-        return dataclasses.replace(found, refused=text)
     tokens = memory.num_blocks * block_size
     return dataclasses.replace(found, cache_tokens=tokens, requests=tokens // plan.max_context)
 

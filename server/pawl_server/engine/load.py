@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from pawl_workers.parallel import thread_environment
 if TYPE_CHECKING:
     from pawl_workers.options import WorkerOptions
 
-__all__ = ["LoadProgress", "LoadWorker", "load_torch_worker", "worker_options"]
+__all__ = ["LoadProgress", "LoadWorker", "load_torch_worker", "share_device", "worker_options"]
 
 LoadProgress = Callable[[str, int, int], None]  # phase, done, total
 LoadWorker = Callable[[EngineSpec, LoadProgress], EngineWorker]
@@ -33,6 +34,7 @@ def load_torch_worker(spec: EngineSpec, on_progress: LoadProgress) -> EngineWork
 
     on_progress("imports", 1, 1)
     options = worker_options(spec.model, spec.engine, num_threads)
+    options = share_device(options, spec.memory_bytes, spec.replicas_per_gpu)
     return Worker.load(options, lambda phase, done, total: on_progress(phase, int(done), int(total)))
 
 
@@ -62,3 +64,21 @@ def worker_options(model: ModelSettings, engine: EngineSettings, num_threads: in
         host_kv_bytes=engine.host_kv_bytes if engine.prefix_cache else 0,
         dummy_weights=model.dummy_weights,
     )
+
+
+def share_device(options: WorkerOptions, host_bytes: int, replicas_per_gpu: int) -> WorkerOptions:
+    """Bound a worker to its share of the device that it computes on.
+
+    Args:
+        options: of the worker alone.
+        host_bytes: its share of the host's memory; 0 = no other replica is there.
+        replicas_per_gpu: replicas on its GPU, itself included.
+    """
+    from pawl_workers.memory import gpu_share  # noqa: PLC0415 (imports torch)
+    from pawl_workers.options import choose_device  # noqa: PLC0415 (imports torch)
+
+    if options.device == "cpu":
+        return dataclasses.replace(options, memory_bytes=host_bytes or None)
+    if replicas_per_gpu == 1:
+        return options
+    return dataclasses.replace(options, memory_bytes=gpu_share(choose_device(options.device), replicas_per_gpu))

@@ -42,6 +42,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     metrics_host: str = ""  # empty = `host`
     metrics_ports: str = "0"
     num_threads: int = 0  # compute threads; 0 = the cores this process may use
+    memory_bytes: int = 0  # of the host, for an engine that computes there; 0 = all that is free
+    replicas_per_gpu: int = 1  # engines that share a GPU's memory, for one that computes there
     heartbeat_timeout_s: float = 5.0  # a front end silent for so long is gone
     log_level: str = "info"
     log_format: str = "text"

@@ -32,7 +32,7 @@ from pawl_server.engine.spec import (
 from pawl_server.fleet.launcher import LaunchError, OnProgress
 from pawl_server.fleet.replicas import EventBatch, EventLog
 from pawl_server.fleet.service import FleetServer, FleetService
-from pawl_server.fleet.specs import engine_specs, num_cores, restart_policy, served_name
+from pawl_server.fleet.specs import engine_specs, memory_share, num_cores, restart_policy, served_name
 from pawl_server.fleet.supervisor import Supervisor
 from pawl_workers.parallel import thread_environment
 
@@ -204,9 +204,10 @@ class LocalFleet:
         self._config = config
         self._events = EventLog()
         cores = max(1, num_cores() // config.fleet.replicas)
+        gpus = visible_gpus(config)
         self._supervisor = Supervisor(
-            engine_specs(config, token, cores),
-            LocalLauncher(gpus=visible_gpus(config)),
+            engine_specs(config, token, cores, memory_bytes=memory_share(config), num_gpus=len(gpus)),
+            LocalLauncher(gpus=gpus),
             restart_policy(config),
             self._events,
             first_incarnation=first_incarnation,

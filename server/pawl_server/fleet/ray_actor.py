@@ -38,6 +38,7 @@ class FleetPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         port: where it listens.
         cores_per_replica: compute threads when num_threads is 0.
         gpus_per_replica: GPUs to reserve.
+        memory_bytes: of the host for each replica on it, measured before any was started; 0 = all that is free.
         first_incarnation: see Supervisor.
     """
 
@@ -48,6 +49,7 @@ class FleetPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     port: int
     cores_per_replica: int
     gpus_per_replica: float
+    memory_bytes: int = 0
     first_incarnation: int = 1
 
     def __repr__(self) -> str:
@@ -109,7 +111,7 @@ class _FleetActor:
         launcher = RayLauncher(plan.name, fleet.cpus_per_replica, plan.gpus_per_replica)
         launcher.sweep()
         self._supervisor = Supervisor(
-            engine_specs(plan.config, plan.token, plan.cores_per_replica),
+            engine_specs(plan.config, plan.token, plan.cores_per_replica, memory_bytes=plan.memory_bytes),
             launcher,
             restart_policy(plan.config),
             self._events,

@@ -26,7 +26,7 @@ from pawl_server.config import Config
 from pawl_server.fleet import own_ray
 from pawl_server.fleet.ray_actor import NAMESPACE, FleetActor, FleetPlan, encode_plan
 from pawl_server.fleet.replicas import EventBatch, decode_batch
-from pawl_server.fleet.specs import num_cores, served_name
+from pawl_server.fleet.specs import memory_share, num_cores, served_name
 
 __all__ = ["RayFleet"]
 
@@ -171,6 +171,7 @@ class RayFleet:
             port=fleet.fleet_port or _free_port(fleet.fleet_host),
             cores_per_replica=max(1, cores),
             gpus_per_replica=self._gpus_per_replica(),
+            memory_bytes=memory_share(self._config),
             first_incarnation=self._first_incarnation,
         )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,9 @@ import torch
 from pawl_server.cli import main
 from pawl_server.cli.plan import plan_model
 from pawl_server.config import Config
+from pawl_server.engine.load import load_torch_worker, share_device
+from pawl_server.fleet.specs import engine_specs, memory_share, replicas_per_gpu, replicas_per_machine
+from pawl_workers.errors import OutOfMemoryError
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import make_llama
 from tests.fakes.hub import local_hub
@@ -145,18 +149,70 @@ def test_where_nothing_fits_that_is_said(
 def test_replicas_of_one_machine_share_its_memory(
     fleet: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a cluster each may have a machine of its own."""
+    """Each plans with its part, and takes no more when it is started. In a cluster each may have its own machine."""
     model, together = str(make_llama(tmp_path)), "--ray-address=auto" not in fleet
-    one = plan_model(Config().replace(model=model, device="cpu", max_context=128, max_running=4, kv_max_bytes=262144))
-    each = one.weight_bytes + one.activation_bytes + one.kv_bytes
+    settings = ["--replicas=3", "--kv-memory-fraction=0.9", *fleet]
+    one = plan_model(Config().replace(model=model, device="cpu", max_context=128, max_running=4))
+    each = one.weight_bytes + one.activation_bytes + 150_000
     monkeypatch.setattr("pawl_workers.start_plan.available_bytes", lambda device: 3 * each)
-    plan = planned(capsys, model, "--replicas=3", *fleet)
-    assert (plan["refused"], plan["replicas_sharing"]) == ("", 3 if together else 1)
-    assert plan["reserve_bytes"] == (0 if together else 2 * each)
-    monkeypatch.setattr("pawl_workers.start_plan.available_bytes", lambda device: 3 * each - 1)
-    plan = planned(capsys, model, "--replicas=3", *fleet, code=int(together))
-    assert ("3 replicas on cpu take 3 x" in str(plan["refused"])) is together
-    assert (plan["num_blocks"] == 0) is together
+    plan = planned(capsys, model, *settings)
+    assert (plan["refused"], plan["replicas_sharing"], plan["available_bytes"]) == ("", 3 if together else 1, 3 * each)
+    assert 75_000 <= cast("int", plan["kv_bytes"]) <= (135_000 if together else 262_144)
+    monkeypatch.setattr("pawl_server.fleet.specs.host_memory_left", lambda: 3 * each)
+    config = Config().replace(model=model, device="cpu", max_context=128, max_running=4, replicas=3)
+    config = config.replace(kv_memory_fraction=0.9, kv_max_bytes=262144, **dict(_flags(fleet)))
+    first, *_, last = engine_specs(config, "token", 1, memory_bytes=memory_share(config))
+    assert first.memory_bytes == last.memory_bytes == (each if together else 0)
+    facts = load_torch_worker(last, lambda *_: None).facts
+    assert (facts.kv_bytes, facts.num_blocks) == (plan["kv_bytes"], plan["num_blocks"])
+
+
+def _flags(words: list[str]) -> Iterator[tuple[str, str]]:
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        yield name.replace("-", "_"), value
+
+
+def test_what_fits_alone_but_not_beside_the_others_is_refused_with_the_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(make_llama(tmp_path))
+    one = plan_model(Config().replace(model=model, device="cpu", max_context=128, max_running=4))
+    available = 2 * (one.weight_bytes + one.activation_bytes)
+    monkeypatch.setattr("pawl_workers.start_plan.available_bytes", lambda device: available)
+    assert planned(capsys, model)["refused"] == ""
+    refused = str(planned(capsys, model, "--replicas=2", code=1)["refused"])
+    assert f"on cpu beside the other replicas, of which each may take {available / 2e6:.2f} MB: weights" in refused
+    assert refused.endswith("or lower replicas")
+    spec, _ = engine_specs(Config().replace(model=model, device="cpu", replicas=2), "", 1, memory_bytes=available // 2)
+    with pytest.raises(OutOfMemoryError, match="beside the other replicas"):
+        load_torch_worker(spec, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_gpus", "machine", "gpu"),
+    [
+        ({"replicas": 3}, 0, 3, 1),
+        ({"replicas": 3, "fleet": "local"}, 0, 3, 3),
+        ({"replicas": 5, "fleet": "local"}, 2, 5, 3),
+        ({"replicas": 4, "gpus_per_replica": 0.5}, 0, 4, 2),
+        ({"replicas": 4, "gpus_per_replica": 0.5, "ray_address": "auto"}, 0, 1, 2),
+        ({"replicas": 1, "gpus_per_replica": 0.25}, 0, 1, 1),
+    ],
+)
+def test_who_shares_a_device(settings: dict[str, str | float], num_gpus: int, machine: int, gpu: int) -> None:
+    config = Config().replace(**settings)
+    assert (replicas_per_machine(config), replicas_per_gpu(config, num_gpus)) == (machine, gpu)
+    assert {spec.replicas_per_gpu for spec in engine_specs(config, "", 1, num_gpus=num_gpus)} == {gpu}
+    assert bool(memory_share(config)) is (machine > 1)
+
+
+def test_replicas_of_one_gpu_have_their_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1 << 30, 3 << 30))
+    options = WorkerOptions("model", device="cuda")
+    assert share_device(options, 5, 3).memory_bytes == 1 << 30
+    assert share_device(options, 5, 1) == options
 
 
 def test_that_no_request_of_the_whole_context_fits_is_said_with_what_does(
