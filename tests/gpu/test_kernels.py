@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from pawl_workers.kernels import choose_backend
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels, ReferenceNorm
+from pawl_workers.kernels.routing import choose_experts
 from pawl_workers.kernels.torch_sampler import TorchSampler
+from pawl_workers.kernels.triton.experts import TritonExperts
+from pawl_workers.kernels.triton.route import choose
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
 from pawl_workers.kernels.triton.sampler import TritonSampler
 from pawl_workers.model.spec import Activation, NormKind
@@ -78,6 +81,69 @@ def test_rows_equal_the_reference(cuda: torch.device, dtype: torch.dtype) -> Non
     for activation in Activation:
         wanted = ReferenceActivation(activation, gated=True)(x.clone())
         assert torch.allclose(TritonActivation(activation, gated=True, fuses=True)(x), wanted, rtol=error, atol=error)
+
+
+def _experts(
+    num_experts: int, active: int, hidden: int, inner: int, dtype: torch.dtype, *, strict: bool = False
+) -> TritonExperts:
+    generator = torch.Generator().manual_seed(num_experts)
+    up = torch.randn(num_experts, 2 * inner, hidden, generator=generator) * hidden**-0.5
+    down = torch.randn(num_experts, hidden, inner, generator=generator) * inner**-0.5
+    activation = TritonActivation(Activation.SILU, gated=True, fuses=not strict)
+    return TritonExperts(up.to("cuda", dtype), activation, down.to("cuda", dtype), active, True, strict)
+
+
+EXPERT_SHAPES = [(128, 8, 512, 192), (8, 2, 1000, 328), (60, 4, 260, 44)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", EXPERT_SHAPES)
+def test_experts_equal_the_reference(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    """Every tile of rows, and the kernels of a single one; also with all tokens at the same experts."""
+    num_experts, active, hidden, _ = shape
+    experts = _experts(*shape, dtype)
+    generator = torch.Generator().manual_seed(1)
+    for num_rows in (1, 2, 16, 100, 300, 2000):
+        x = torch.randn(num_rows, hidden, generator=generator).to(dtype)
+        scores = (torch.randn(num_rows, num_experts, generator=generator).argsort(dim=-1) / 8).to(dtype)
+        if num_rows == 100:
+            scores = scores[:1].repeat(num_rows, 1)
+        found = experts(x.cuda(), scores.cuda()).cpu().double()
+        shares, chosen = scores.float().softmax(dim=-1).topk(active, dim=-1)
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+        wanted = torch.zeros(num_rows, hidden, dtype=torch.float64)
+        for number in range(num_experts):
+            tokens, place = (chosen == number).nonzero(as_tuple=True)
+            gate, up = (x[tokens].double() @ experts.up[number].cpu().double().T).chunk(2, dim=-1)
+            fired = (gate * gate.sigmoid() * up) @ experts.down[number].cpu().double().T
+            wanted[tokens] += fired * shares[tokens, place].unsqueeze(1)
+        assert (found - wanted).abs().max() < TOLERANCES[dtype] * max(1.0, float(wanted.abs().max())), num_rows
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", EXPERT_SHAPES)
+def test_strict_experts_give_a_row_the_same_bits_in_any_batch(
+    dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    experts = _experts(*shape, dtype, strict=True)
+    generator = torch.Generator("cuda").manual_seed(2)
+    x = torch.randn(1500, shape[2], device="cuda", generator=generator, dtype=dtype)
+    scores = torch.randn(1500, shape[0], device="cuda", generator=generator, dtype=dtype)
+    whole = experts(x, scores)
+    for rows in ([0], [7], [1499, 3], list(range(16)), list(range(40, 140)), list(range(1500))[::-1]):
+        assert torch.equal(experts(x[rows], scores[rows]), whole[rows]), len(rows)
+
+
+@pytest.mark.parametrize("num_experts", [8, 60, 128])
+def test_equal_experts_are_chosen_as_torch_chooses_on_the_device(num_experts: int) -> None:
+    """Scores of bf16, many of which are alike: the same experts, and shares but for rounding."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    scores = (torch.randn(4000, num_experts, device="cuda", generator=generator) * 4).round().div(4).bfloat16()
+    shares, chosen = choose(scores, 8, normalised=True, fuses=True)
+    wanted_shares, wanted = choose_experts(scores, 8, normalised=True)
+    order = wanted.argsort(dim=-1)
+    assert torch.equal(chosen.long(), wanted.gather(1, order))
+    assert torch.allclose(shares, wanted_shares.gather(1, order), rtol=1e-5, atol=0)
 
 
 @given(seed=st.integers(0, 2**64 - 1), top_k=st.sampled_from([0, 1, 50, 5000]), top_p=st.sampled_from([1.0, 0.9, 0.1]))

@@ -16,17 +16,22 @@ import torch
 from pawl_workers.errors import WorkerError
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
 from pawl_workers.worker import Worker, WorkerOptions
-from tests.fakes.checkpoints import make_llama
+from tests.fakes.checkpoints import make_llama, make_qwen3_moe
 from tests.fakes.worker_driver import WorkerDriver
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(
-        tmp_path_factory.mktemp("gpu-llama"), hidden_size=256, intermediate_size=512, head_dim=64, tokenizer=True
-    )
+@pytest.fixture(scope="module", params=["dense", "routed"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose MLPs are dense, and one of routed layers but for one, of sizes that fill no tile of columns."""
+    path = tmp_path_factory.mktemp(f"gpu-{request.param}")
+    if request.param == "dense":
+        return make_llama(path, hidden_size=256, intermediate_size=512, head_dim=64, tokenizer=True)
+    return make_qwen3_moe(
+        path, hidden_size=256, intermediate_size=512, head_dim=64, moe_intermediate_size=72, num_experts=20,
+        num_hidden_layers=3, mlp_only_layers=[1],
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -43,7 +48,8 @@ def _options(folder: Path, dtype: str = "bfloat16", *, kernels: str = "triton") 
 
 
 def test_the_self_test_passes(folder: Path) -> None:
-    for dtype in ("float32", "bfloat16", "float16"):
+    # In 16 bits experts with nearly the same shares change places by rounding, which in a tiny model moves much.
+    for dtype in ("float32",) if "routed" in folder.name else ("float32", "bfloat16", "float16"):
         assert Worker.load(_options(folder, dtype)).self_test().max_difference >= 0
 
 
@@ -51,7 +57,9 @@ def test_graphs_generate_what_the_reference_generates(folder: Path) -> None:
     """Float32, greedy: sequences of different lengths that join and leave, over a split's end."""
     found = []
     for kernels in ("triton", "reference"):
-        driver = WorkerDriver(Worker.load(_options(folder, "float32", kernels=kernels)))
+        worker = Worker.load(_options(folder, "float32", kernels=kernels))
+        assert (worker._graphs is not None) == (kernels == "triton")
+        driver = WorkerDriver(worker)
         sequences = [driver.start([(7 * i + j) % 256 for j in range(40 + 150 * i)]) for i in range(4)]
         driver.generate(sequences[:3], 12, chunk=50)
         driver.generate(sequences, 20, chunk=50)
@@ -130,11 +138,18 @@ def test_strict_is_refused_where_no_kernel_keeps_it(folder: Path) -> None:
         Worker.load(dataclasses.replace(_options(folder, kernels="reference"), strict=True))
 
 
-@pytest.mark.parametrize("part", ["linears", "requests"])
-def test_strict_bits_depend_on_nothing_else(folder: Path, part: str) -> None:
+def test_strict_products_depend_on_nothing_else() -> None:
+    _check_strict("linears")
+
+
+def test_strict_requests_depend_on_nothing_else(folder: Path) -> None:
+    _check_strict("requests", str(folder))
+
+
+def _check_strict(*arguments: str) -> None:
     """In a process of its own, as a server is."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fakes.strict_gpu", part, str(folder)],
+        [sys.executable, "-m", "tests.fakes.strict_gpu", *arguments],
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=Path(__file__).parents[2],
         capture_output=True,

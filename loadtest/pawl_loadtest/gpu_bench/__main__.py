@@ -1,5 +1,8 @@
 """Measure pawl on one GPU: 256 requests on Qwen3-0.6B shapes, and a single stream on 8B shapes.
 
+On demand (`--cases routed routed-single`) both on eight layers of Qwen3-30B-A3B, whose MLPs are routed. Their bound
+counts the experts that a step's rows choose, from how often each was chosen in the check of the outputs.
+
 Weights are random, of the true shapes. First the machine's read bandwidth and matrix peak are measured; outputs are
 checked against transformers before anything is timed; then pawl and transformers' continuous batching take turns. Run
 it on a GPU that nothing else uses.
@@ -20,23 +23,24 @@ import torch
 
 from pawl_loadtest.gpu_bench.bounds import GpuLimits, byte_bound
 from pawl_loadtest.gpu_bench.checkpoint import make_gpu_checkpoint
-from pawl_loadtest.gpu_bench.engines import Pawl, Transformers
+from pawl_loadtest.gpu_bench.engines import Checked, Pawl, Transformers
 from pawl_loadtest.gpu_bench.machine import describe_gpu, measure_gpu
 from pawl_loadtest.gpu_bench.report import Row, table
+from pawl_loadtest.gpu_bench.shapes import GPU_SHAPES
 from pawl_loadtest.gpu_bench.workload import Request, describe, mixed_requests, shortened, single_stream
-from pawl_loadtest.peers.shapes import SHAPES
 
 _TOLERANCE = 6
 """Steps of bf16 between a chosen token's logit and the best: models of bf16 differ by some, wrong ones by hundreds."""
 
-_CASES = {"mixed": "qwen3-0.6b", "single": "qwen3-8b"}
+_STANDING = {"mixed": "qwen3-0.6b", "single": "qwen3-8b"}
+_CASES = {**_STANDING, "routed": "qwen3-30b-a3b-8", "routed-single": "qwen3-30b-a3b-8"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; exit code 2 without a GPU, 1 when outputs disagree."""
     parser = argparse.ArgumentParser("python -m pawl_loadtest.gpu_bench", description=__doc__)
-    parser.add_argument("--cases", nargs="*", choices=_CASES, default=list(_CASES))
-    parser.add_argument("--shape", choices=SHAPES, help="instead of each case's own")
+    parser.add_argument("--cases", nargs="*", choices=_CASES, default=list(_STANDING))
+    parser.add_argument("--shape", choices=GPU_SHAPES, help="instead of each case's own")
     parser.add_argument("--requests", type=int, default=256, help="of the mixed workload; 256 is the standing one")
     parser.add_argument(
         "--most-output", type=int, help="tokens; cuts the mixed workload's, over which transformers take many minutes"
@@ -79,16 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(case: str, options: argparse.Namespace, folder: Path, limits: GpuLimits | None) -> tuple[Row, GpuLimits]:
-    shape = SHAPES[options.shape or _CASES[case]]
-    requests = mixed_requests(options.requests, options.most_output) if case == "mixed" else single_stream()
+    shape = GPU_SHAPES[options.shape or _CASES[case]]
+    is_single = case.endswith("single")
+    requests = single_stream() if is_single else mixed_requests(options.requests, options.most_output)
     workload = describe(requests)
     checkpoint = make_gpu_checkpoint(shape, folder)
     pawl = Pawl(checkpoint, requests, strict=options.strict)
     limits = limits or measure_gpu()
-    bound = byte_bound(shape, requests, limits)
-    row = Row(shape.name, workload, bound.tokens_per_s(requests), asdict(bound))
     peer = Transformers(checkpoint)
-    row.worst_margin = _verify(pawl, peer, requests)
+    checked = _verify(pawl, peer, requests)
+    bound = byte_bound(shape, requests, limits, frequencies=checked.frequencies())
+    row = Row(shape.name, workload, bound.tokens_per_s(requests), asdict(bound))
+    row.worst_margin = max(checked.margins)
     if row.worst_margin <= _TOLERANCE:
         engines: list[Pawl | Transformers] = [pawl] if options.no_peer else [pawl, peer]
         for engine in engines:
@@ -107,10 +113,10 @@ def _measure(case: str, options: argparse.Namespace, folder: Path, limits: GpuLi
     return row, limits
 
 
-def _verify(pawl: Pawl, peer: Transformers, requests: Sequence[Request]) -> float:
-    """Worst distance of pawl's greedy tokens from the best of transformers, over some shortened requests."""
+def _verify(pawl: Pawl, peer: Transformers, requests: Sequence[Request]) -> Checked:
+    """Compare pawl's greedy tokens with the best of transformers, over some shortened requests."""
     few = shortened(requests[:8], 200, 32)
-    return max(peer.margins(few, pawl.run(few).token_ids))
+    return peer.check(few, pawl.run(few).token_ids)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pawl_loadtest.gpu_bench.shapes import RoutedShape
 from pawl_loadtest.peers.shapes import Shape
 
 __all__ = ["make_gpu_checkpoint"]
 
+_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 4 << 30
 _SPREAD, _NORM_SPREAD = 0.02, 0.1  # as `peers.checkpoint`
 
 
 def make_gpu_checkpoint(shape: Shape, folder: Path, device: str = "cuda") -> Path:
-    """Write a checkpoint of a shape in bf16 with random weights, never zeros, tied; return its folder."""
+    """Write a checkpoint of a shape in bf16 with random weights, never zeros, tied, or find it; return its folder."""
     path = folder / shape.name
+    if (path / _INDEX).is_file():
+        return path
     path.mkdir(parents=True)
     config = AutoConfig.for_model(
         shape.kind,
@@ -37,6 +43,7 @@ def make_gpu_checkpoint(shape: Shape, folder: Path, device: str = "cuda") -> Pat
         bos_token_id=None,
         eos_token_id=shape.vocab_size - 1,
         pad_token_id=None,
+        **_routing(shape),
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -57,11 +64,34 @@ def make_gpu_checkpoint(shape: Shape, folder: Path, device: str = "cuda") -> Pat
         values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
         is_norm = "norm" in name
         values.normal_(1.0 if is_norm else 0.0, _NORM_SPREAD if is_norm else _SPREAD, generator=generator)
-        shard[name] = values.cpu()
+        shard |= {part: tensor.contiguous() for part, tensor in _parts(name, values.cpu())}
         if sum(tensor.nbytes for tensor in shard.values()) > _SHARD_BYTES:
             write()
     if shard:
         write()
     index = {"metadata": {}, "weight_map": places}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (path / _INDEX).write_text(json.dumps(index), encoding="utf-8")
     return path
+
+
+def _routing(shape: Shape) -> dict[str, int | bool]:
+    if not isinstance(shape, RoutedShape):
+        return {}
+    return {
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.num_active,
+        "moe_intermediate_size": shape.intermediate_size,
+        "norm_topk_prob": True,
+    }
+
+
+def _parts(name: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a parameter of transformers is stored as: experts lie together in memory, and one by one in files."""
+    layer, found, part = name.partition(".experts.")
+    if not found:
+        yield name, values
+        return
+    for number, expert in enumerate(values):
+        kinds = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+        for kind, tensor in zip(kinds, expert.chunk(len(kinds)), strict=True):
+            yield f"{layer}.experts.{number}.{kind}.weight", tensor

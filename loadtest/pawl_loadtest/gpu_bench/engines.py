@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from pawl_loadtest.gpu_bench.workload import Request, shortened
 from pawl_loadtest.peers.in_process import generate_all
@@ -16,7 +18,7 @@ from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.worker import Worker, WorkerOptions
 
-__all__ = ["Outcome", "Pawl", "Transformers"]
+__all__ = ["Checked", "Outcome", "Pawl", "Transformers"]
 
 _BATCH_TOKENS = 16_384
 _BF16_BITS = 7  # of the fraction
@@ -90,6 +92,28 @@ class Pawl:
         return Outcome(output, time.perf_counter() - started)
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a plain forward pass of transformers says of generated tokens.
+
+    Attributes:
+        margins: how far below the best logit each token's lies, in steps of bf16 at the best logit's size, which is as
+            finely as this model tells logits apart.
+        chosen: of each request, whether a generated token chooses an expert, 0 or 1, [layers, tokens, experts]; empty
+            where nothing is routed.
+    """
+
+    margins: list[float]
+    chosen: list[Tensor]
+
+    def frequencies(self) -> list[list[float]] | None:
+        """Share of generated tokens that choose each expert of each layer, or None where nothing is routed."""
+        if not self.chosen:
+            return None
+        found: list[list[float]] = torch.cat(self.chosen, dim=1).mean(dim=1).tolist()
+        return found
+
+
 class Transformers:
     """Continuous batching of transformers, greedy, bf16. Without flash-attn installed it attends by `sdpa|paged`."""
 
@@ -139,18 +163,22 @@ class Transformers:
             seconds = time.perf_counter() - started
         return Outcome([found[name] for name in names], seconds)
 
-    def margins(self, requests: Sequence[Request], token_ids: Sequence[Sequence[int]]) -> list[float]:
-        """How far below the best logit each given token's lies, by a plain forward pass over the whole sequence.
-
-        In steps of bf16 at the best logit's size, which is as finely as this model tells logits apart.
-        """
-        found: list[float] = []
+    def check(self, requests: Sequence[Request], token_ids: Sequence[Sequence[int]]) -> Checked:
+        """See what a plain forward pass over the whole of each sequence says of tokens that were generated."""
+        checked = Checked([], [])
+        active = int(getattr(self._model.config, "num_experts_per_tok", None) or 0)
+        routing = {"output_router_logits": True} if active else {}
         with torch.inference_mode():
             for one, generated in zip(requests, token_ids, strict=True):
                 ids = torch.tensor([[*one.prompt_ids, *generated]], device=self._device)
-                logits = self._model(ids).logits[0, len(one.prompt_ids) - 1 : -1].float()
+                output = self._model(ids, **routing)
+                logits = output.logits[0, len(one.prompt_ids) - 1 : -1].float()
                 chosen = logits.gather(1, ids[0, len(one.prompt_ids) :].unsqueeze(1)).squeeze(1)
                 best = logits.max(dim=-1).values
                 step = torch.exp2(torch.floor(torch.log2(best.abs().clamp(min=1e-3))) - _BF16_BITS)
-                found += ((best - chosen) / step).tolist()
-        return found
+                checked.margins.extend(((best - chosen) / step).tolist())
+                if active:
+                    scores = torch.stack(list(output.router_logits))[:, len(one.prompt_ids) :].float()
+                    experts = scores.topk(active, dim=-1).indices
+                    checked.chosen.append(one_hot(experts, scores.shape[-1]).sum(dim=-2).float().cpu())
+        return checked

@@ -12,6 +12,7 @@ from pawl_loadtest.gpu_bench.bounds import GpuLimits, byte_bound
 from pawl_loadtest.gpu_bench.checkpoint import make_gpu_checkpoint
 from pawl_loadtest.gpu_bench.engines import Pawl, Transformers
 from pawl_loadtest.gpu_bench.report import Row, table
+from pawl_loadtest.gpu_bench.shapes import GPU_SHAPES, RoutedShape
 from pawl_loadtest.gpu_bench.workload import Request, describe, mixed_requests, shortened, single_stream
 from pawl_loadtest.peers.shapes import SHAPES
 
@@ -52,6 +53,26 @@ def test_the_bound_counts_kv_weights_and_prefill() -> None:
     assert mixed.tokens_per_s(mixed_requests()) == pytest.approx(36.5e3, rel=0.01)
 
 
+def test_a_step_reads_the_experts_that_its_rows_choose() -> None:
+    """By hand; of 30 billion weights in 48 layers as many are in 8 as published: 3.3 billion of a token in all."""
+    shape, limits = GPU_SHAPES["qwen3-30b-a3b-8"], GpuLimits(4e12, 700e12)
+    assert isinstance(shape, RoutedShape)
+    assert 6 * shape.layer_weights + 2 * shape.head_weights == pytest.approx(3.3e9, rel=0.02)
+    assert 6 * shape.weights_read(10**6) + 2 * shape.head_weights == pytest.approx(30.5e9, rel=0.01)
+    assert shape.weights_read(1) == pytest.approx(shape.layer_weights)
+    all_but_one = (1 - (1 - 8 / 128) ** 3) * 128
+    assert shape.weights_read(3) == pytest.approx(shape.shared_weights + 8 * all_but_one * shape.expert_weights)
+    # Where all tokens choose the same, no more is read for many than for one.
+    same = [[1.0] * 8 + [0.0] * 120] * 8
+    assert shape.weights_read(50, same) == shape.weights_read(1, same) == shape.layer_weights
+    three = [Request((1, 2), 2), Request((1,), 1), Request((1,), 4)]
+    bound = byte_bound(shape, three, limits)
+    steps = [3, 2, 1, 1]
+    by_hand = sum(2 * (shape.weights_read(rows) + shape.head_weights) for rows in steps)
+    assert bound.weight_bytes == pytest.approx(by_hand)
+    assert bound.prefill_flops == 2 * shape.layer_weights * 4
+
+
 def test_eight_billion_weights() -> None:
     """As published: 6.95 billion in the layers, 0.62 billion in the head, and 147,456 bytes of KV a token."""
     shape = SHAPES["qwen3-8b"]
@@ -70,20 +91,30 @@ def test_the_table_has_shares_and_ratios() -> None:
     assert "pawl / peer: 10.00 (5.00-10.00)" in text
 
 
-def test_both_engines_generate_what_is_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
+def test_both_engines_generate_what_is_asked_for(name: str, tmp_path: Path) -> None:
     """On the CPU, a tiny checkpoint: lengths of each request's own, and tokens that a plain forward pass confirms."""
-    checkpoint = make_gpu_checkpoint(SHAPES["tiny"], tmp_path, "cpu")
+    shape = GPU_SHAPES[name]
+    checkpoint = make_gpu_checkpoint(shape, tmp_path, "cpu")
+    assert make_gpu_checkpoint(shape, tmp_path, "cpu") == checkpoint
     requests = [Request(tuple(range(5, 15 + 9 * i)), 3 + 2 * i) for i in range(3)]
     pawl, peer = Pawl(checkpoint, requests, strict=False, device="cpu"), Transformers(checkpoint, device="cpu")
     found, wanted = pawl.run(requests), peer.run(requests)
     for outcome in (found, wanted):
         assert [len(ids) for ids in outcome.token_ids] == [3, 5, 7]
         assert outcome.tokens_per_s == 15 / outcome.seconds
-    margins = peer.margins(requests, found.token_ids)
-    assert len(margins) == 15
-    assert max(margins) < 6
+    checked = peer.check(requests, found.token_ids)
+    assert len(checked.margins) == 15
+    assert max(checked.margins) < 6
+    frequencies = checked.frequencies()
+    if isinstance(shape, RoutedShape):
+        assert frequencies is not None
+        assert [len(layer) for layer in frequencies] == [6, 6]
+        assert [sum(layer) for layer in frequencies] == pytest.approx([2, 2])
+    else:
+        assert frequencies is None
     others = [[(token_id + 1) % 512 for token_id in ids] for ids in found.token_ids]
-    assert max(peer.margins(requests, others)) > 20
+    assert max(peer.check(requests, others).margins) > 20
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

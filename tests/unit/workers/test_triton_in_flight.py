@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from pawl_workers.pending import PendingStep
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
 from pawl_workers.worker import Worker, WorkerOptions
-from tests.fakes.checkpoints import make_llama
+from tests.fakes.checkpoints import make_llama, make_qwen3_moe
 
 POISON = 77
 SPECS = (
@@ -18,9 +20,10 @@ SPECS = (
 )  # fmt: skip
 
 
-def test_two_steps_in_flight_give_what_one_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [make_llama, make_qwen3_moe])
+def test_two_steps_in_flight_give_what_one_gives(make: Callable[..., Path], tmp_path: Path) -> None:
     """The ids of a step become the input of the next without the host: chunks, joins, and every kind of sampling."""
-    folder = make_llama(tmp_path, num_hidden_layers=1)
+    folder = make(tmp_path, num_hidden_layers=1)
     found = []
     for depth in (1, 2):
         worker = Worker.load(WorkerOptions(model=str(folder), kernels="triton", max_running=3, num_blocks=8))

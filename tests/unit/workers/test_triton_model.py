@@ -15,7 +15,7 @@ from pawl_workers.kernels.triton.program import TritonProgram
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
 from pawl_workers.model.spec import Activation, NormKind
 from pawl_workers.model.weights import NormWeights
-from tests.fakes.checkpoints import NAMED
+from tests.fakes.checkpoints import NAMED, make_qwen3_moe
 from tests.fakes.families import Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner
 
@@ -117,9 +117,10 @@ def check_model(folder: Path) -> None:
     assert found[1].abs().max() > 0.5
 
 
-def test_a_single_row_is_computed_as_rows_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [NAMED["llama-mha"], make_qwen3_moe])
+def test_a_single_row_is_computed_as_rows_are(make: Callable[[Path], Path], tmp_path: Path) -> None:
     """In half precision, where a step of one token has kernels of its own."""
-    folder = NAMED["llama-mha"](tmp_path)
+    folder = make(tmp_path)
     found = []
     for kernels in ("triton", "reference"):
         runner = LogitRunner(folder, kernels, max_running=1, dtype=torch.float16)
