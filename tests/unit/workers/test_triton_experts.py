@@ -195,7 +195,7 @@ def test_rows_that_are_not_finite_choose_experts_that_exist_and_spoil_no_other()
 
 @settings(max_examples=15, phases=BOUNDED, deadline=None)
 @given(
-    num_rows=st.sampled_from([1, 2, 7, 130, 600]),
+    num_rows=st.sampled_from([1, 2, 7, 130, 600, 2500]),
     num_experts=st.sampled_from([1, 5, 64, 130]),
     rows=st.sampled_from([16, 64]),
     data=st.data(),

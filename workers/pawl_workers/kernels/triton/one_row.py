@@ -209,6 +209,6 @@ def add_expert_rows(
     _add_experts[(triton.cdiv(num_columns, _EXPERT_COLUMNS),)](
         fired, weights, chosen, shares, y, scale,
         K=depth, N=num_columns, ACTIVE=chosen.shape[1], COLUMNS=_EXPERT_COLUMNS,
-        INNER=256 if depth <= _SHALLOW else 512, STAGES=4, ADD=add, num_warps=4,
+        INNER=256 if depth <= _SHALLOW else 512, STAGES=6, ADD=add, num_warps=4,
     )  # fmt: skip
     return y

@@ -15,8 +15,9 @@ from torch import Tensor
 
 __all__ = ["Arrangement", "arrange", "choose"]
 
-_CHUNK = 1024
-_FEWEST_BINS = 32  # of a histogram: one for each thread of a warp
+_WARP = 32  # threads: no vector of a program is shorter
+_CHUNKS = ((128, 1), (1024, 4), (4096, 8))
+"""Pairs that a program looks at in one go, and its warps."""
 
 
 @triton.jit
@@ -73,8 +74,8 @@ def choose(scores: Tensor, num_active: int, *, normalised: bool, fuses: bool) ->
     chosen = torch.empty(num_rows, num_active, dtype=torch.int32, device=scores.device)
     _choose[(num_rows,)](
         scores, shares, chosen,
-        EXPERTS=num_experts, ACTIVE=num_active, WIDTH=triton.next_power_of_2(num_experts), NORMALISED=normalised,
-        num_warps=1, enable_fp_fusion=fuses,
+        EXPERTS=num_experts, ACTIVE=num_active, WIDTH=max(triton.next_power_of_2(num_experts), _WARP),
+        NORMALISED=normalised, num_warps=1, enable_fp_fusion=fuses,
     )  # fmt: skip
     return shares, chosen
 
@@ -142,9 +143,10 @@ def arrange(chosen: Tensor, num_experts: int, rows: int) -> Arrangement:
     most_tiles = (num_pairs + min(num_experts, num_pairs) * (rows - 1)) // rows
     tiles = torch.empty(1 + most_tiles, 4, dtype=torch.int32, device=chosen.device)
     order = torch.empty(num_pairs, dtype=torch.int32, device=chosen.device)
+    chunk, warps = next((each for each in _CHUNKS if num_pairs <= each[0]), _CHUNKS[-1])
     _arrange[(num_experts,)](
         chosen, tiles, order, num_pairs,
-        ROWS=rows, EXPERTS=num_experts, BINS=max(triton.next_power_of_2(num_experts + 1), _FEWEST_BINS), CHUNK=_CHUNK,
-        num_warps=4,
+        ROWS=rows, EXPERTS=num_experts, BINS=max(triton.next_power_of_2(num_experts + 1), _WARP), CHUNK=chunk,
+        num_warps=warps,
     )  # fmt: skip
     return Arrangement(tiles, order, most_tiles)
