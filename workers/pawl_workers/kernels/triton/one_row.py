@@ -19,7 +19,6 @@ from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm, ac
 __all__ = ["add_expert_rows", "add_row", "fire_expert_rows", "fire_row", "multiply_row"]
 
 _SHALLOW = 1024
-_EXPERT_COLUMNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,17 +173,15 @@ def _add_experts(
     inner = tl.arange(0, INNER)
     column_exists = columns < N
     at_columns = columns.to(tl.int64)[:, None] * K
-    steps: tl.constexpr = tl.cdiv(K, INNER)
     total = tl.zeros((COLUMNS, INNER), tl.float32)
-    for step in tl.range(0, ACTIVE * steps, num_stages=STAGES):
-        place = step // steps
-        at = step % steps * INNER + inner
-        exists = at < K
-        expert = tl.load(chosen + place).to(tl.int64)
-        part = tl.load(fired + place * K + at, mask=exists, other=0.0).to(tl.float32) * tl.load(shares + place)
-        mask = column_exists[:, None] & exists[None, :]
-        w = tl.load(weights + expert * (N * K) + at_columns + at[None, :], mask=mask, other=0.0)
-        total += w.to(tl.float32) * part[None, :]
+    for place in tl.static_range(ACTIVE):
+        share = tl.load(shares + place)
+        at_weight = weights + tl.load(chosen + place).to(tl.int64) * (N * K) + at_columns + inner[None, :]
+        for begin in tl.range(0, K, INNER, num_stages=STAGES):
+            exists = begin + inner < K
+            part = tl.load(fired + place * K + begin + inner, mask=exists, other=0.0).to(tl.float32) * share
+            mask = column_exists[:, None] & exists[None, :]
+            total += tl.load(at_weight + begin, mask=mask, other=0.0).to(tl.float32) * part[None, :]
     result = tl.sum(total, 1)
     if ADD:
         result = tl.load(y + columns, mask=column_exists, other=0.0).to(tl.float32) + result * scale
@@ -206,9 +203,10 @@ def add_expert_rows(
         add: whether y holds a stream.
     """
     _, num_columns, depth = weights.shape
-    _add_experts[(triton.cdiv(num_columns, _EXPERT_COLUMNS),)](
+    shape = _Shape.of(depth)
+    _add_experts[(triton.cdiv(num_columns, shape.columns),)](
         fired, weights, chosen, shares, y, scale,
-        K=depth, N=num_columns, ACTIVE=chosen.shape[1], COLUMNS=_EXPERT_COLUMNS,
-        INNER=256 if depth <= _SHALLOW else 512, STAGES=6, ADD=add, num_warps=4,
+        K=depth, N=num_columns, ACTIVE=chosen.shape[1], COLUMNS=shape.columns, INNER=shape.inner, STAGES=shape.stages,
+        ADD=add, num_warps=4,
     )  # fmt: skip
     return y
