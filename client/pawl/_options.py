@@ -168,6 +168,16 @@ class TLS:
     key_file: Path | None = None
     server_name: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse half of what mutual TLS needs.
+
+        Raises:
+            InvalidRequest: a certificate without its key, or a key without its certificate.
+        """
+        if (self.certificate_file is None) != (self.key_file is None):
+            missing = "key_file" if self.key_file is None else "certificate_file"
+            raise _bad_setting("tls", f"has no {missing}: certificate_file and key_file are given together")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:

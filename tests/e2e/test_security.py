@@ -180,7 +180,7 @@ class Certificates:
 
     def issue(self, authority: trustme.CA | None = None) -> None:
         """Give the server a new certificate."""
-        made = (authority or self.authority).issue_cert("127.0.0.1", "localhost")
+        made = (authority or self.authority).issue_cert("127.0.0.1", "localhost", "pawl.localhost")
         made.private_key_pem.write_to_path(self.folder / "server.key")
         made.cert_chain_pems[0].write_to_path(self.folder / "server.pem")
 
@@ -229,6 +229,34 @@ async def test_client_certificates_are_asked_for_when_an_authority_is_given(
     async with front_end(checkpoint, tls_cert=certificates.cert, tls_key=certificates.key, tls_client_ca=ca) as server:
         assert await _works(server, certificates.client(own=True))
         assert not await _works(server, certificates.client())
+
+
+async def test_the_command_line_shows_its_certificate(
+    checkpoint: Path, certificates: Certificates, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both listeners ask for it; who has none, or half of one, is told so."""
+    ca, folder = str(certificates.ca), certificates.folder
+    certificate = ["--tls-certificate", str(folder / "client.pem")]
+    own = ["--tls-ca", ca, *certificate, "--tls-key", str(folder / "client.key")]
+    (folder / "token").write_text(TOKEN)
+    cert, key = certificates.cert, certificates.key
+    async with front_end(
+        checkpoint, admin_host="pawl.localhost", tls_cert=cert, tls_key=key, tls_client_ca=ca
+    ) as server:
+        generate = ["generate", "hello", "-n", "4", "--timeout", "5", "--target", server.addresses.grpc]
+        requests = ["requests", "--json", "--timeout", "5", "--admin-target", server.addresses.admin]
+        requests += ["--internal-token-file", str(folder / "token")]
+
+        async def run(*words: str) -> int:
+            return await asyncio.to_thread(main, list(words))
+
+        assert await run(*generate, *own) == 0
+        assert await run(*requests, *own) == 0
+        capsys.readouterr()
+        assert await run(*generate, "--tls-ca", ca) == 3
+        assert await run(*requests, "--tls-ca", ca) == 3
+        assert await run(*generate, "--tls-ca", ca, *certificate) == 1
+        assert "tls has no key_file" in capsys.readouterr().err
 
 
 async def test_a_replaced_certificate_is_used_at_the_next_handshake(

@@ -131,8 +131,18 @@ def _add_common(group: argparse._ArgumentGroup) -> None:
         "--timeout", type=_positive_seconds, metavar="S", help="seconds for a call (default: PAWL_TIMEOUT or 600)"
     )
     group.add_argument(
-        "--tls-ca", metavar="FILE", help="PEM file of the authorities that sign the server; turns TLS on"
+        "--tls-ca",
+        type=Path,
+        metavar="FILE",
+        help="PEM file of the authorities that sign the server; turns TLS on",
     )
+    group.add_argument(
+        "--tls-certificate",
+        type=Path,
+        metavar="FILE",
+        help="PEM file of your certificate, for a server that asks for one; turns TLS on",
+    )
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file of its key")
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

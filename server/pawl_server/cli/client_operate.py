@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from pawl import AdminClient, CancelOutcome
-from pawl_server.cli.client_generate import connect
+from pawl_server.cli.client_generate import connect, encryption
 from pawl_server.cli.render import print_json, print_table
 
 __all__ = ["cancel", "drain", "models", "requests"]
@@ -19,7 +19,7 @@ def _connect_admin(arguments: argparse.Namespace) -> AdminClient:
         arguments.admin_target,
         internal_token=arguments.internal_token_file,
         timeout=arguments.timeout,
-        tls=arguments.tls_ca,
+        tls=encryption(arguments),
     )
 
 

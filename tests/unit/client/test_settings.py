@@ -68,6 +68,10 @@ def test_targets_and_tls() -> None:
     assert settings("h:1", tls=True).tls == TLS()
     assert settings("h:1", tls=False).tls is None
     assert settings("h:1", tls="ca.pem").tls == TLS(ca_file=Path("ca.pem"))
+    with pytest.raises(InvalidRequest, match="tls has no key_file"):
+        TLS(certificate_file=Path("c"))
+    with pytest.raises(InvalidRequest, match="tls has no certificate_file"):
+        TLS(key_file=Path("k"))
     with pytest.raises(InvalidRequest, match="target is empty"):
         settings(" ")
     with pytest.raises(InvalidRequest, match=r"cannot read missing\.pem"):
