@@ -56,3 +56,11 @@ def test_pawl_and_transformers_agree_and_are_timed(tmp_path: Path) -> None:
 def test_wrong_usage_is_told_apart(flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1.5", "nan", "inf", "4.01", "1.5e9", "many", ""])
+def test_weights_of_a_senseless_size_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([f"--kept-weight-bytes={value}"])
+    assert left.value.code == 2
+    assert f"{value!r}: must be bytes that a weight takes, above 0 and at most 4 (float32)" in capsys.readouterr().err

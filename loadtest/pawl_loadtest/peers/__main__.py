@@ -9,6 +9,7 @@ What takes long can be run in pieces, each with --json, and joined into one repo
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from pawl_loadtest.peers.variants import BASE, TABLES, VARIANTS, Variant, choose
 from pawl_loadtest.peers.workloads import NAMED, Workload, parse_workloads
 
 __all__ = ["main"]
+
+_MAX_WEIGHT_BYTES = 4
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,13 +60,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--join", type=Path, nargs="+", metavar="JSON", help="measure nothing: report these, which --json wrote")
     add(
         "--kept-weight-bytes",
-        type=float,
+        type=_weight_bytes,
         metavar="BYTES",
         help="pawl's limits count so many for a weight, 1.5 as it reads bf16 in 12 bits; default: the checkpoint's",
     )
     add("--json", type=Path, help="write every figure here")
     add("--plot", type=Path, help="draw the figures here, as the name's ending says (needs --json)")
     return parser
+
+
+def _weight_bytes(text: str) -> float:
+    """Bytes of a weight, between what no code reaches and float32's: ratios to the machine's limit divide by it."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= _MAX_WEIGHT_BYTES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be bytes that a weight takes, above 0 and at most {_MAX_WEIGHT_BYTES} (float32)"
+        )
+    return value
 
 
 def _say(text: str) -> None:
