@@ -9,7 +9,14 @@ __all__ = ["CheckpointError", "OutOfMemoryError", "PlanError", "SelfTestError", 
 
 
 class WorkerError(Exception):
-    """A worker cannot do what it was asked; the message holds the numbers and the remedy."""
+    """A worker cannot do what it was asked; the message holds the numbers and the remedy.
+
+    A name in a checkpoint's JSON may hold half of a surrogate pair, which no pipe, log or terminal takes: it is shown
+    as its escape.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 class CheckpointError(WorkerError):

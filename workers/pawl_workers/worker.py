@@ -77,7 +77,7 @@ class Worker:
         facts, settings, staging = self.facts, self._settings, self._settings.staging
         if staging is not None:  # as large as it will ever have to be: graphs know where their inputs lie
             most_rows = bucket_of(facts.max_running) or facts.max_running
-            most_blocks = -(-facts.max_context // facts.block_size)
+            most_blocks = -(-self._reachable_context // facts.block_size)
             most_samples = max(most_rows, LEAST_SAMPLES)
             most_tokens = max(facts.max_batch_tokens, most_rows)
             staging.begin(staged_elements(most_tokens, most_rows, most_blocks, most_samples))
@@ -86,11 +86,16 @@ class Worker:
             return None
         return DecodeGraphs(self._weights, self._cache, settings)
 
+    @property
+    def _reachable_context(self) -> int:
+        """Most tokens that a row can have: its last one needs no KV. A context may be longer than any memory."""
+        return min(self.facts.max_context, self.facts.num_blocks * self.facts.block_size + 1)
+
     def _new_table(self) -> RowTable:
         facts = self.facts
         return RowTable(
             facts.max_running,
-            facts.max_context,
+            self._reachable_context,
             facts.block_size,
             facts.num_blocks,
             facts.vocab_size,

@@ -21,6 +21,7 @@ __all__ = ["ServedModel", "load_model"]
 
 log = logging.getLogger(__name__)
 
+_MOST_CONTEXT = (1 << 31) - 1  # an int32 on the wire
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -56,14 +57,13 @@ def load_model(model_id: str, source: str, revision: str, max_prompt_bytes: int)
     settings = _read_json(folder / "tokenizer_config.json")
     template = _template_source(folder, settings)
     specials = {name: text for name in _SPECIAL_TOKENS if (text := _token_text(settings.get(name))) is not None}
-    context = _read_json(folder / "config.json").get("max_position_embeddings", 0)
     return ServedModel(
         id=model_id,
         source=source,
         tokenizer=TextTokenizer.load(folder),
         template=None if template is None else ChatTemplate(template, specials, max_characters=4 * max_prompt_bytes),
         defaults=sampling_defaults(_read_json(folder / "generation_config.json")),
-        max_context_tokens=context if isinstance(context, int) else 0,
+        max_context_tokens=_context(_read_json(folder / "config.json").get("max_position_embeddings")),
     )
 
 
@@ -99,9 +99,14 @@ def _read_json(path: Path) -> dict[str, object]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"cannot read {path}: {error}", reason="BAD_CHECKPOINT") from error
     return content if isinstance(content, dict) else {}
+
+
+def _context(value: object) -> int:
+    """Tokens of the longest context; 0 where it is no number of them that the wire can tell."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_CONTEXT else 0
 
 
 def _token_text(value: object) -> str | None:

@@ -152,7 +152,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(CheckpointError, match=r"tensors are missing: "):
         load(folder)
-    for broken in ("{", "[]", "{}", '{"weight_map": 3}'):
+    for broken in ("{", "[]", "{}", '{"weight_map": 3}', "[" * 100_000):
         index.write_text(broken)
         with pytest.raises(CheckpointError, match=r"index\.json: not an index of safetensors files"):
             load(folder)
@@ -199,6 +199,44 @@ def test_pickles_and_broken_files_are_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
     with pytest.raises(CheckpointError, match=r"the index names \.\./other"):
         load(folder)
+
+
+def _header(**changes: object) -> str:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changes
+    return json.dumps({"lm_head.weight": entry})
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        (_header(data_offsets=[]), "not a safetensors file"),
+        (_header(data_offsets=["0", 4]), "not a safetensors file"),
+        (_header(dtype=["F32"]), r"lm_head\.weight is stored as \['F32'\], known"),
+        (_header(dtype="F8_E4M3"), r"lm_head\.weight is stored as F8_E4M3, known: F32"),
+        (_header(shape=None), "not a safetensors file"),
+        (_header(shape=[[1]]), r"lm_head\.weight has shape \(\[1\],\), config\.json wants"),
+        ('{"lm_head.weight": null}', "not a safetensors file"),
+        ("[" * 100_000, "not a safetensors file .*recursion"),
+        ('{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', r"missing|not known: \\ud800"),
+    ],
+)
+def test_headers_that_are_none_are_refused(tmp_path: Path, header: str, named: str) -> None:
+    """Whatever a file says of itself; the message can be written to any pipe."""
+    folder, data = make_llama(tmp_path), header.encode()
+    (folder / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(4))
+    with pytest.raises(CheckpointError, match=named) as refused:
+        load(folder)
+    assert str(refused.value).encode()
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a\0b", "x" * 5000, ".", "..", "", "\ud800"])
+def test_an_index_reaches_nothing_but_files_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = make_llama(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    for ask in (load, checkpoint_revision):
+        with pytest.raises(CheckpointError, match=r"the index names .*, which is not there") as refused:
+            ask(folder)
+        assert len(str(refused.value).encode()) < 600
 
 
 def test_configurations_that_cannot_be_served_are_refused(tmp_path: Path) -> None:

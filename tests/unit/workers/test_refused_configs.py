@@ -140,6 +140,11 @@ def test_an_unknown_stretch_is_named_by_its_section(key: str, section: dict[str,
             {"architectures": None},
             "architectures must be a list of names, not None; known: ",
         ),
+        (
+            "meta-llama/Llama-3.1-8B",
+            {"max_position_embeddings": 1 << 31},
+            "a context of 2147483648 tokens is more than positions of 32 bits can name, 2147483646",
+        ),
         ("meta-llama/Llama-3.1-8B", {"architectures": []}, "architectures names none; known: LlamaForCausalLM"),
     ],
 )

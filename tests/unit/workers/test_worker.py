@@ -267,6 +267,21 @@ def test_it_says_when_a_step_has_been_prepared(fresh: Worker) -> None:
     assert told == [1, 2, 3]
 
 
+def test_a_context_longer_than_any_memory_is_served_as_far_as_the_cache_goes(tmp_path: Path) -> None:
+    """Its rows have room for what the blocks hold and the token after it, not for two thousand million tokens."""
+    folder = make_llama(tmp_path, max_position_embeddings=(1 << 31) - 2)
+    worker = Worker.load(WorkerOptions(str(folder), num_blocks=3, max_running=2))
+    assert worker.facts.max_context == (1 << 31) - 2
+    whole = 3 * worker.facts.block_size
+    prompt = [index % 250 for index in range(whole)]
+    result = worker.execute(
+        plan(new=[sequence(token_ids=prompt, num_prompt_tokens=whole, block_ids=[1, 2, 3])], num_tokens=[whole])
+    )
+    assert (result.rows, len(result.token_ids)) == ([0], 1)
+    with pytest.raises(PlanError, match=f"has 3 blocks of {worker.facts.block_size} tokens for {whole + 1} tokens"):
+        worker.execute(plan(step=2, new=[], num_tokens=[1]))
+
+
 def test_reset_forgets(fresh: Worker) -> None:
     """Rows are gone, the count begins again, and the old epoch is refused."""
     fresh.execute(plan())

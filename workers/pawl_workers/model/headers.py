@@ -68,6 +68,6 @@ def _file_header(path: Path) -> Iterator[StoredTensor]:
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             begin, end = entry["data_offsets"]
-            yield StoredTensor(path, name, tuple(entry["shape"]), entry["dtype"], end - begin)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+            yield StoredTensor(path, name, tuple(entry["shape"]), str(entry["dtype"]), end - begin)
+    except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from error

@@ -29,6 +29,8 @@ __all__ = ["CheckpointConfig", "Reading", "load_weights", "plan_dummy", "plan_re
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
+_MOST_POSITIONS = (1 << 31) - 2  # the token after the last one has a position too
+
 Progress = Callable[[int, int], None]
 
 
@@ -65,6 +67,11 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise CheckpointError(
             f"config.json: num_experts_per_tok must be at most {spec.experts.num_experts}, the number of experts, "
             f"not {spec.experts.num_active}"
+        )
+    if spec.max_context > _MOST_POSITIONS:
+        raise CheckpointError(
+            f"config.json: a context of {spec.max_context} tokens is more than positions of 32 bits can name, "
+            f"{_MOST_POSITIONS}; set what the model was trained for"
         )
     generation = _read_json(folder / "generation_config.json") or {}
     bos = next((found["bos_token_id"] for found in sections if found.get("bos_token_id") is not None), None)
@@ -114,7 +121,7 @@ def _read_json(path: Path) -> Mapping[str, object] | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")

@@ -22,6 +22,7 @@ _WEIGHT_PATTERNS = ["*.json", "*.jinja", "model*.safetensors"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAMPLE_BYTES = 1 << 16
+_MOST_SHOWN = 200  # characters of a name
 
 
 def resolve_checkpoint(model: str | None, revision: str | None = None, *, tokenizer_only: bool = False) -> Path:
@@ -80,11 +81,10 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         names = _indexed_files(index)
         # A name is a plain file name: an index must not reach outside its folder.
-        bad = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        bad = [name for name in names if Path(name).name != name or not _is_file(folder / name)]
         if bad:
-            raise CheckpointError(
-                f"{folder}: the index names {', '.join(bad)}, which is not there; fetch the missing files"
-            )
+            shown = ", ".join(name[:_MOST_SHOWN] for name in bad)
+            raise CheckpointError(f"{folder}: the index names {shown}, which is not there; fetch the missing files")
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     if single.is_file():
@@ -103,11 +103,18 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for the file system
+        return False
+
+
 def _indexed_files(index: Path) -> list[str]:
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({name for name in files if isinstance(name, str)})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise CheckpointError(
             f"{index}: not an index of safetensors files ({type(error).__name__}: {error})"
         ) from error
