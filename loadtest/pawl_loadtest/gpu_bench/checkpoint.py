@@ -22,7 +22,10 @@ _SPREAD, _NORM_SPREAD = 0.02, 0.1  # as `peers.checkpoint`
 
 
 def make_gpu_checkpoint(shape: Shape, folder: Path, device: str = "cuda") -> Path:
-    """Write a checkpoint of a shape in bf16 with random weights, never zeros, tied, or find it; return its folder."""
+    """Write a checkpoint of a shape in bf16 with random weights, never zeros, or find it; return its folder.
+
+    Tied, but where layers are routed: few random layers, tied, repeat the token that they are given.
+    """
     path = folder / shape.name
     if (path / _INDEX).is_file():
         return path
@@ -38,7 +41,7 @@ def make_gpu_checkpoint(shape: Shape, folder: Path, device: str = "cuda") -> Pat
         vocab_size=shape.vocab_size,
         max_position_embeddings=shape.max_context,
         rms_norm_eps=shape.norm_epsilon,
-        tie_word_embeddings=True,
+        tie_word_embeddings=not isinstance(shape, RoutedShape),
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta} | dict(shape.rope_scaling),
         bos_token_id=None,
         eos_token_id=shape.vocab_size - 1,

@@ -99,15 +99,16 @@ class Checked:
     Attributes:
         margins: how far below the best logit each token's lies, in steps of bf16 at the best logit's size, which is as
             finely as this model tells logits apart.
-        chosen: of each request, whether a generated token chooses an expert, 0 or 1, [layers, tokens, experts]; empty
-            where nothing is routed.
+        chosen: of each request, whether a token chooses an expert, 0 or 1, [layers, tokens, experts]; empty where
+            nothing is routed. Tokens of prompts count too: random models soon repeat themselves, each request in its
+            own way.
     """
 
     margins: list[float]
     chosen: list[Tensor]
 
     def frequencies(self) -> list[list[float]] | None:
-        """Share of generated tokens that choose each expert of each layer, or None where nothing is routed."""
+        """Share of tokens that choose each expert of each layer, or None where nothing is routed."""
         if not self.chosen:
             return None
         found: list[list[float]] = torch.cat(self.chosen, dim=1).mean(dim=1).tolist()
@@ -178,7 +179,7 @@ class Transformers:
                 step = torch.exp2(torch.floor(torch.log2(best.abs().clamp(min=1e-3))) - _BF16_BITS)
                 checked.margins.extend(((best - chosen) / step).tolist())
                 if active:
-                    scores = torch.stack(list(output.router_logits))[:, len(one.prompt_ids) :].float()
+                    scores = torch.stack(list(output.router_logits)).float()
                     experts = scores.topk(active, dim=-1).indices
                     checked.chosen.append(one_hot(experts, scores.shape[-1]).sum(dim=-2).float().cpu())
         return checked
