@@ -37,6 +37,7 @@ def as_json(run: Run, settings: Mapping[str, str]) -> str:
                 "rates": outcome.rates,
                 "others": outcome.others,
                 "pairs": outcome.pairs,
+                "cpu": outcome.cpu,
                 "machines": {
                     name: {number: asdict(machine) for number, machine in by.items()}
                     for name, by in outcome.machines.items()
@@ -80,6 +81,7 @@ class _Row(msgspec.Struct):
     others: dict[str, dict[int, float]]
     pairs: dict[str, dict[int, list[float]]]
     machines: dict[str, dict[int, Machine]]
+    cpu: dict[str, dict[int, dict[str, float]]] = {}
 
 
 class _Figures(msgspec.Struct):
@@ -107,7 +109,17 @@ def read_run(path: Path) -> Run:
     if unknown or figures.shape not in SHAPES or not figures.pieces:
         raise JoinError(f"{path}: knows {', '.join(unknown) or figures.shape}, of another version of this benchmark")
     outcomes = [
-        Outcome(known[row.name], row.facts, row.agreement, row.rates, row.others, row.pairs, row.machines, row.failure)
+        Outcome(
+            known[row.name],
+            row.facts,
+            row.agreement,
+            row.rates,
+            row.others,
+            row.pairs,
+            row.cpu,
+            row.machines,
+            row.failure,
+        )
         for row in figures.variants
     ]
     return Run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from pawl_loadtest.peers.cpu_time import ENGINE
 from pawl_loadtest.peers.rounds import Agreement, Outcome
 from pawl_loadtest.peers.runs import Piece, Run
 from pawl_loadtest.peers.variants import BASE, OURS, TABLES
@@ -135,7 +136,19 @@ def _part(run: Run, rows: Sequence[Outcome], base: Outcome | None, workload: Wor
         limits = [_of_limit(run, row, workload, peak) for peak in peaks]
         beside = [describe(row.agreement), _others(row.others.get(workload.name, {})), str(len(rates))]
         table.append([name, spread(list(rates.values())), _ratio(row, base, workload), *limits, *beside])
-    return _aligned(table)
+    return [*_aligned(table), *(line for row in rows for line in _cpu_time(row, workload))]
+
+
+def _cpu_time(row: Outcome, workload: Workload) -> list[str]:
+    """Where the CPU time of a served token goes, over all rounds."""
+    runs = [by for by in row.cpu.get(workload.name, {}).values() if by]
+    if row.failure is not None or not runs:
+        return []
+    parts = {part: statistics.mean(run[part] for run in runs) for part in runs[0]}
+    total, tokens = sum(parts.values()), workload.counted_tokens
+    listed = ", ".join(f"{part} {1e6 * seconds / tokens:,.0f}" for part, seconds in parts.items())
+    beside = 100 * (1 - parts[ENGINE] / total) if total else 0.0
+    return [f"  CPU time of {row.variant.name}, us a token: {listed}; {beside:.1f} % is not the engine's"]
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:

@@ -64,6 +64,7 @@ class Outcome:
         rates: tokens per second by workload, by number of the round.
         others: cores that others took meanwhile, likewise.
         pairs: likewise, for every pair of runs the seconds of the variant it is paired with over its own.
+        cpu: likewise, CPU seconds of a run of it by part of the server, where it is one.
         machines: likewise, what the machine could do right before and right after; of pawl in process.
     """
 
@@ -73,6 +74,7 @@ class Outcome:
     rates: dict[str, dict[int, float]] = field(default_factory=dict)
     others: dict[str, dict[int, float]] = field(default_factory=dict)
     pairs: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    cpu: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
     machines: dict[str, dict[int, Machine]] = field(default_factory=dict)
     failure: str | None = None
 
@@ -196,6 +198,7 @@ def _run_round(
             else:
                 timed = time_pairs(partner, driver, prompts, workload.output_tokens, course.pairs)
                 outcome.pairs.setdefault(workload.name, {})[number] = timed.ratios
+                outcome.cpu.setdefault(workload.name, {})[number] = timed.cpu
             if machine is not None:
                 outcome.machines.setdefault(workload.name, {})[number] = machine.better(course.measure() or machine)
             _keep(outcome, workload, number, timed)

@@ -191,13 +191,14 @@ def _merged(before: Outcome | None, new: Outcome, done: int) -> Outcome:
     shifted = Outcome(new.variant, new.facts, new.agreement, failure=new.failure)
     if new.failure is None:
         shifted.rates, shifted.others = _shifted(new.rates, done), _shifted(new.others, done)
-        shifted.pairs, shifted.machines = _shifted(new.pairs, done), _shifted(new.machines, done)
+        shifted.pairs, shifted.cpu = _shifted(new.pairs, done), _shifted(new.cpu, done)
+        shifted.machines = _shifted(new.machines, done)
     if before is None or before.failure is not None:
         return shifted
     if shifted.failure is not None:
         return before
     shifted.rates, shifted.others = _united(before.rates, shifted.rates), _united(before.others, shifted.others)
-    shifted.pairs = _united(before.pairs, shifted.pairs)
+    shifted.pairs, shifted.cpu = _united(before.pairs, shifted.pairs), _united(before.cpu, shifted.cpu)
     shifted.machines = _united(before.machines, shifted.machines)
     compared = [found for found in (before.agreement, new.agreement) if found is not None]
     shifted.agreement = min(compared, key=lambda found: (found.agrees, found.share), default=None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
+from pawl_loadtest.peers.cpu_time import cpu_seconds, spent
 from pawl_loadtest.peers.driver import Driver, EngineError, tokens_of
 from pawl_loadtest.peers.others import others_cores
 from pawl_loadtest.peers.workloads import Workload
@@ -30,11 +31,13 @@ class Timed:
         others: cores that neither the engine nor this process kept busy meanwhile; the most of several, the
             partner's runs included, beside which the engine is idle.
         ratios: for each pair, the partner's seconds over the engine's.
+        cpu: CPU seconds of a run over gRPC by part, as `cpu_time` has them; the mean of several.
     """
 
     seconds: float
     others: float
     ratios: list[float] = field(default_factory=list)
+    cpu: dict[str, float] = field(default_factory=dict)
 
 
 def generate(driver: Driver, prompts: list[list[int]], output_tokens: int) -> tuple[list[list[int]], float]:
@@ -76,15 +79,20 @@ def time_pairs(partner: Driver, driver: Driver, prompts: list[list[int]], output
     seconds: list[float] = []
     others_most = 0.0
     ratios: list[float] = []
+    cpu: dict[str, float] = {}
     for pair in range(pairs):
         took: dict[Driver, float] = {}
         said: dict[Driver, list[list[int]]] = {}
         for each in (partner, driver) if pair % 2 == 0 else (driver, partner):
             with others_cores(each.process_id) as others:
+                before = cpu_seconds(driver.process_id) if each is driver else {}
                 said[each], took[each] = generate(each, prompts, output_tokens)
+                after = cpu_seconds(driver.process_id) if each is driver else {}
             others_most = max(others_most, others.cores)
+            for part, seconds_of in spent(before, after).items():
+                cpu[part] = cpu.get(part, 0.0) + seconds_of / pairs
         if said[partner] != said[driver]:
             raise EngineError("the tokens are not those of the engine that it takes turns with")
         seconds.append(took[driver])
         ratios.append(took[partner] / took[driver])
-    return Timed(statistics.median(seconds), others_most, ratios)
+    return Timed(statistics.median(seconds), others_most, ratios, cpu)

@@ -82,6 +82,15 @@ def test_what_serving_keeps_is_the_median_of_all_pairs() -> None:
     assert "90 (80-95) % of it, 3 pairs" in _row(text.partition("in short")[2], "1 x 32/128, exact")
 
 
+def test_cpu_time_is_told_by_the_token() -> None:
+    """The mean of the rounds, over the 128 tokens of a run."""
+    cpu = [{"engine": 0.1, "client": 0.01}, {"engine": 0.156, "client": 0.0156}]
+    served = Outcome(VARIANTS[1], {}, None, rates(10.0, 10.0), cpu={WORKLOAD.name: dict(enumerate(cpu))})
+    text = as_tables(make_run(Outcome(VARIANTS[0], {}, None, rates(50.0)), served))
+    told = "CPU time of pawl over gRPC, us a token: engine 1,000, client 100; 9.1 % is not the engine's"
+    assert _row(text, told) == f"  {told}"
+
+
 def test_a_share_of_the_limit_right_then_is_that_of_the_machine_in_each_round() -> None:
     agrees = Agreement(1.0, None, None, True)
     slow, fast = AFTER, BEFORE

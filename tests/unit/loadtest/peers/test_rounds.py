@@ -168,6 +168,7 @@ def test_a_served_engine_takes_turns_with_its_partner_run_by_run(engine: Path) -
     assert outcome.failure is None
     assert outcome.pairs == {"2 x 3/4": {0: [0.8, 0.8, 0.8]}}
     assert outcome.rates == {"2 x 3/4": {0: 8.0}}
+    assert outcome.cpu["2 x 3/4"][0]["client"] >= 0
     runs = [line.split()[0] for line in engine.with_name("diary").read_text().splitlines() if line.endswith("2 x 3/4")]
     assert runs == ["a", "a", "served", "served", "a", "a", "served"]  # the first alone, in its own turn
 
