@@ -141,6 +141,11 @@ def test_an_unknown_stretch_is_named_by_its_section(key: str, section: dict[str,
             "architectures must be a list of names, not None; known: ",
         ),
         (
+            "mistralai/Mixtral-8x7B-v0.1",
+            {"num_hidden_layers": 10_000, "num_local_experts": 10_000},
+            "10000 layers of 10000 experts are more than 300000 experts in all",
+        ),
+        (
             "meta-llama/Llama-3.1-8B",
             {"max_position_embeddings": 1 << 31},
             "a context of 2147483648 tokens is more than positions of 32 bits can name, 2147483646",

@@ -29,6 +29,7 @@ __all__ = ["CheckpointConfig", "Reading", "load_weights", "plan_dummy", "plan_re
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
+_MOST_EXPERTS = 300_000  # of all layers; each has its tensors named before a checkpoint is looked at
 _MOST_POSITIONS = (1 << 31) - 2  # the token after the last one has a position too
 
 Progress = Callable[[int, int], None]
@@ -72,6 +73,11 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise CheckpointError(
             f"config.json: a context of {spec.max_context} tokens is more than positions of 32 bits can name, "
             f"{_MOST_POSITIONS}; set what the model was trained for"
+        )
+    if spec.experts is not None and spec.num_layers * spec.experts.num_experts > _MOST_EXPERTS:
+        raise CheckpointError(
+            f"config.json: {spec.num_layers} layers of {spec.experts.num_experts} experts are more than "
+            f"{_MOST_EXPERTS} experts in all, which no model has a tenth of"
         )
     generation = _read_json(folder / "generation_config.json") or {}
     bos = next((found["bos_token_id"] for found in sections if found.get("bos_token_id") is not None), None)
