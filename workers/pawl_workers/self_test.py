@@ -118,7 +118,7 @@ def run_self_test(
     differences = [abs(a.logprob - b.logprob) for a, b in zip(found, wanted, strict=True)]
     # A greedy token must also be the reference's best, but for rounding.
     differences += [entry.alternative_logprobs[0] - entry.logprob for entry in wanted]
-    worst, tolerance = max(differences), _TOLERANCES[settings.dtype]
+    worst, tolerance = float(np.max(differences)), _TOLERANCES[settings.dtype]  # unlike max, nan if any is
     if settings.kernels.cache_dtype(settings.dtype).itemsize < settings.dtype.itemsize:
         tolerance = max(tolerance, _NARROW_CACHE_TOLERANCE)
     if not worst <= tolerance:  # also when it is not a number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from pawl_workers.errors import PlanError, SelfTestError
-from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, decode_plan, decode_result, encode
+from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult, decode_plan, decode_result, encode
 from pawl_workers.row_masks import RowMasks
+from pawl_workers.self_test import run_self_test
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import load_reference, make_llama
 from tests.fakes.worker_driver import WorkerDriver
@@ -315,6 +317,22 @@ def test_self_test_passes_and_notices(llama_folder: Path) -> None:
     worker._weights = dataclasses.replace(worker._weights, head=head)
     with pytest.raises(SelfTestError, match="differ from the reference by up to"):
         worker.self_test()
+
+
+def test_self_test_notices_what_is_no_number_wherever_it_stands(llama_folder: Path) -> None:
+    worker = Worker.load(WorkerOptions(str(llama_folder), max_running=1, num_blocks=4))
+    calls = 0
+
+    def execute(step: StepPlan) -> StepResult:
+        nonlocal calls
+        result = worker.execute(step)
+        calls += any(result.logprobs)
+        spoiled = [entry and msgspec.structs.replace(entry, logprob=math.nan) for entry in result.logprobs]
+        return msgspec.structs.replace(result, logprobs=spoiled) if calls == 3 else result
+
+    facts = worker.facts
+    with pytest.raises(SelfTestError, match="differ from the reference by up to nan"):
+        run_self_test(execute, 0, worker._weights, worker._settings, facts.max_context, facts.num_blocks, None)
 
 
 @pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
