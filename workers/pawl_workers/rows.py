@@ -218,6 +218,8 @@ class RowTable:
             self.block_tables[row, begin : begin + len(block_ids)] = block_ids
             self.num_blocks[row] += len(block_ids)
         for row, ids in plan.drafts:
+            if self.failed[row]:
+                continue  # it is not computed, and what it has room for was not checked
             begin = int(self.num_tokens[row])
             self.token_ids[row, begin : begin + len(ids)] = ids
 

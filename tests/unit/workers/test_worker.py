@@ -238,6 +238,18 @@ def test_a_draft_that_breaks_the_forward_pass_is_rejected(llama_folder: Path) ->
     assert chosen.output == [poison]
 
 
+def test_drafts_of_a_row_that_failed_are_passed_over(llama_folder: Path) -> None:
+    """However many: its plan was made before that was known, and the other rows' part of it stands."""
+    worker = Worker.load(WorkerOptions(str(llama_folder), max_running=2, max_context=40, num_blocks=4))
+    with torch.inference_mode():
+        worker._weights.embedding.tokens[200] = torch.nan
+    bad = sequence(token_ids=[1, 200, 3], num_prompt_tokens=3)
+    worker.execute(plan(new=[bad, sequence(1, block_ids=[2])], rows=[0, 1], num_tokens=[3, 4]))
+    result = worker.execute(plan(step=2, new=[], rows=[0, 1], num_tokens=[60, 1], drafts=[(0, [1] * 60)]))
+    assert [failure.row for failure in result.failures] == [0]
+    assert result.rows == [1]
+
+
 def test_a_row_with_nothing_to_choose_fails(fresh: Worker) -> None:
     """Suppressing the whole vocabulary is that row's failure."""
     spec = SamplingSpec(temperature=1.0, min_output_tokens=1, suppressed_ids=tuple(range(257)))
