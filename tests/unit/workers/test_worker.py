@@ -238,6 +238,19 @@ def test_a_draft_that_breaks_the_forward_pass_is_rejected(llama_folder: Path) ->
     assert chosen.output == [poison]
 
 
+@pytest.mark.parametrize("penalty", [1e-300, 1e-45, 1e-31, 1e-9])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_smallest_repetition_penalties_choose_what_was_seen(
+    fresh: Worker, penalty: float, temperature: float
+) -> None:
+    """Dividing by them must not make a logit infinite: a penalty is any number above 0."""
+    driver = WorkerDriver(fresh)
+    row = driver.start([5, 6, 7, 8], SamplingSpec(temperature=temperature, repetition_penalty=penalty, seed=3))
+    driver.generate([row], 8)
+    assert row.failure is None
+    assert set(row.output) <= {5, 6, 7, 8}
+
+
 def test_drafts_of_a_row_that_failed_are_passed_over(llama_folder: Path) -> None:
     """However many: its plan was made before that was known, and the other rows' part of it stands."""
     worker = Worker.load(WorkerOptions(str(llama_folder), max_running=2, max_context=40, num_blocks=4))

@@ -13,6 +13,7 @@ from pawl_workers.sampling.penalties import SeenTokens
 __all__ = ["SamplingTable"]
 
 _SEEDS = 1 << 64
+_LEAST_REPETITION = 1e-30  # what is smaller chooses the same tokens, but makes logits infinite
 
 
 class SamplingTable:
@@ -46,7 +47,7 @@ class SamplingTable:
         self.temperature[row], self.top_p[row], self.min_p[row] = spec.temperature, spec.top_p, spec.min_p
         self.top_k[row], self.seed[row] = spec.top_k, spec.seed % _SEEDS
         self.min_output[row], self.alternatives[row] = spec.min_output_tokens, spec.logprobs
-        self.repetition[row] = spec.repetition_penalty
+        self.repetition[row] = max(spec.repetition_penalty, _LEAST_REPETITION)
         if spec.repetition_penalty != 1.0 or spec.presence_penalty != 0.0 or spec.frequency_penalty != 0.0:
             presence, frequency = np.float32(spec.presence_penalty), np.float32(spec.frequency_penalty)
             self.seen[row] = SeenTokens(prompt_ids, output_ids, presence, frequency)
