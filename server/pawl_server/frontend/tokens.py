@@ -6,7 +6,8 @@ nothing of templates or requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,22 @@ from pawl.errors import InvalidRequest
 from pawl_server.frontend.detokenize import Detokenizer, TokenBytes, new_detokenizer
 
 __all__ = ["PlacedToken", "TextTokenizer"]
+
+
+_MOST_IDS = (1 << 31) - 1  # an int32 on the wire
+_NO_TOKENS = "the model's tokenizer cannot encode the text"
+
+
+@contextmanager
+def _refusing(what: str, reason: str) -> Iterator[None]:
+    """Make an InvalidRequest of what tokenizers raises: a plain Exception, or a panic, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        # The class of a Rust panic has no module to import it from; it derives from BaseException.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InvalidRequest(f"{what}: {error}", reason=reason) from error
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +74,31 @@ class TextTokenizer:
                 f"{folder} has no tokenizer.json: save the tokenizer in the fast format (transformers save_pretrained)"
             )
             raise InvalidRequest(text, reason="NO_TOKENIZER")
-        try:
-            return cls(Tokenizer.from_file(str(path)))
-        except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
-            raise InvalidRequest(f"cannot read {path}: {error}", reason="NO_TOKENIZER") from error
+        with _refusing(f"cannot read {path}", "NO_TOKENIZER"):
+            loaded = cls(Tokenizer.from_file(str(path)))
+        if loaded.vocab_size > _MOST_IDS:
+            text = f"{path}: token ids go up to {loaded.vocab_size - 1}, more than 32 bits hold"
+            raise InvalidRequest(text, reason="NO_TOKENIZER")
+        return loaded
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text. Releases the interpreter lock; long texts belong on a thread."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text. Releases the interpreter lock; long texts belong on a thread.
+
+        Raises:
+            InvalidRequest: the tokenizer has no tokens for it, or is broken.
+        """
+        with _refusing(_NO_TOKENS, "TOKENIZER_REFUSED"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_placed(self, text: str, *, add_special_tokens: bool) -> list[PlacedToken]:
-        """Tokens of a text with their bytes and places."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        """Tokens of a text with their bytes and places.
+
+        Raises:
+            InvalidRequest: as of `encode`.
+        """
+        with _refusing(_NO_TOKENS, "TOKENIZER_REFUSED"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         byte_at = [0]
         for character in text:
             byte_at.append(byte_at[-1] + len(character.encode()))
