@@ -126,6 +126,14 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
         staging=staging,
         strict=options.strict,
     )
+    block_bytes = (
+        spec.num_layers * kernels.cache_dtype(dtype).itemsize * sum(map(math.prod, kernels.cache_shapes(1, shape)))
+    )
+    if 0 < options.host_kv_bytes < block_bytes:
+        raise WorkerError(
+            f"host_kv_bytes = {options.host_kv_bytes} holds no KV block, which takes {block_bytes} bytes in all "
+            "layers: raise it, or set 0 for no host tier"
+        )
     if options.strict and device.type == "cuda" and kernels.name != "triton":
         raise WorkerError(
             f"strict on {device} needs the triton kernels, whose sums do not depend on the batch, not {kernels.name}: "
@@ -144,9 +152,7 @@ def plan_checkpoint(options: WorkerOptions, config: CheckpointConfig, reading: R
         available_bytes=available if options.memory_bytes is None else min(available, options.memory_bytes),
         weight_bytes=reading.held_bytes(kernels, dtype),
         activation_bytes=activation_bytes(spec, options.max_batch_tokens, options.max_running, dtype.itemsize),
-        block_bytes=spec.num_layers
-        * kernels.cache_dtype(dtype).itemsize
-        * sum(map(math.prod, kernels.cache_shapes(1, shape))),
+        block_bytes=block_bytes,
     )
 
 

@@ -96,6 +96,16 @@ def test_a_plan_is_what_happens(llama_folder: Path) -> None:
     assert facts.num_blocks == memory.num_blocks == (1 << 16) // plan.block_bytes - 1
 
 
+def test_a_host_tier_without_a_block_is_refused(llama_folder: Path) -> None:
+    options = WorkerOptions(str(llama_folder), max_running=4, max_context=128, most_kv_bytes=1 << 16)
+    block_bytes = plan_start(options).block_bytes
+    with pytest.raises(
+        WorkerError, match=f"host_kv_bytes = {block_bytes - 1} holds no KV block, .* {block_bytes} bytes"
+    ):
+        plan_start(dataclasses.replace(options, host_kv_bytes=block_bytes - 1))
+    assert Worker.load(dataclasses.replace(options, host_kv_bytes=block_bytes)).facts.num_host_blocks == 1
+
+
 def test_the_choice_of_kernels_is_explained(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was asked for, the best, or why not the best."""
     options = WorkerOptions(str(llama_folder))
