@@ -31,10 +31,10 @@ class Row:
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each engine: median, least and most output tokens per second, and the share of the bound."""
-    lines = [f"{'shape':<14}{'workload':<22}{'engine':<34}{'tokens/s':>28}{'of the bound':>14}"]
+    lines = [f"{'shape':<17}{'workload':<30}{'engine':<34}{'tokens/s':>28}{'of the bound':>14}"]
     for row in rows:
         lines.extend(
-            f"{row.shape:<14}{row.workload:<22}{name:<34}"
+            f"{row.shape:<17}{row.workload:<30}{name:<34}"
             f"{f'{statistics.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})':>28}"
             f"{row.fraction(name):>13.1%} "
             for name, rates in row.rates.items()
@@ -43,6 +43,6 @@ def table(rows: Sequence[Row]) -> str:
             ours, theirs = row.rates
             ratios = row.ratios(ours, theirs)
             lines.append(
-                f"{'':<36}{ours} / {theirs}: {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+                f"{'':<47}{ours} / {theirs}: {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
             )
     return "\n".join(line.rstrip() for line in lines) + "\n"

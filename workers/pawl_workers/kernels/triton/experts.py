@@ -100,17 +100,20 @@ class _Tile:
 
     @classmethod
     def of(cls, rows_of_expert: float, dtype: torch.dtype, *, gated: bool, strict: bool) -> _Tile:
-        """By how many rows an expert has on average; strict: by nothing that may differ from step to step."""
+        """By how many rows an expert has on average; strict: by nothing that may differ from step to step.
+
+        Measured on an H200 over layers of 128 experts of 2048 x 768, 8 of them active; those of 64 rows were not.
+        """
         if dtype is torch.float32:
             return cls(16 if rows_of_expert <= 8 and not strict else 64, 32, 32, 4, 3)
         if strict:
             return cls(64, 64, 64, 4, 4)
         # Some experts have twice the average: where bytes are what costs, those too should be read for one tile.
         if rows_of_expert <= 16:
-            return cls(16 if rows_of_expert <= 8 else 32, 32, 128, 4, 4)
+            return cls(16 if rows_of_expert <= 8 else 32, 64, 128, 4, 3)
         if rows_of_expert <= 32:
             return cls(64, 64, 64, 4, 4)
-        return cls(128, 64 if gated else 128, 64, 8, 4)
+        return cls(128, 128, 64, 8, 4) if gated else cls(128, 256, 64, 8, 3)
 
 
 @dataclass(frozen=True, slots=True)
