@@ -69,7 +69,7 @@ class Drawer:
         draw, length = self._draw, self._draw.choice(LENGTHS)
         return NewSequence(
             self._row(),
-            [draw.randint(1, 199) for _ in range(length - 1)] + [self._token()],
+            [draw.randint(1, 199) for _ in range(length - 1)] + [BROKEN if draw.random() < 0.2 else self._token()],
             self._mostly(draw.randint(1, length), 0, length + 1),
             self._mostly(draw.choice((0, length - 1)), length, -1),
             [self._block() for _ in range(self._mostly(-(-length // 32), 0, 1, 4))],
@@ -86,7 +86,7 @@ class Drawer:
         ends = {row: int(table.num_tokens[row] - table.num_computed[row]) for row in known}
         ends |= {sequence.row: len(sequence.token_ids) - sequence.num_computed for sequence in new}
         rows = [row for row in ends if draw.random() < 0.9] + [self._row()] * (draw.random() < 0.03)
-        drafts = [(row, [self._token() for _ in range(draw.choice((1, 3, 60)))]) for row in rows if draw.random() < 0.1]
+        drafts = [(row, [self._token() for _ in range(draw.choice((1, 3, 60)))]) for row in rows if draw.random() < 0.2]
         lengths = {row: len(ids) for row, ids in drafts}
         return StepPlan(
             self._mostly(step, step - 1, step + 1),
