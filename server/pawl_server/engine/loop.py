@@ -23,8 +23,9 @@ from pawl_server.engine.link.delivery import Delivery
 from pawl_server.engine.link.frames import SequenceKey, to_cache_events
 from pawl_server.engine.link.outbox import Outbox
 from pawl_server.engine.link.protocol import HEARTBEAT_PERIOD_S
-from pawl_server.engine.meter import Meter, StepRecord
+from pawl_server.engine.meter import Meter
 from pawl_server.engine.recovery import InFlight, Recovery
+from pawl_server.engine.step_record import step_record, worker_seconds
 from pawl_server.engine.suspects import Suspects, probation_limits
 from pawl_server.engine.watchdog import Watchdog
 from pawl_server.internal.v1 import engine_pb2
@@ -250,40 +251,16 @@ class EngineLoop:
             except (InvariantError, PoolError):
                 log.exception("after step %d the scheduler contradicts itself", self.num_steps)
         now = self.clock()
-        worker_s = result.prepare_s + result.forward_s + result.sample_s
+        worker_s = worker_seconds(result)
         # What the step added to the time that passed: its planning does not, where an older step ran meanwhile.
         elapsed_s = now - max(step.planned_at, self._settled_at)
-        schedule_s = min(step.launched_at - step.planned_at, max(0.0, elapsed_s - worker_s))
         if self.state.journal is not None:
             self.state.journal.measured(worker_s, elapsed_s)
         if self.budget is not None:
             self.budget.observe(plan.load, worker_s)
         if self.state.speculation is not None and plan.kind == "decode":
             self.state.speculation.observe(plan.load, elapsed_s)
-        self.meter.step(
-            StepRecord(
-                kind=plan.kind,
-                num_sequences=plan.num_sequences,
-                num_tokens=plan.num_tokens,
-                idle_s=max(0.0, step.planned_at - self._settled_at),
-                schedule_s=schedule_s,
-                prepare_s=result.prepare_s,
-                forward_s=result.forward_s,
-                sample_s=result.sample_s,
-                postprocess_s=max(0.0, elapsed_s - schedule_s - worker_s),
-                num_output=len(committed.token_ids),
-                num_prompt_computed=committed.num_prompt_computed,
-                num_prompt_cached=committed.num_prompt_cached,
-                num_recomputed=committed.num_recomputed,
-                num_preempted=committed.num_preempted,
-                num_gave_way=committed.num_gave_way,
-                num_swapped_out=len(plan.draft.swap_out),
-                num_swapped_in=len(plan.draft.swap_in),
-                num_lost=committed.num_lost,
-                num_drafts=plan.num_drafts,
-                num_accepted=committed.num_accepted,
-            )
-        )
+        self.meter.step(step_record(step, result, committed, self._settled_at, elapsed_s))
         self._settled_at = now
 
     async def _report(self) -> None:
