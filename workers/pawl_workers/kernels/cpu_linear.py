@@ -189,7 +189,7 @@ class CpuLinear:
         if self._group is not None:
             return self._unpack_groups(self._group, width)
         if self._code is not None:
-            return self._code.unpack(self._packed, self.out_features, self.in_features, width).float()
+            return self._code.unpack(self._packed, self.out_features, self.in_features, self._library)
         if self.data_type is torch.bfloat16:  # [panels, pairs, features, 2]: a pair is turned as one word
             pairs = self._packed.view(torch.int32).view(-1, -(-self.in_features // 2), width)
             values = pairs.transpose(1, 2).reshape(-1, pairs.shape[1]).view(torch.bfloat16)

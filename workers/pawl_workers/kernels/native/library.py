@@ -52,6 +52,7 @@ class Library:
     pack: Function
     pack_groups: Function
     pack_coded: Function
+    unpack_coded: Function
     count_exponents: Function
     linear: Function
     attend: Function
@@ -97,6 +98,7 @@ _ARGUMENTS: dict[str, list[type[ctypes._SimpleCData]]] = {  # type: ignore[type-
     "pack": [_P, _P, _N, _N, _N, _I, _I],
     "pack_groups": [_P, _P, _P, _N, _N, _I, _I],
     "pack_coded": [_P, _P, _N, _N, _N, _P, _I],
+    "unpack_coded": [_P, _P, _N, _N, _I],
     "count_exponents": [_P, _N, _N, _N, _P, _I],
     "linear": [_P, _P, _I],
     "attend": [_P, _P, _I],

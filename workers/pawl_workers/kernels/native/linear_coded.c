@@ -1,4 +1,4 @@
-/* Weights of bfloat16 into the panels that coded.h describes. */
+/* Weights of bfloat16 into the panels that coded.h describes, and back. */
 #include "coded.h"
 
 #include <string.h>
@@ -109,5 +109,42 @@ void pawl_pack_coded(const uint16_t *w, char *packed, int64_t n, int64_t k, int6
         total += (uint32_t)own + 1;
         if (own) code_panel(source_of(w, packed, n, k, skip, panel), numbers, at); /* which are few */
         at[own] = (Exception){.tile = NO_TILE};
+    }
+}
+
+/* A tile of CODED -> one of bfloat16. */
+static void decode_tile(const char *from, const uint16_t *exponents, uint16_t *tile) {
+    uint16_t coded[PAIRS / 4][2 * WIDTH];
+    uint32_t rest[PAIRS / 2][WIDTH];
+    memcpy(coded, from, sizeof coded);
+    memcpy(rest, from + sizeof coded, sizeof rest);
+    for (int pair = 0; pair < PAIRS; pair++)
+        for (int c = 0; c < WIDTH; c++) {
+            uint32_t word = rest[pair / 2][c];
+            if (pair & 1) word = word << 8 | word >> 24;
+            word &= SIGN_AND_FRACTION;
+            for (int half = 0; half < 2; half++) {
+                int number = coded[pair / 4][2 * c + half] >> pair % 4 * 4 & 15;
+                tile[(pair * WIDTH + c) * 2 + half] = (uint16_t)(word >> 16 * half | exponents[number]);
+            }
+        }
+}
+
+/* What pawl_pack_coded made -> w [n, k], the bits of float32. */
+void pawl_unpack_coded(const char *packed, uint32_t *w, int64_t n, int64_t k, int32_t threads) {
+    int64_t panels = panels_in(n);
+    Coded coded = coded_of(packed, n, k);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t panel = 0; panel < panels; panel++) {
+        const Exception *next = exceptions_of(&coded, panel);
+        for (int64_t i = 0; i < k / CODED_DEPTH; i++) {
+            uint16_t tile[WEIGHTS];
+            decode_tile(packed + (panel * (k / CODED_DEPTH) + i) * CODED_BYTES, coded.exponents, tile);
+            next = put_exceptions(next, i, tile);
+            for (int64_t c = 0; c < WIDTH && panel * WIDTH + c < n; c++)
+                for (int at = 0; at < CODED_DEPTH; at++)
+                    w[(panel * WIDTH + c) * k + i * CODED_DEPTH + at] =
+                        (uint32_t)tile[(at / 2 * WIDTH + c) * 2 + at % 2] << 16;
+        }
     }
 }
