@@ -28,6 +28,21 @@ __all__ = ["NAMED", "add_tokenizer", "load_reference", "make_gpt2", "make_llama"
 VOCAB_SIZE = 257  # every byte and an end-of-text token, as the tiny tokenizer has it
 EOS_TOKEN_ID = 256
 
+_LLAMA: Mapping[str, object] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": EOS_TOKEN_ID,
+    "pad_token_id": None,
+}
+
 
 def make_llama(
     folder: Path,
@@ -51,21 +66,9 @@ def make_llama(
     Returns:
         The folder.
     """
-    values: dict[str, object] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": EOS_TOKEN_ID,
-        "pad_token_id": None,
-    }
-    return _write(folder, LlamaForCausalLM, LlamaConfig(**(values | changes)), seed, dtype, max_shard_size, tokenizer)
+    return _write(
+        folder, LlamaForCausalLM, LlamaConfig(**{**_LLAMA, **changes}), seed, dtype, max_shard_size, tokenizer
+    )
 
 
 def make_gpt2(
@@ -92,25 +95,15 @@ def make_gpt2(
 
 def make_qwen3_moe(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
     """Write a tiny random Qwen3-MoE: as `make_llama`, and 6 experts of 40, of which 3 compute a token."""
-    values: dict[str, object] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 48,
-        "intermediate_size": 96,
+    experts: dict[str, object] = {
         "moe_intermediate_size": 40,
         "num_experts": 6,
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": EOS_TOKEN_ID,
-        "pad_token_id": None,
     }
-    return _write(folder, Qwen3MoeForCausalLM, Qwen3MoeConfig(**(values | changes)), seed, dtype, "5GB", False)
+    return _write(
+        folder, Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**_LLAMA, **experts, **changes}), seed, dtype, "5GB", False
+    )
 
 
 def _write(
