@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from pawl_loadtest.arguments import positive
 from pawl_loadtest.gpu_bench.bounds import GpuLimits, byte_bound
 from pawl_loadtest.gpu_bench.checkpoint import make_gpu_checkpoint
 from pawl_loadtest.gpu_bench.engines import Checked, Pawl, Transformers
@@ -44,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m pawl_loadtest.gpu_bench", description=__doc__)
     parser.add_argument("--cases", nargs="*", choices=_CASES, default=list(_STANDING))
     parser.add_argument("--shape", choices=GPU_SHAPES, help="instead of each case's own")
-    parser.add_argument("--requests", type=int, default=256, help="of the mixed workload; 256 is the standing one")
+    parser.add_argument("--requests", type=positive, default=256, help="of the mixed workload; 256 is the standing one")
     parser.add_argument(
-        "--most-output", type=int, help="tokens; cuts the mixed workload's, over which transformers take many minutes"
+        "--most-output", type=positive, help="tokens; cuts the mixed workload's, over which transformers take minutes"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--strict", action="store_true", help="pawl in strict mode")
     parser.add_argument("--no-peer", action="store_true", help="check outputs, but do not time transformers")
     parser.add_argument("--json", type=Path, help="write the figures here")

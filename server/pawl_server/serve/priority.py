@@ -13,7 +13,11 @@ import os
 __all__ = ["NICENESS", "give_way"]
 
 NICENESS = 10
-"""Of a front end beside engines: enough of a share of busy cores that it keeps up with them, a tenth of theirs."""
+"""Of a front end beside engines: enough of a share of busy cores that it keeps up with them, a tenth of theirs.
+
+Where Linux groups processes by session (`sched_autogroup_enabled`) and no control group does, it tells nothing between
+engines and a front end, which leads a session of its own; making it count there gained nothing (record 0003).
+"""
 
 
 def give_way() -> None:
