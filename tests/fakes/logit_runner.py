@@ -14,7 +14,8 @@ from pawl_workers.batch import AttentionShape
 from pawl_workers.forward import compute, forward
 from pawl_workers.kernels import Precision, choose_backend
 from pawl_workers.kv_cache import KvCache
-from pawl_workers.model.loading import CheckpointConfig, load_weights, read_config
+from pawl_workers.model.checkpoint_config import CheckpointConfig, read_config
+from pawl_workers.model.loading import load_weights
 from pawl_workers.model.rotary import rotary_table
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
 from pawl_workers.prepare import BatchSettings, build_batch

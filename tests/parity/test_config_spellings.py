@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pawl_workers.errors import CheckpointError
-from pawl_workers.model.loading import read_config
+from pawl_workers.model.checkpoint_config import read_config
 from tests.fakes.checkpoints import load_reference, make_llama
 from tests.fakes.families import MAX_POSITIONS, Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner

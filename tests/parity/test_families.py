@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.cpu import CpuKernels
 from pawl_workers.model import families
-from pawl_workers.model.loading import read_config
+from pawl_workers.model.checkpoint_config import read_config
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.families import ARCHITECTURES, FAMILIES, Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner

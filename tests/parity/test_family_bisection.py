@@ -13,7 +13,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from pawl_workers.model.loading import CheckpointConfig, read_config
+from pawl_workers.model.checkpoint_config import CheckpointConfig, read_config
 from pawl_workers.model.spec import ModelSpec, TensorTarget
 from tests.fakes.families import FAMILIES, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner

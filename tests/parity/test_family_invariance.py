@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels.cpu import CpuKernels
-from pawl_workers.model.loading import read_config
+from pawl_workers.model.checkpoint_config import read_config
 from pawl_workers.model.weights import MlpWeights, Weights
 from pawl_workers.model.wrapped_linear import WrappedLinear
 from tests.fakes.batch_dependent import SplitByRows, TorchLinear

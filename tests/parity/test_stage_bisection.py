@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pawl_workers.model.loading import CheckpointConfig, read_config
+from pawl_workers.model.checkpoint_config import CheckpointConfig, read_config
 from pawl_workers.model.spec import Activation, LayerSpec, ModelSpec, TensorTarget
 from tests.fakes.families import MAX_POSITIONS, Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner

@@ -15,8 +15,9 @@ from pawl_workers.batch import AttentionShape
 from pawl_workers.errors import CheckpointError, OutOfMemoryError, WorkerError
 from pawl_workers.kernels import Kernels, choose_backend
 from pawl_workers.memory import MemoryPlan, activation_bytes, available_bytes, plan_memory
+from pawl_workers.model.checkpoint_config import CheckpointConfig, read_config
 from pawl_workers.model.headers import StoredTensor, folder_headers, hub_headers
-from pawl_workers.model.loading import CheckpointConfig, Reading, plan_dummy, plan_reading, read_config
+from pawl_workers.model.loading import Reading, plan_dummy, plan_reading
 from pawl_workers.model.source import is_hub_id, resolve_checkpoint
 from pawl_workers.options import WorkerOptions, choose_device, choose_dtype, choose_precision
 from pawl_workers.staging import Staging

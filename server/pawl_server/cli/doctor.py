@@ -151,8 +151,8 @@ def _ports(config: Config) -> Iterator[Finding]:
 def _model(config: Config) -> Iterator[Finding]:
     model = config.model
     folder = resolve_checkpoint(model.model, model.revision or None)
-    loading = importlib.import_module("pawl_workers.model.loading")
-    spec = loading.read_config(folder).spec
+    checkpoint = importlib.import_module("pawl_workers.model.checkpoint_config")
+    spec = checkpoint.read_config(folder).spec
     files = weight_files(folder)
     num_bytes = sum(path.stat().st_size for path in files)
     yield Finding(

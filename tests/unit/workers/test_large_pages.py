@@ -13,7 +13,7 @@ from pawl_workers.batch import AttentionShape
 from pawl_workers.kernels import choose_backend
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.large_pages import map_large_pages, passing_tensor
-from pawl_workers.model.loading import read_config
+from pawl_workers.model.checkpoint_config import read_config
 
 _MAPPINGS = Path("/proc/self/smaps")
 _CPU = torch.device("cpu")

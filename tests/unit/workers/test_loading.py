@@ -16,7 +16,8 @@ from torch import Tensor
 from pawl_workers.errors import CheckpointError, OutOfMemoryError, WorkerError
 from pawl_workers.kernels.onednn import OneDnnKernels, OneDnnLinear
 from pawl_workers.kernels.reference import ReferenceKernels
-from pawl_workers.model.loading import load_weights, read_config
+from pawl_workers.model.checkpoint_config import read_config
+from pawl_workers.model.loading import load_weights
 from pawl_workers.model.source import checkpoint_revision, resolve_checkpoint, weight_files
 from pawl_workers.model.weights import MlpWeights, Weights
 from tests.fakes.checkpoints import load_reference, make_gpt2, make_llama

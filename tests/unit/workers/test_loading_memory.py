@@ -20,8 +20,9 @@ from pawl_workers.kernels.onednn import OneDnnKernels
 from pawl_workers.kernels.triton.backend import TritonKernels
 from pawl_workers.kernels.triton.experts import TritonExperts
 from pawl_workers.kernels.weight_memory import WeightMemory
+from pawl_workers.model.checkpoint_config import read_config
 from pawl_workers.model.headers import folder_headers
-from pawl_workers.model.loading import load_weights, plan_reading, read_config
+from pawl_workers.model.loading import load_weights, plan_reading
 from pawl_workers.model.weights import ExpertWeights, Packer, Weights
 from pawl_workers.staging import Staging
 from tests.fakes.checkpoints import make_gpt2, make_llama

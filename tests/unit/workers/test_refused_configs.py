@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pawl_workers.errors import CheckpointError
+from pawl_workers.model.checkpoint_config import read_config
 from pawl_workers.model.families import FAMILIES
-from pawl_workers.model.loading import read_config
 from tests.fakes.hub_configs import HUB_CONFIGS, read_hub_config
 
 

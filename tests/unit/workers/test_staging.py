@@ -17,7 +17,8 @@ from pawl_workers.graphs import BUCKETS, DecodeGraphs, bucket_of
 from pawl_workers.kernels import choose_backend
 from pawl_workers.kernels.triton.backend import TritonKernels
 from pawl_workers.kv_cache import KvCache
-from pawl_workers.model.loading import load_weights, read_config
+from pawl_workers.model.checkpoint_config import read_config
+from pawl_workers.model.loading import load_weights
 from pawl_workers.model.rotary import rotary_table
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
 from pawl_workers.prepare import BatchSettings, batch_angles, build_batch, pad_decodes, staged_elements

@@ -9,7 +9,7 @@ import pytest
 
 from pawl_workers.errors import OutOfMemoryError, WorkerError
 from pawl_workers.memory import plan_memory
-from pawl_workers.model.loading import read_config
+from pawl_workers.model.checkpoint_config import read_config
 from pawl_workers.start_plan import explain_kernels, plan_start
 from pawl_workers.worker import Worker, WorkerOptions
 

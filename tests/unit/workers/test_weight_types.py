@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pawl_workers.kernels.cpu import CpuKernels
-from pawl_workers.model.loading import load_weights, read_config
+from pawl_workers.model.checkpoint_config import read_config
+from pawl_workers.model.loading import load_weights
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import make_llama
 
