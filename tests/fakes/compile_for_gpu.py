@@ -33,8 +33,9 @@ from pawl_workers.kernels.triton.layout import SPLIT, Layout
 from pawl_workers.kernels.triton.linear import StrictLinear, WideLinear
 from pawl_workers.kernels.triton.one_row import add_row, fire_row, multiply_row
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
-from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, QueryKeyNormWeights
 from pawl_workers.sampling.words import WORDS
 from pawl_workers.staging import Staging
 

@@ -15,14 +15,8 @@ from torch import Tensor
 from pawl_workers import forward
 from pawl_workers.batch import Batch
 from pawl_workers.kv_cache import LayerCache
-from pawl_workers.model.weights import (
-    AttentionWeights,
-    EmbeddingWeights,
-    ExpertWeights,
-    MlpWeights,
-    PackedNorm,
-    Weights,
-)
+from pawl_workers.model.packed import PackedNorm
+from pawl_workers.model.weights import AttentionWeights, EmbeddingWeights, ExpertWeights, MlpWeights, Weights
 from pawl_workers.model.wrapped_linear import WrappedLinear
 from pawl_workers.stages.attention import attend
 from pawl_workers.stages.embed import embed

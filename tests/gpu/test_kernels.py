@@ -16,8 +16,8 @@ from pawl_workers.kernels.triton.experts import TritonExperts
 from pawl_workers.kernels.triton.route import choose
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
 from pawl_workers.kernels.triton.sampler import TritonSampler
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import NormWeights
 from pawl_workers.plan import SamplingSpec
 from pawl_workers.sampling.batch import SamplingBatch
 from pawl_workers.sampling.table import SamplingTable

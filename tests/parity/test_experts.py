@@ -12,8 +12,9 @@ from torch import Tensor
 from pawl_workers.kernels.cpu import CpuKernels
 from pawl_workers.kernels.onednn import OneDnnKernels
 from pawl_workers.kernels.reference import ReferenceLinear
+from pawl_workers.model.packed import Packer
 from pawl_workers.model.spec import Activation
-from pawl_workers.model.weights import ExpertWeights, MlpWeights, Packer
+from pawl_workers.model.weights import ExpertWeights, MlpWeights
 from pawl_workers.stages.mlp import mlp
 from tests.fakes.checkpoints import load_reference
 from tests.fakes.families import MAX_POSITIONS, Draft, write_checkpoint

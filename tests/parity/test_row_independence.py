@@ -15,8 +15,9 @@ from pawl_workers.kernels import Kernels
 from pawl_workers.kernels.cpu import CpuKernels
 from pawl_workers.kernels.gathered_attention import padded_rows
 from pawl_workers.kernels.onednn import OneDnnKernels
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import HeadWeights, NormWeights
+from pawl_workers.model.weights import HeadWeights
 from pawl_workers.stages.logits import logits
 from pawl_workers.stages.residual import add
 

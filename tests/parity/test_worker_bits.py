@@ -17,7 +17,8 @@ from torch import Tensor
 from pawl_workers import start_plan
 from pawl_workers.batch import AttentionLayout
 from pawl_workers.kernels.cpu import CpuKernels
-from pawl_workers.model.weights import AttentionRule, LayerWeights, PackedLinear
+from pawl_workers.model.packed import PackedLinear
+from pawl_workers.model.weights import AttentionRule, LayerWeights
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.batch_dependent import SplitByRows
 from tests.fakes.checkpoints import make_llama

@@ -16,15 +16,9 @@ from pawl_workers.errors import SelfTestError
 from pawl_workers.forward import forward
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels, ReferenceNorm
 from pawl_workers.kv_cache import KvCache
+from pawl_workers.model.packed import PackedNorm
 from pawl_workers.model.rotary import rotary_angles
-from pawl_workers.model.weights import (
-    ExpertWeights,
-    LayerWeights,
-    MlpWeights,
-    PackedNorm,
-    QueryKeyNormWeights,
-    Weights,
-)
+from pawl_workers.model.weights import ExpertWeights, LayerWeights, MlpWeights, QueryKeyNormWeights, Weights
 from pawl_workers.model.wrapped_linear import WrappedLinear
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult, TokenLogprobs
 from pawl_workers.prepare import BatchSettings

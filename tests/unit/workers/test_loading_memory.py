@@ -23,7 +23,8 @@ from pawl_workers.kernels.weight_memory import WeightMemory
 from pawl_workers.model.checkpoint_config import read_config
 from pawl_workers.model.headers import folder_headers
 from pawl_workers.model.loading import load_weights, plan_reading
-from pawl_workers.model.weights import ExpertWeights, Packer, Weights
+from pawl_workers.model.packed import Packer
+from pawl_workers.model.weights import ExpertWeights, Weights
 from pawl_workers.staging import Staging
 from tests.fakes.checkpoints import make_gpt2, make_llama
 from tests.fakes.families import Draft, write_checkpoint

@@ -23,8 +23,9 @@ from pawl_workers.kernels.cpu_linear import CODED_FORMAT, CpuLinear
 from pawl_workers.kernels.native import build
 from pawl_workers.kernels.native.library import load_library
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
-from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, QueryKeyNormWeights
 
 FORMATS = [torch.float32, torch.float16, torch.bfloat16]
 SHAPE = AttentionShape(4, 2, 16)

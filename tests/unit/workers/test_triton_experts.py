@@ -14,8 +14,9 @@ from pawl_workers.kernels.reference import ReferenceActivation, ReferenceLinear
 from pawl_workers.kernels.triton.experts import TritonExperts
 from pawl_workers.kernels.triton.route import arrange, choose
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import ExpertWeights, MlpWeights, NormWeights
+from pawl_workers.model.weights import ExpertWeights, MlpWeights
 from pawl_workers.stages.mlp import mlp
 
 BOUNDED = (Phase.explicit, Phase.reuse, Phase.generate)

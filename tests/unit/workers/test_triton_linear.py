@@ -10,8 +10,8 @@ from pawl_workers.kernels.reference import ReferenceActivation, ReferenceNorm
 from pawl_workers.kernels.triton.linear import GpuLinear, StrictLinear, WideLinear
 from pawl_workers.kernels.triton.one_row import add_row, fire_row, multiply_row
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import NormWeights
 
 
 def _drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from pawl_workers.kernels.reference import ReferenceActivation, ReferenceNorm
 from pawl_workers.kernels.triton.program import TritonProgram
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import NormWeights
 from tests.fakes.checkpoints import NAMED, make_qwen3_moe
 from tests.fakes.families import Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner

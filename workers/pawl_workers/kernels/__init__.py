@@ -18,7 +18,8 @@ from torch import Tensor
 from pawl_workers.batch import AttentionLayout, AttentionShape, Batch, SequenceArrays
 from pawl_workers.errors import WorkerError
 from pawl_workers.kernels.byte_weights import ByteScales
-from pawl_workers.model.weights import AttentionRule, LayerWeights, Packer, QueryKeyNormWeights, Weights
+from pawl_workers.model.packed import Packer
+from pawl_workers.model.weights import AttentionRule, LayerWeights, QueryKeyNormWeights, Weights
 from pawl_workers.sampling.batch import Sampler
 from pawl_workers.staging import Staging
 

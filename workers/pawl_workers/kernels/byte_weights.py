@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pawl_workers.large_pages import passing_tensor
-from pawl_workers.model.weights import PackedLinear
+from pawl_workers.model.packed import PackedLinear
 
 __all__ = ["ByteLinear", "ByteScales", "ByteWeight"]
 

@@ -26,8 +26,9 @@ from pawl_workers.kernels.cpu_sampler import CpuSampler
 from pawl_workers.kernels.decode_mover import DecodeArrays
 from pawl_workers.kernels.native.library import Library, load_library
 from pawl_workers.kernels.weight_memory import WeightMemory
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation
-from pawl_workers.model.weights import AttentionRule, LayerWeights, NormWeights, QueryKeyNormWeights, Weights
+from pawl_workers.model.weights import AttentionRule, LayerWeights, QueryKeyNormWeights, Weights
 
 __all__ = ["CpuKernels"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from pawl_workers.kernels.native.structures import NO_WINDOW, AttentionCall, NormCall, PlaceCall
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
-from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, QueryKeyNormWeights
 
 __all__ = ["activation_number", "attention_call", "norm_call", "padded_dim", "place_call"]
 

@@ -12,7 +12,8 @@ from pawl_workers.kernels.cpu_linear import CpuLinear
 from pawl_workers.kernels.cpu_program import Buffer, CpuProgram, Kind, Router, Segment
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import MOST_ROTARIES, ExpertsCall, LinearCall, Operation
-from pawl_workers.model.weights import ExpertWeights, LayerWeights, MlpWeights, PackedLinear, PackedNorm
+from pawl_workers.model.packed import PackedLinear, PackedNorm
+from pawl_workers.model.weights import ExpertWeights, LayerWeights, MlpWeights
 
 __all__ = ["compile_head", "compile_program"]
 

@@ -19,8 +19,9 @@ from pawl_workers.kernels.reference import ReferenceLinear, ReferenceNorm
 from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.kernels.steady_activation import SteadyActivation
 from pawl_workers.kernels.torch_sampler import TorchSampler
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation
-from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, QueryKeyNormWeights
 
 __all__ = ["OneDnnKernels", "OneDnnLinear"]
 

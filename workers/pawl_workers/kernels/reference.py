@@ -13,8 +13,9 @@ from pawl_workers.kernels.as_computed import AsComputed
 from pawl_workers.kernels.byte_weights import ByteLinear, ByteScales
 from pawl_workers.kernels.rotation import split_and_turn
 from pawl_workers.kernels.torch_sampler import TorchSampler
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import AttentionRule, NormWeights, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, QueryKeyNormWeights
 
 __all__ = ["ReferenceActivation", "ReferenceKernels", "ReferenceLinear", "ReferenceNorm"]
 

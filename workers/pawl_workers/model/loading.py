@@ -18,9 +18,10 @@ from pawl_workers.errors import CheckpointError, OutOfMemoryError
 from pawl_workers.model.checkpoint_config import CheckpointConfig
 from pawl_workers.model.dummy import DUMMY_FILE, dummy_tensor
 from pawl_workers.model.headers import StoredTensor, folder_headers
+from pawl_workers.model.packed import Packer
 from pawl_workers.model.slots import Slot, Slots, held_bytes, slot_shapes
 from pawl_workers.model.spec import TensorTarget
-from pawl_workers.model.weights import Packer, Weights
+from pawl_workers.model.weights import Weights
 
 __all__ = ["Reading", "load_weights", "plan_dummy", "plan_reading"]
 

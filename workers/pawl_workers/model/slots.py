@@ -15,21 +15,16 @@ import torch
 from torch import Tensor
 
 from pawl_workers.large_pages import passing_tensor
+from pawl_workers.model.packed import ExpertPacker, NormWeights, PackedExperts, PackedLinear, PackedNorm, Packer
 from pawl_workers.model.spec import Interleaved, ModelSpec, QueryKeyNorm, TensorTarget
 from pawl_workers.model.weights import (
     AttentionRule,
     AttentionWeights,
     EmbeddingWeights,
-    ExpertPacker,
     ExpertWeights,
     HeadWeights,
     LayerWeights,
     MlpWeights,
-    NormWeights,
-    PackedExperts,
-    PackedLinear,
-    PackedNorm,
-    Packer,
     QueryKeyNormWeights,
     SharedExpertWeights,
     Weights,

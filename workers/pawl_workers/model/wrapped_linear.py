@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pawl_workers.model.weights import PackedLinear
+from pawl_workers.model.packed import PackedLinear
 
 __all__ = ["WrappedLinear"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pawl_workers.model.weights import PackedNorm
+from pawl_workers.model.packed import PackedNorm
 
 __all__ = ["norm"]
 

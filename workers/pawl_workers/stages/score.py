@@ -6,7 +6,8 @@ import numpy as np
 from torch import Tensor
 
 from pawl_workers.batch import Batch
-from pawl_workers.model.weights import HeadWeights, PackedNorm
+from pawl_workers.model.packed import PackedNorm
+from pawl_workers.model.weights import HeadWeights
 from pawl_workers.plan import PromptLogprobs
 from pawl_workers.stages.logits import logits
 from pawl_workers.stages.norm import norm

@@ -20,16 +20,9 @@ from pawl_workers.kernels.triton.program import TritonProgram
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
 from pawl_workers.kernels.triton.sampler import TritonSampler
 from pawl_workers.kernels.triton.tuning import Tuning
+from pawl_workers.model.packed import NormWeights, PackedActivation, PackedNorm
 from pawl_workers.model.spec import Activation, NormKind
-from pawl_workers.model.weights import (
-    AttentionRule,
-    ExpertWeights,
-    LayerWeights,
-    NormWeights,
-    PackedActivation,
-    PackedNorm,
-    QueryKeyNormWeights,
-)
+from pawl_workers.model.weights import AttentionRule, ExpertWeights, LayerWeights, QueryKeyNormWeights
 from pawl_workers.staging import Staging
 
 __all__ = ["TritonKernels"]

@@ -17,7 +17,8 @@ from pawl_workers.kernels.triton.experts import TritonExperts
 from pawl_workers.kernels.triton.linear import GpuLinear
 from pawl_workers.kernels.triton.one_row import add_row, fire_row, multiply_row
 from pawl_workers.kernels.triton.rows import TritonActivation, TritonRmsNorm
-from pawl_workers.model.weights import AttentionWeights, ExpertWeights, LayerWeights, MlpWeights, PackedNorm
+from pawl_workers.model.packed import PackedNorm
+from pawl_workers.model.weights import AttentionWeights, ExpertWeights, LayerWeights, MlpWeights
 
 __all__ = ["TritonProgram"]
 

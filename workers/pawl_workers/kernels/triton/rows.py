@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation
-from pawl_workers.model.weights import NormWeights
 
 __all__ = ["TritonActivation", "TritonRmsNorm", "activated"]
 
