@@ -17,7 +17,8 @@ from llguidance import LLTokenizer
 
 from pawl.errors import InvalidRequest, Unavailable
 from pawl_server.addresses import host_port
-from pawl_server.engine.executor import EngineWorker, InProcessExecutor, WorkerFacts
+from pawl_server.engine.engine_worker import EngineWorker, WorkerFacts
+from pawl_server.engine.executor import InProcessExecutor
 from pawl_server.engine.grammar.compiler import checkpoint_tokenizer
 from pawl_server.engine.grammar.grammars import Grammars
 from pawl_server.engine.journal_file import JournalFile

@@ -1,138 +1,30 @@
 """Where a step is computed: the protocol, and the executor whose worker runs in this process.
 
-Owns the worker's thread and the check of what comes back; knows nothing of requests or of the scheduler.
+Owns the worker's thread; knows nothing of requests or of the scheduler.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
+from pawl_server.engine.engine_worker import EngineWorker, PendingStep
+from pawl_server.engine.result_check import check_result
 from pawl_workers.plan import StepPlan, StepResult
 from pawl_workers.row_masks import MaskSource
 
-__all__ = [
-    "BadResultError",
-    "EngineWorker",
-    "Executor",
-    "InProcessExecutor",
-    "PendingStep",
-    "SelfTestReport",
-    "WorkerFacts",
-    "check_result",
-]
+__all__ = ["Executor", "InProcessExecutor"]
 
 _HEAD_START_S = 0.001  # preparing a decode step takes a tenth of this; what takes longer need not be waited for
 
 Value = TypeVar("Value")
 Given = TypeVar("Given")
-
-
-class BadResultError(RuntimeError):
-    """A worker answered with what its plan cannot have given."""
-
-
-class WorkerFacts(Protocol):
-    """What a loaded worker says of itself. Sizes in bytes; `load_s` in seconds."""
-
-    @property
-    def architectures(self) -> Sequence[str]: ...  # noqa: D102 (the names say it)
-    @property
-    def vocab_size(self) -> int: ...  # noqa: D102
-    @property
-    def max_context(self) -> int: ...  # noqa: D102
-    @property
-    def eos_token_ids(self) -> Sequence[int]: ...  # noqa: D102
-    @property
-    def data_type(self) -> str: ...  # noqa: D102
-    @property
-    def weight_type(self) -> str: ...  # noqa: D102
-    @property
-    def kv_type(self) -> str: ...  # noqa: D102
-    @property
-    def revision(self) -> str: ...  # noqa: D102
-    @property
-    def block_size(self) -> int: ...  # noqa: D102
-    @property
-    def num_blocks(self) -> int: ...  # noqa: D102
-    @property
-    def num_host_blocks(self) -> int: ...  # noqa: D102
-    @property
-    def restore_fixed_s(self) -> float: ...  # noqa: D102
-    @property
-    def restore_block_s(self) -> float: ...  # noqa: D102
-    @property
-    def weight_bytes(self) -> int: ...  # noqa: D102
-    @property
-    def kv_bytes(self) -> int: ...  # noqa: D102
-    @property
-    def activation_bytes(self) -> int: ...  # noqa: D102
-    @property
-    def num_parameters(self) -> int: ...  # noqa: D102
-    @property
-    def kernels(self) -> str: ...  # noqa: D102
-    @property
-    def device(self) -> str: ...  # noqa: D102
-    @property
-    def num_threads(self) -> int: ...  # noqa: D102
-    @property
-    def max_in_flight(self) -> int: ...  # noqa: D102
-
-
-class SelfTestReport(Protocol):
-    """What a passed self-test found."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens compared."""
-
-    @property
-    def max_difference(self) -> float:
-        """Largest difference of a log-probability from the reference path."""
-
-
-class PendingStep(Protocol):
-    """A launched step."""
-
-    @property
-    def future(self) -> Future[StepResult]:
-        """Done once the step is settled, be it by `result` or by a launch that had to wait for it."""
-
-    def wait(self) -> None:
-        """Wait until `result` will not; may be called from any thread."""
-
-    def result(self) -> StepResult:
-        """Settle this step and those before it; may raise anything."""
-
-
-class EngineWorker(Protocol):
-    """The worker as the engine sees it. Every method blocks and is called from one thread."""
-
-    @property
-    def facts(self) -> WorkerFacts:
-        """Sizes and names of what was loaded."""
-
-    def launch(
-        self, plan: StepPlan, masks: MaskSource | None = None, began: Callable[[], object] | None = None
-    ) -> PendingStep:
-        """Begin one step, or compute it; may raise anything, after which `reset` must make the worker usable again.
-
-        `masks` is asked when the tokens are to be chosen, and may make it wait. `began` is called once the step is
-        prepared and its forward pass begins, on this thread.
-        """
-
-    def reset(self, epoch: int) -> None:
-        """Forget every sequence; the next plan is step 1 of this epoch."""
-
-    def self_test(self) -> SelfTestReport:
-        """Generate a few tokens and compare with the reference path; raises when they differ."""
 
 
 class Executor(Protocol):
@@ -284,35 +176,3 @@ class _Answer(Generic[Value]):
 def _settle(step: PendingStep) -> None:
     with contextlib.suppress(Exception):  # the step's future has it
         step.result()
-
-
-def _check_accepted(plan: StepPlan, result: StepResult) -> list[int]:
-    """Check that a row gives its drafts before its last token; the rows, each once if its tokens stand together."""
-    drafts, rows = dict(plan.drafts), []
-    for row, tokens in itertools.groupby(zip(result.rows, result.token_ids, strict=True), key=lambda pair: pair[0]):
-        accepted = [token_id for _, token_id in tokens][:-1]
-        if accepted != drafts.get(row, [])[: len(accepted)]:
-            raise BadResultError(f"step {plan.step}: row {row} gives tokens that it has no drafts for")
-        rows.append(row)
-    return rows
-
-
-def check_result(plan: StepPlan, result: StepResult, vocab_size: int) -> None:
-    """Check that a result can be committed, before anything of it is.
-
-    Raises:
-        BadResultError: naming what does not fit.
-    """
-    if (result.step, result.epoch) != (plan.step, plan.epoch):
-        raise BadResultError(
-            f"result of step {result.step} epoch {result.epoch}, in flight is {plan.step} epoch {plan.epoch}"
-        )
-    if len(result.token_ids) != len(result.rows):
-        raise BadResultError(f"step {plan.step}: {len(result.token_ids)} tokens for {len(result.rows)} sampled rows")
-    rows = _check_accepted(plan, result) if plan.drafts else result.rows
-    if len(set(rows)) != len(rows) or not set(rows) <= set(plan.rows):
-        raise BadResultError(f"step {plan.step}: the result names rows that the plan does not")
-    if result.logprobs and len(result.logprobs) != len(result.rows):
-        raise BadResultError(f"step {plan.step}: {len(result.logprobs)} log-probabilities for {len(result.rows)} rows")
-    if result.token_ids and not (min(result.token_ids) >= 0 and max(result.token_ids) < vocab_size):
-        raise BadResultError(f"step {plan.step}: a token id is outside the vocabulary of {vocab_size}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pawl_server.config import EngineSettings, ModelSettings
-from pawl_server.engine.executor import EngineWorker
+from pawl_server.engine.engine_worker import EngineWorker
 from pawl_server.engine.spec import EngineSpec
 from pawl_workers.parallel import thread_environment
 

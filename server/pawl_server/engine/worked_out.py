@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 
 from pawl.errors import InvalidRequest
-from pawl_server.engine.executor import WorkerFacts
+from pawl_server.engine.engine_worker import WorkerFacts
 from pawl_server.engine.link.protocol import MAX_CACHE_EVENTS, PROTOCOL_VERSION
 from pawl_server.engine.spec import EngineSpec
 from pawl_server.internal.v1 import engine_pb2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pawl_server.config import EngineSettings
-from pawl_server.engine.executor import WorkerFacts
+from pawl_server.engine.engine_worker import WorkerFacts
 from pawl_server.engine.grammar.compiler import GrammarCompiler, OpenTokenizer
 from pawl_server.engine.grammar.gate import GrammarGate
 from pawl_server.engine.grammar.masks import MaskBuilder
