@@ -20,6 +20,7 @@ from pawl._async_client import AsyncClient
 from pawl._async_stream import AsyncStream
 from pawl._chat import AsyncChat, Chat
 from pawl._client import Client
+from pawl._events import Delta, End, Event, SampleEnd, Start
 from pawl._inputs import Message, Prompt, Role, Sampling, Stop, assistant, system, tool, user
 from pawl._logging import set_up_logging
 from pawl._options import (
@@ -37,17 +38,12 @@ from pawl._types import (
     Alternative,
     CancelOutcome,
     Completion,
-    Delta,
-    End,
-    Event,
     FinishReason,
     Model,
     RenderedChat,
     Sample,
-    SampleEnd,
     ScoredContinuation,
     Scores,
-    Start,
     StopMatch,
     Timings,
     Token,

@@ -16,10 +16,11 @@ from google.protobuf import message as protobuf
 from pawl import _convert
 from pawl._convert import StreamMessage
 from pawl._core import Call
+from pawl._events import Delta, End, Event, SampleEnd, Start
 from pawl._failures import from_grpc
 from pawl._logging import logger
 from pawl._retry import Attempts, Clock
-from pawl._types import Completion, Delta, End, Event, Sample, SampleEnd, Start, TokenLogprob, Usage
+from pawl._types import Completion, Sample, TokenLogprob, Usage
 from pawl.errors import Cancelled, PawlError, StreamBroken, Unavailable
 
 __all__ = ["Assembly"]

@@ -16,7 +16,8 @@ import grpc.aio
 from pawl._assembly import Assembly
 from pawl._async_transport import AsyncServerStream
 from pawl._convert import StreamMessage
-from pawl._types import Completion, Delta, Event
+from pawl._events import Delta, Event
+from pawl._types import Completion
 from pawl.errors import PawlError
 
 __all__ = ["AsyncStream"]

@@ -12,22 +12,18 @@ from typing import TypeAlias
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
+from pawl._events import Delta, End, Event, SampleEnd, Start
 from pawl._inputs import Sampling
 from pawl._types import (
     Alternative,
     CancelOutcome,
     Completion,
-    Delta,
-    End,
-    Event,
     FinishReason,
     Model,
     RenderedChat,
     Sample,
-    SampleEnd,
     ScoredContinuation,
     Scores,
-    Start,
     StopMatch,
     Timings,
     Token,

@@ -13,8 +13,9 @@ import grpc
 
 from pawl._assembly import Assembly
 from pawl._convert import StreamMessage
+from pawl._events import Delta, Event
 from pawl._transport import ServerStream
-from pawl._types import Completion, Delta, Event
+from pawl._types import Completion
 from pawl.errors import PawlError
 
 __all__ = ["Stream"]

@@ -1,4 +1,4 @@
-"""What a caller gets: completions, events, scores, tokens, models: frozen plain data, no protobuf.
+"""What a caller gets: completions, scores, tokens, models: frozen plain data, no protobuf.
 
 Owns the shapes of answers. Knows nothing of messages on the wire (`_convert` does) or of channels.
 All times are seconds, all log-probabilities natural logarithms.
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import TypeAlias, overload
+from typing import overload
 
 from pawl._inputs import Sampling
 
@@ -18,17 +18,12 @@ __all__ = [
     "Alternative",
     "CancelOutcome",
     "Completion",
-    "Delta",
-    "End",
-    "Event",
     "FinishReason",
     "Model",
     "RenderedChat",
     "Sample",
-    "SampleEnd",
     "ScoredContinuation",
     "Scores",
-    "Start",
     "StopMatch",
     "Timings",
     "Token",
@@ -167,50 +162,6 @@ class Completion:
     def __repr__(self) -> str:
         reason = self.finish_reason.value if self.finish_reason else "incomplete"
         return f"Completion({self.request_id!r}, {reason}, {self.usage.output_tokens} tokens)"
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """The request was admitted. Comes again, with new values, if the stream broke before its first delta."""
-
-    request_id: str
-    model: str
-    seed: int
-    created: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """A further piece of the output of sample `index`, never a repeat; `token_offset` is that of its first token."""
-
-    text: str
-    token_offset: int
-    token_count: int
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    index: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SampleEnd:
-    """The output of sample `index` is complete."""
-
-    finish_reason: FinishReason
-    stop_match: StopMatch | None
-    output_tokens: int
-    index: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Last event of every stream that was not cut off."""
-
-    usage: Usage
-    timings: Timings | None
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-
-
-Event: TypeAlias = Start | Delta | SampleEnd | End
 
 
 @dataclass(frozen=True, slots=True)
