@@ -25,12 +25,13 @@ from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.budget import StepLoad
 from pawl_server.scheduler.committer import Committed, commit, launch, void
+from pawl_server.scheduler.endings import Ended
 from pawl_server.scheduler.guess import Proposer
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_server.scheduler.ngram import NgramIndex
 from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
-from pawl_server.scheduler.sequence import Ended, SequenceRequest, SequenceState
+from pawl_server.scheduler.sequence import SequenceRequest, SequenceState
 from pawl_server.scheduler.speculation import Speculation
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.model.source import resolve_checkpoint

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from pawl_server.kv.host_tier import RestoreCost
 from pawl_server.scheduler.decisions import Decision, decode
+from pawl_server.scheduler.endings import EndReason
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_server.scheduler.journal import Journal, Launched, Reset, Settled, Voided, read_events
-from pawl_server.scheduler.sequence import EndReason, SequenceRequest
+from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_workers.plan import StepPlan
 from tests.fakes.mirrored_pool import MirroredPool
 from tests.fakes.scheduler_bench import Bench, make_limits, random_request

@@ -21,11 +21,12 @@ from pawl_server.kv.host_tier import RestoreCost
 from pawl_server.scheduler.admission import SchedulerLimits, refuse
 from pawl_server.scheduler.budget import StepLoad
 from pawl_server.scheduler.committer import Committed, commit, launch, void
+from pawl_server.scheduler.endings import EndReason
 from pawl_server.scheduler.guess import NOTHING, Guess
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
-from pawl_server.scheduler.sequence import EndReason, SequenceRequest, SequenceState
+from pawl_server.scheduler.sequence import SequenceRequest, SequenceState
 from pawl_server.scheduler.speculation import Speculation
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.pending import PendingStep

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pawl_server.scheduler.sequence import EndReason, SequenceRequest
+from pawl_server.scheduler.endings import EndReason
+from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_workers.plan import TokenLogprobs
 from pawl_workers.row_masks import RowMasks
 from tests.fakes.worker_driver import WorkerDriver

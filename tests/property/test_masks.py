@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLParserLimits
 
 from pawl_server.engine.grammar.constraint import CompiledConstraint, Constraint
 from pawl_server.engine.grammar.source import BadGrammarError, new_matcher
-from pawl_server.scheduler.sequence import EndReason
+from pawl_server.scheduler.endings import EndReason
 from tests.fakes.masked_bench import EOS_ID, constrained, decode, masked_bench, replay, vocabulary
 
 MAX_OUTPUT = 24

@@ -13,9 +13,10 @@ from pawl_server.kv.block_hash import HashChain
 from pawl_server.kv.block_pool import BlockPool
 from pawl_server.kv.draft import BlockDraft
 from pawl_server.scheduler import committer
+from pawl_server.scheduler.endings import EndReason
 from pawl_server.scheduler.groups import Fork
 from pawl_server.scheduler.invariants import InvariantError, check_invariants
-from pawl_server.scheduler.sequence import EndReason, SequenceState
+from pawl_server.scheduler.sequence import SequenceState
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import StepPlan
 from tests.fakes.scheduler_bench import Bench, limits, make_limits, random_request

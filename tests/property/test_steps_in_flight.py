@@ -28,10 +28,11 @@ from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.metrics import EngineMetrics
 from pawl_server.scheduler.admission import SchedulerLimits
 from pawl_server.scheduler.committer import Committed, commit, launch
+from pawl_server.scheduler.endings import EndReason
 from pawl_server.scheduler.invariants import check_invariants
 from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
-from pawl_server.scheduler.sequence import EndReason, SequenceRequest
+from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.errors import PlanError
 from pawl_workers.kernels import cpu

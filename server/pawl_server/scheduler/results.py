@@ -12,8 +12,9 @@ from itertools import compress
 
 import numpy as np
 
+from pawl_server.scheduler.endings import Ended, EndReason
 from pawl_server.scheduler.ledger import LedgerEntry
-from pawl_server.scheduler.sequence import Ended, EndReason, SequenceState, Status
+from pawl_server.scheduler.sequence import SequenceState, Status
 from pawl_server.scheduler.slots import BoolArray, IntArray
 from pawl_server.scheduler.state import SchedulerState
 from pawl_workers.plan import PromptLogprobs, StepResult, TokenLogprobs

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from pawl_server.kv.block_hash import HashChain
+from pawl_server.scheduler.endings import Ended, EndReason
 from pawl_server.scheduler.groups import SampleGroup
 from pawl_server.scheduler.slots import SlotTable
 from pawl_workers.plan import SamplingSpec
@@ -19,7 +20,7 @@ from pawl_workers.plan import SamplingSpec
 if TYPE_CHECKING:
     from pawl_server.scheduler.speculation import Drafting
 
-__all__ = ["EndReason", "Ended", "Preemption", "SequenceRequest", "SequenceState", "Sibling", "Status"]
+__all__ = ["Preemption", "SequenceRequest", "SequenceState", "Sibling", "Status"]
 
 
 class Status(Enum):
@@ -29,17 +30,6 @@ class Status(Enum):
     PARKED = "parked"  # until another sample of its request has computed the prompt
     RUNNING = "running"
     ENDED = "ended"
-
-
-class EndReason(Enum):
-    """Why a sequence ended."""
-
-    EOS = "eos"
-    STOP_TOKEN = "stop_token"  # noqa: S105 (a reason, not a secret)
-    MAX_TOKENS = "max_tokens"
-    CONTEXT_LENGTH = "context_length"
-    ABORTED = "aborted"
-    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +74,6 @@ class SequenceRequest:
     def handles(self) -> tuple[Hashable, ...]:
         """Of all samples."""
         return (self.handle, *(sibling.handle for sibling in self.siblings))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """The one terminal event of a sequence. Times in seconds."""
-
-    handle: Hashable
-    request_id: str
-    reason: EndReason
-    detail: str
-    stop_token_id: int
-    cached_prompt_tokens: int
-    output_tokens: int
-    prefill_s: float
-    decode_s: float
-    stalled_s: float
-    preemption_count: int
-    field: str = ""  # of the request, where that is why it failed
 
 
 @dataclass(frozen=True, slots=True)

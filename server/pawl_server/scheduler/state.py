@@ -17,6 +17,7 @@ from pawl_server.kv.block_pool import BlockPool
 from pawl_server.kv.host_tier import HostTier
 from pawl_server.scheduler.admission import Refusal, SchedulerLimits, refuse, token_limit
 from pawl_server.scheduler.decisions import DecisionRing
+from pawl_server.scheduler.endings import Ended, EndReason
 from pawl_server.scheduler.explain import SequenceView, count_reasons, describe
 from pawl_server.scheduler.fairness import Prices, TenantAccounts
 from pawl_server.scheduler.groups import SampleGroup
@@ -24,7 +25,7 @@ from pawl_server.scheduler.journal import Journal
 from pawl_server.scheduler.ledger import LedgerEntry
 from pawl_server.scheduler.output_lengths import OutputLengths
 from pawl_server.scheduler.queues import WaitingQueue
-from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest, SequenceState, Status
+from pawl_server.scheduler.sequence import SequenceRequest, SequenceState, Status
 from pawl_server.scheduler.slots import SlotTable
 from pawl_server.scheduler.speculation import Drafter, Speculation
 

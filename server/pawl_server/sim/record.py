@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pawl_server.scheduler.sequence import Ended, EndReason
+from pawl_server.scheduler.endings import Ended, EndReason
 from pawl_server.sim.cost import StepShape
 from pawl_server.sim.streams import IntArray
 from pawl_server.sim.trace import SimulatedRequest

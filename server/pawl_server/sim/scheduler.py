@@ -17,9 +17,10 @@ from pawl_server.kv.block_hash import CacheRoot
 from pawl_server.scheduler.admission import Refusal, SchedulerLimits
 from pawl_server.scheduler.budget import StepBudget, StepLoad
 from pawl_server.scheduler.committer import Committed, commit, launch, void
+from pawl_server.scheduler.endings import Ended
 from pawl_server.scheduler.plan import Plan
 from pawl_server.scheduler.planner import plan_step
-from pawl_server.scheduler.sequence import Ended, SequenceRequest, Sibling
+from pawl_server.scheduler.sequence import SequenceRequest, Sibling
 from pawl_server.scheduler.state import SchedulerState
 from pawl_server.sim.policies import Policy
 from pawl_server.sim.streams import EOS_TOKEN_ID, IntArray, prompt_ids

@@ -12,7 +12,7 @@ from pawl_server.engine.link.frames import (
     to_request,
 )
 from pawl_server.internal.v1 import engine_pb2
-from pawl_server.scheduler.sequence import Ended, EndReason
+from pawl_server.scheduler.endings import Ended, EndReason
 from pawl_workers.plan import PromptLogprobs, TokenLogprobs
 from tests.fakes.engine_harness import submit_frame
 

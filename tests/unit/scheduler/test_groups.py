@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pawl_server.scheduler.endings import EndReason
 from pawl_server.scheduler.invariants import check_invariants
-from pawl_server.scheduler.sequence import EndReason
 from pawl_workers.plan import StepPlan
 from tests.fakes.scheduler_bench import Bench, limits
 

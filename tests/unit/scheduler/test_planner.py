@@ -8,8 +8,9 @@ import pytest
 
 from pawl_server.scheduler.committer import StaleResultError, commit, launch
 from pawl_server.scheduler.decisions import decode
+from pawl_server.scheduler.endings import EndReason
 from pawl_server.scheduler.planner import plan_step
-from pawl_server.scheduler.sequence import EndReason, SequenceRequest
+from pawl_server.scheduler.sequence import SequenceRequest
 from tests.fakes.scheduler_bench import Bench, limits
 from tests.fakes.shadow_worker import isolated_output
 

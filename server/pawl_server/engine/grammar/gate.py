@@ -17,7 +17,8 @@ from pawl.errors import PawlError, ServerError
 from pawl_server.engine.grammar.checker import CHECK_COMMAND, GrammarChecker
 from pawl_server.engine.grammar.compiler import GrammarCompiler
 from pawl_server.engine.grammar.constraint import CompiledConstraint, Constraint, bad_constraint
-from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest
+from pawl_server.scheduler.endings import Ended, EndReason
+from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SequenceView
 
 __all__ = ["GrammarGate", "Held", "Released"]

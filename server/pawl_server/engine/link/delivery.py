@@ -17,7 +17,7 @@ from pawl_server.engine.link.outbox import Outbox
 from pawl_server.internal.v1 import engine_pb2
 from pawl_server.scheduler.admission import Refusal
 from pawl_server.scheduler.committer import Committed
-from pawl_server.scheduler.sequence import Ended
+from pawl_server.scheduler.endings import Ended
 from pawl_workers.plan import TokenLogprobs
 
 __all__ = ["Delivery"]

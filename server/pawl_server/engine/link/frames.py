@@ -10,7 +10,8 @@ from pawl_server.engine.grammar.constraint import Constraint
 from pawl_server.internal.v1 import engine_pb2
 from pawl_server.kv.events import CacheEvent, PrefixesUnknown, PrefixRemoved, PrefixStored
 from pawl_server.scheduler.admission import Refusal
-from pawl_server.scheduler.sequence import Ended, EndReason, SequenceRequest, Sibling
+from pawl_server.scheduler.endings import Ended, EndReason
+from pawl_server.scheduler.sequence import SequenceRequest, Sibling
 from pawl_server.scheduler.state import SequenceView
 from pawl_workers.plan import PromptLogprobs, SamplingSpec, TokenLogprobs
 
