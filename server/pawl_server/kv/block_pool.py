@@ -12,6 +12,7 @@ from pawl_server.kv.block_hash import HashChain
 from pawl_server.kv.events import CacheEvents
 from pawl_server.kv.eviction import PLAIN, EvictionOrder, Tenant
 from pawl_server.kv.host_tier import HostTier
+from pawl_server.kv.pool_check import contradiction
 from pawl_server.kv.prefix_index import PrefixIndex
 from pawl_server.kv.retention import Retention
 
@@ -256,45 +257,13 @@ class BlockPool:
         Raises:
             PoolError: naming the first thing that does not hold.
         """
-        problem = self._order.check() or self._index.check() or self._check_blocks() or self._check_tenants()
+        problem = self._order.check() or self._index.check()
+        if problem is None:
+            problem = contradiction(self._references, self._owners, self._order, self._index, self._retention)
         if problem is None and self.host is not None:
             problem = self.host.check()
         if problem is not None:
             raise PoolError(problem)
-
-    def _check_blocks(self) -> str | None:
-        if self._references[PLAIN] or self._index.name_of(PLAIN) is not None:
-            return "the null block is in use"
-        for block in range(1, self.num_blocks + 1):
-            ring, owner, name = self._order.ring_of(block), self._owners[block], self._index.name_of(block)
-            if self._references[block] < 0 or (self._references[block] == 0) != (ring is not None):
-                return f"block {block} has {self._references[block]} references, free: {ring is not None}"
-            if (owner is None) != (name is None):
-                return f"block {block} has a name and no owner, or an owner and no name"
-            if block in self._retention and name is None:
-                return f"block {block} is to be kept and holds nothing"
-            wanted = PLAIN if owner is None else self._order.retained if block in self._retention else owner.ring
-            if ring not in (None, wanted):
-                return f"block {block} is in ring {ring}, not in {wanted}"
-            if ring is not None and self._index.is_pending(block):
-                return f"block {block} is free and still to be computed"
-        return None
-
-    def _check_tenants(self) -> str | None:
-        owners = [owner for owner in self._owners if owner is not None]
-        for tenant in self._order.tenants():
-            if sum(owner is tenant for owner in owners) != tenant.num_published:
-                return f"tenant {tenant.name!r} owns other than {tenant.num_published} blocks"
-            marked = sum(
-                self._owners[block] is tenant for block in range(1, self.num_blocks + 1) if block in self._retention
-            )
-            if marked != tenant.num_retained:
-                return f"tenant {tenant.name!r} has {marked} blocks kept, the counter says {tenant.num_retained}"
-        if any(owner not in self._order.tenants() for owner in owners):
-            return "a block belongs to a tenant that is gone"
-        if len(self._retention) > self._retention.budget:
-            return f"{len(self._retention)} blocks are kept, {self._retention.budget} may be"
-        return None
 
     def _check_publishable(self, block: int, chain: HashChain, index: int) -> None:
         if not self._references[block]:
