@@ -96,6 +96,10 @@ class Ticket:
             self._queued = False
             self._admission.left_queue(served=True)
 
+    def retry_after(self) -> float:
+        """Seconds after which the request may come back, if it fails for no fault of its own."""
+        return self._admission.retry_after()
+
     def close(self) -> None:
         """The request has ended."""
         if self._closed:

@@ -20,14 +20,19 @@ class OutputText:
     Args:
         detokenizer: None for a request without text; then every piece is empty.
         rules: stop strings and the number of tokens before which they do not count.
+
+    Attributes:
+        num_tokens: taken so far, shown or not.
+        include_stop: whether what stopped the output, a string or a token, is part of it.
     """
 
-    __slots__ = ("_detokenizer", "_least", "_matcher", "num_tokens")
+    __slots__ = ("_detokenizer", "_least", "_matcher", "include_stop", "num_tokens")
 
     def __init__(self, detokenizer: Detokenizer | None, rules: StopRules) -> None:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(rules.strings, rules.include_stop)
         self._least = rules.min_output_tokens
+        self.include_stop = rules.include_stop
         self.num_tokens = 0
 
     @property

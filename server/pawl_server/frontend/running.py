@@ -185,13 +185,9 @@ def _open_sample(
         submit,
         OutputText(detokenizer, request.stop),
         mailbox,
-        include_stop=request.stop.include_stop,
-        request_id=call.request_id,
+        call=call,
+        account=ticket,
         path=request.path,
-        arrived=call.arrived,
-        on_first_token=ticket.first_token,
-        on_tokens_made=ticket.charge,
-        retry_after=core.admission.retry_after,
     )
 
 

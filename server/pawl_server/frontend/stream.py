@@ -9,25 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from pawl.errors import PawlError, ServerError, Unavailable
 from pawl.v1 import types_pb2
 from pawl_server.engine.link.client import EngineStream
 from pawl_server.frontend import convert
+from pawl_server.frontend.calls import Call
 from pawl_server.frontend.convert import Finish
 from pawl_server.frontend.journal import Journal
 from pawl_server.frontend.mailbox import Delta, Mailbox
 from pawl_server.frontend.output_text import OutputText
 from pawl_server.internal.v1 import engine_pb2
 
-__all__ = ["RequestStream"]
+__all__ = ["Account", "RequestStream"]
 
 log = logging.getLogger(__name__)
 
-_END_WAIT_S = (
-    2.0  # an engine that was told to end a sequence says so in a step; after this its figures are done without
-)
+_END_WAIT_S = 2.0  # an engine that was told to end a sequence says so in a step; then its figures are done without
 
 Ending = tuple[types_pb2.FinishReason.ValueType, str]
 """Finish reason and outcome."""
@@ -43,6 +43,19 @@ _NATURAL = {
 }
 
 
+class Account(Protocol):
+    """Where a request's tokens are counted: its ticket of admission."""
+
+    def first_token(self) -> None:
+        """The request has left the queue; told once."""
+
+    def charge(self, num_tokens: int) -> None:
+        """So many new tokens were made."""
+
+    def retry_after(self) -> float:
+        """Seconds after which a refused or lost request may come back."""
+
+
 class RequestStream:
     """One request at one engine. Implements `StreamEvents` of the link.
 
@@ -50,13 +63,9 @@ class RequestStream:
         submit: what the engine was sent.
         text: turns its tokens into text.
         mailbox: where its reader waits.
-        include_stop: whether a stop token is part of the output.
-        request_id: for errors and logs.
+        call: that asked for it.
+        account: what its tokens are counted on.
         path: prefix of fields in an engine's refusal.
-        arrived: `time.monotonic()` at the receipt of the call.
-        on_first_token: told once.
-        on_tokens_made: told the number of new tokens.
-        retry_after: seconds after which a refused or lost request may come back.
 
     Attributes:
         first_token: `time.monotonic()` of the first token, None before.
@@ -68,29 +77,21 @@ class RequestStream:
         text: OutputText,
         mailbox: Mailbox[Finish | PawlError],
         *,
-        include_stop: bool,
-        request_id: str,
+        call: Call,
+        account: Account,
         path: str,
-        arrived: float,
-        on_first_token: Callable[[], None],
-        on_tokens_made: Callable[[int], None],
-        retry_after: Callable[[], float],
     ) -> None:
         self.journal = Journal(submit)
         self.first_token: float | None = None
-        self._last_token = arrived
+        self._last_token = call.arrived
         self._stop_ids = frozenset((*submit.eos_token_ids, *submit.stop_token_ids))
         self._num_prompt = len(submit.prompt_ids)
         self._least = submit.min_output_tokens
         self._text = text
         self._mailbox = mailbox
-        self._include_stop = include_stop
-        self._request_id = request_id
+        self._call = call
+        self._account = account
         self._path = path
-        self._arrived = arrived
-        self._on_first_token = on_first_token
-        self._on_tokens_made = on_tokens_made
-        self._retry_after = retry_after
         self._prompt_logprobs: list[engine_pb2.PositionLogprobs] = []
         self._held_stop: tuple[int, Sequence[engine_pb2.PositionLogprobs]] | None = None
         self._engine: EngineStream | None = None
@@ -169,23 +170,15 @@ class RequestStream:
         if self._chosen is not None:
             self.on_end(engine_pb2.End())
             return
-        self._finish(
-            Unavailable(
-                f"the replica of this request was lost after {self.num_tokens} tokens: {detail}",
-                reason="WORKER_LOST",
-                request_id=self._request_id,
-                metadata={"output_tokens": str(self.num_tokens)},
-                retry_after=self._retry_after(),
-            )
-        )
+        self._finish(self._lost(f"the replica of this request was lost after {self.num_tokens} tokens: {detail}"))
 
     def on_defect(self, error: Exception) -> None:
         """A defect of ours or of the engine: end the request, log the cause once."""
         if self._mailbox.finished:
             return
-        log.error("request %s: the stream failed", self._request_id, exc_info=error)
+        log.error("request %s: the stream failed", self._call.request_id, exc_info=error)
         text = "internal error; the server's log has the cause under this request id"
-        self._finish(ServerError(text, request_id=self._request_id))
+        self._finish(ServerError(text, request_id=self._call.request_id))
         if self._engine is not None:
             self._engine.abort(engine_pb2.ABORT_REASON_INTERNAL)
 
@@ -198,9 +191,9 @@ class RequestStream:
         now = time.monotonic()
         if self.first_token is None:
             self.first_token = now
-            self._on_first_token()
+            self._account.first_token()
         self._last_token = now
-        self._on_tokens_made(len(token_ids))
+        self._account.charge(len(token_ids))
         pieces: list[str] = []
         for token_id in token_ids:
             if token_id in self._stop_ids and self._text.num_tokens >= self._least:
@@ -253,7 +246,7 @@ class RequestStream:
     def _show_stop_token(self, token_id: int, logprobs: Sequence[engine_pb2.PositionLogprobs]) -> None:
         """The stop token itself: part of the output only if asked for, counted in any case."""
         self._held_stop = None
-        if self._include_stop:
+        if self._text.include_stop:
             self._mailbox.put((token_id,), logprobs, self._text.push(token_id))
         else:
             self._text.skip()
@@ -269,24 +262,27 @@ class RequestStream:
         now = time.monotonic()
         if not end.handle and self.first_token is not None:  # the engine did not say: our own clock has to do
             end.decode_s = self._last_token - self.first_token
-        first = (self.first_token or now) - self._arrived
+        first = (self.first_token or now) - self._call.arrived
         usage = types_pb2.Usage(
             prompt_tokens=self._num_prompt,
             cached_prompt_tokens=end.cached_prompt_tokens,
             output_tokens=self.num_tokens,
         )
-        times = convert.phases(now - self._arrived, first, end)
+        times = convert.phases(now - self._call.arrived, first, end)
         return Finish(*chosen, match, usage, times, self._prompt_logprobs)
 
     def _failure(self, end: engine_pb2.End) -> PawlError:
         if end.reason in (engine_pb2.END_REASON_REFUSED, engine_pb2.END_REASON_FAILED):
-            return convert.engine_error(end.error, self._request_id, self._path, self._retry_after())
+            return convert.engine_error(end.error, self._call.request_id, self._path, self._account.retry_after())
+        return self._lost(f"the replica ended the request after {self.num_tokens} tokens without a reason")
+
+    def _lost(self, text: str) -> Unavailable:
         return Unavailable(
-            f"the replica ended the request after {self.num_tokens} tokens without a reason",
+            text,
             reason="WORKER_LOST",
-            request_id=self._request_id,
+            request_id=self._call.request_id,
             metadata={"output_tokens": str(self.num_tokens)},
-            retry_after=self._retry_after(),
+            retry_after=self._account.retry_after(),
         )
 
     def _finish(self, ending: Finish | PawlError) -> None:

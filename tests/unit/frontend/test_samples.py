@@ -7,29 +7,16 @@ import pytest
 from pawl.errors import ServerError
 from pawl.v1 import types_pb2
 from pawl_server.frontend.convert import Finish, Phases
-from pawl_server.frontend.mailbox import Delta, Mailbox
-from pawl_server.frontend.output_text import OutputText
-from pawl_server.frontend.requests import StopRules
+from pawl_server.frontend.mailbox import Delta
 from pawl_server.frontend.samples import Samples, joint_finish
 from pawl_server.frontend.stream import RequestStream
 from pawl_server.internal.v1 import engine_pb2
-
-RULES = StopRules(None, 0, (), (), include_stop=False, ignore_eos=False, max_duration_s=60.0)
+from tests.fakes.request_stream import request_stream
 
 
 def sample(seed: int) -> RequestStream:
-    return RequestStream(
-        engine_pb2.Submit(prompt_ids=[7, 8], sampling=engine_pb2.Sampling(seed=seed), prompt_logprobs=seed),
-        OutputText(None, RULES),
-        Mailbox(100),
-        include_stop=False,
-        request_id="r",
-        path="",
-        arrived=0.0,
-        on_first_token=lambda: None,
-        on_tokens_made=lambda _: None,
-        retry_after=lambda: 1.0,
-    )
+    submit = engine_pb2.Submit(prompt_ids=[7, 8], sampling=engine_pb2.Sampling(seed=seed), prompt_logprobs=seed)
+    return request_stream(submit, "r")
 
 
 def finish(number: int, *, first: int, preemptions: int) -> Finish:

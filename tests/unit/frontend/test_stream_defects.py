@@ -5,48 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import NoReturn
 
 import pytest
 
 from pawl.errors import ServerError
-from pawl_server.frontend.mailbox import Mailbox
-from pawl_server.frontend.output_text import OutputText
-from pawl_server.frontend.requests import StopRules
-from pawl_server.frontend.stream import RequestStream
 from pawl_server.internal.v1 import engine_pb2
 from tests.fakes.engine_harness import submit_frame, until
+from tests.fakes.request_stream import request_stream
 from tests.fakes.scripted_engine import ScriptedEngine, scripted_engine
-
-RULES = StopRules(None, 0, (), (), include_stop=False, ignore_eos=False, max_duration_s=60.0)
-
-
-def _raise() -> NoReturn:
-    raise ValueError("planted")
-
-
-def _nothing() -> None:
-    pass
-
-
-def _second() -> float:
-    return 1.0
-
-
-def _stream(submit: engine_pb2.Submit, *, planted: str) -> RequestStream:
-    """A request of which what it is given at its start raises, where `planted` says so."""
-    return RequestStream(
-        submit,
-        OutputText(None, RULES),
-        Mailbox(100),
-        include_stop=False,
-        request_id="the-request",
-        path="",
-        arrived=0.0,
-        on_first_token=_raise if planted == "on_first_token" else _nothing,
-        on_tokens_made=lambda _: None,
-        retry_after=_raise if planted == "retry_after" else _second,
-    )
 
 
 def _tokens(handle: int) -> engine_pb2.ConnectResponse:
@@ -63,7 +29,7 @@ def _late_prompt(handle: int) -> engine_pb2.ConnectResponse:
 
 
 CASES: dict[str, tuple[str, Callable[[ScriptedEngine, int], None]]] = {
-    "on_tokens": ("on_first_token", lambda engine, handle: engine.send(_tokens(handle))),
+    "on_tokens": ("first_token", lambda engine, handle: engine.send(_tokens(handle))),
     "on_prompt_logprobs": ("", lambda engine, handle: engine.send(_late_prompt(handle))),
     "on_end": ("retry_after", lambda engine, handle: engine.send(_end_without_reason(handle))),
     "on_lost": ("retry_after", lambda engine, _: engine.hang_up()),
@@ -75,7 +41,7 @@ async def test_a_callback_that_raises_ends_the_request_at_once(callback: str, ca
     planted, act = CASES[callback]
     async with scripted_engine() as engine, engine.link() as link:
         submit = submit_frame([1, 2, 3])
-        stream = _stream(submit, planted=planted)
+        stream = request_stream(submit, "the-request", planted=planted)
         opened = link.open(submit, stream)
         stream.begin(opened, 60.0)
         with caplog.at_level(logging.ERROR):
