@@ -9,7 +9,6 @@ import asyncio
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from pawl_server.engine.link.server import EngineService, LinkServer
 from pawl_server.engine.load import LoadWorker, load_torch_worker
 from pawl_server.engine.loop import EngineLoop
 from pawl_server.engine.meter import Meter
-from pawl_server.engine.spec import EngineAddresses, EngineProgress, EngineSpec, check_engine, parse_ports
+from pawl_server.engine.spec import EngineAddresses, EngineSpec, check_engine, parse_ports
+from pawl_server.engine.start_report import LoadReport, Progress, Stage, WarmUpReport, report_memory, report_self_test
 from pawl_server.engine.warm_up import measure_prefill, warm_up
 from pawl_server.engine.watchdog import Watchdog
 from pawl_server.engine.worked_out import limits_of, served_name, steps_in_flight, welcome_of
@@ -40,16 +40,11 @@ from pawl_server.scheduler.journal import Journal
 from pawl_server.scheduler.speculation import Speculation
 from pawl_server.scheduler.state import SchedulerState
 
-__all__ = ["Engine", "Progress"]
+__all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[EngineProgress], None]
-
 OpenTokenizer = Callable[[EngineSpec, WorkerFacts], LLTokenizer]
-
-_GIB = 1 << 30
-_TELL_EVERY_S = 0.1  # a checkpoint may have thousands of tensors
 
 
 def open_tokenizer(spec: EngineSpec, facts: WorkerFacts) -> LLTokenizer:
@@ -145,7 +140,7 @@ class Engine:
         worker = await self._load()
         facts = worker.facts
         limits = limits_of(spec, facts)
-        self._report_memory(facts, limits)
+        report_memory(self._progress, facts, limits)
         await self._warm_up(limits)
         limits = await self._use_host_blocks(facts, limits)
         await self._self_test(worker)
@@ -187,62 +182,14 @@ class Engine:
         )
 
     async def _load(self) -> EngineWorker:
-        started = told = time.monotonic()
-
-        def on_progress(phase: str, done: int, total: int) -> None:
-            nonlocal started, told
-            if phase == "imports":
-                self._say("imports", started, "torch and the worker", done, total)
-                started = time.monotonic()
-            elif phase == "weights" and done < total and time.monotonic() - told >= _TELL_EVERY_S:
-                told = time.monotonic()
-                self._say("weights", started, "", done, total)
-
-        worker = await self._executor.load(lambda: self._load_worker(self.spec, on_progress))
-        facts = worker.facts
-        text = (
-            f"{facts.num_parameters / 1e6:.1f} M parameters in {facts.weight_type}, computed in {facts.data_type} on "
-            f"{facts.device} by the {facts.kernels} kernels, KV in {facts.kv_type}"
-        )
-        if self.spec.model.dummy_weights:
-            text += ", RANDOM WEIGHTS"
-        counts = {"weight_bytes": facts.weight_bytes, "num_parameters": facts.num_parameters}
-        self._say("weights", started, text, facts.weight_bytes, facts.weight_bytes, counts)
+        report = LoadReport(self._progress)
+        worker = await self._executor.load(lambda: self._load_worker(self.spec, report.on_progress))
+        report.loaded(worker.facts, dummy_weights=self.spec.model.dummy_weights)
         return worker
 
-    def _report_memory(self, facts: WorkerFacts, limits: SchedulerLimits) -> None:
-        cache_tokens = limits.pool_tokens
-        text = (
-            f"weights {facts.weight_bytes / _GIB:.2f} | activations {facts.activation_bytes / _GIB:.2f}"
-            f" | KV {facts.kv_bytes / _GIB:.2f} GiB; KV cache {limits.num_blocks} blocks x {limits.block_size}"
-            f" = {cache_tokens} tokens: {cache_tokens // limits.max_context} requests of {limits.max_context}"
-        )
-        counts = {
-            "weight_bytes": facts.weight_bytes,
-            "activation_bytes": facts.activation_bytes,
-            "kv_bytes": facts.kv_bytes,
-            "num_blocks": limits.num_blocks,
-            "num_host_blocks": facts.num_host_blocks,
-            "block_size": limits.block_size,
-            "cache_tokens": cache_tokens,
-            "max_context": limits.max_context,
-            "max_concurrency": cache_tokens // limits.max_context,
-        }
-        self._say("memory", time.monotonic(), text, 1, 1, counts)
-
     async def _warm_up(self, limits: SchedulerLimits) -> None:
-        started = time.monotonic()
-        steps = 0
-
-        def on_step(done: int, num_tokens: int) -> None:
-            nonlocal steps
-            steps = done
-            self._say("warm-up", started, f"step {done}: {num_tokens} tokens", done, 0)
-
-        largest, widest = await warm_up(self._executor, limits, on_step)
-        text = f"prefill {largest} tokens, decode batch {widest}"
-        counts = {"num_tokens": largest, "num_sequences": widest}
-        self._say("warm-up", started, text, steps, steps, counts)
+        report = WarmUpReport(self._progress)
+        report.done(*await warm_up(self._executor, limits, report.on_step))
 
     async def _use_host_blocks(self, facts: WorkerFacts, limits: SchedulerLimits) -> SchedulerLimits:
         """Limits with the second tier of the cache, if the worker has one, and what restoring takes there."""
@@ -260,27 +207,10 @@ class Engine:
         return dataclasses.replace(limits, num_host_blocks=facts.num_host_blocks, restore_cost=cost)
 
     async def _self_test(self, worker: EngineWorker) -> None:
-        started = time.monotonic()
+        stage = Stage(self._progress, "self-test")
         report = await self._executor.call(worker.self_test)
         await self._executor.reset(1)
-        text = f"{report.num_tokens} tokens, log-probabilities within {report.max_difference:.1e} of the reference"
-        self._say("self-test", started, text, report.num_tokens, report.num_tokens)
-
-    def _say(
-        self,
-        step: str,
-        started: float,
-        text: str,
-        done: int,
-        total: int,
-        counts: dict[str, int] | None = None,
-    ) -> None:
-        seconds = time.monotonic() - started
-        if total and done == total:
-            log.info("%s: %s (%.2f s)", step, text, seconds)
-        self._progress(
-            EngineProgress(step=step, done=done, total=total, text=text, seconds=seconds, facts=counts or {})
-        )
+        report_self_test(stage, report)
 
 
 def _open_journal(spec: EngineSpec, state: SchedulerState) -> JournalFile | None:
