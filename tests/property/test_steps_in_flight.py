@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pawl_server.engine.books import Books
 from pawl_server.engine.executor import InProcessExecutor
 from pawl_server.engine.link.outbox import Outbox
 from pawl_server.engine.loop import EngineLoop
@@ -273,7 +274,8 @@ async def test_an_engine_gives_what_requests_give_alone(workers: Workers) -> Non
     limits = _limits(workers.queueing, draw)
     worker.reset(1)
     state = SchedulerState(limits, CacheRoot("m", "float32", limits.block_size))
-    loop = EngineLoop(state, limits, executor, watchdog, Meter(EngineMetrics("m", 0)), depth=worker.facts.max_in_flight)
+    books = Books(state, Meter(EngineMetrics("m", 0)))
+    loop = EngineLoop(state, executor, watchdog, books, depth=worker.facts.max_in_flight)
     loop.attach(outbox)
     for request in requests:
         loop.submit(request)

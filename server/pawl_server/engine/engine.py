@@ -16,6 +16,7 @@ from llguidance import LLTokenizer
 
 from pawl.errors import InvalidRequest, Unavailable
 from pawl_server.addresses import host_port
+from pawl_server.engine.books import Books
 from pawl_server.engine.engine_worker import EngineWorker, WorkerFacts
 from pawl_server.engine.executor import InProcessExecutor
 from pawl_server.engine.grammar.compiler import checkpoint_tokenizer
@@ -158,18 +159,15 @@ class Engine:
         state = SchedulerState(limits, root)
         if limits.max_drafts:
             state.speculation = Speculation(limits.max_drafts, self._grammars.make_proposer)
-        self._loop = EngineLoop(
+        books = Books(
             state,
-            limits,
-            self._executor,
-            self._watchdog,
             meter,
             budget=StepBudget(spec.engine.target_gap_s) if spec.engine.target_gap_s > 0 else None,
-            grammars=self._grammars,
-            depth=steps_in_flight(spec, facts, limits),
-            check_every=spec.engine.check_every,
             journal=_open_journal(spec, state),
+            check_every=spec.engine.check_every,
         )
+        depth = steps_in_flight(spec, facts, limits)
+        self._loop = EngineLoop(state, self._executor, self._watchdog, books, grammars=self._grammars, depth=depth)
         service = EngineService(self._loop, welcome_of(spec, facts, limits), spec.heartbeat_timeout_s)
         self._link = LinkServer(service, spec.internal_token)
         port = await self._link.start(spec.host, ports)

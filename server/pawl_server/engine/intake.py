@@ -16,7 +16,7 @@ from pawl_server.engine.grammar.grammars import Grammars
 from pawl_server.engine.link.delivery import Delivery
 from pawl_server.engine.link.frames import SequenceKey
 from pawl_server.engine.suspects import Suspects
-from pawl_server.scheduler.admission import Refusal, SchedulerLimits, refuse
+from pawl_server.scheduler.admission import Refusal, refuse
 from pawl_server.scheduler.sequence import SequenceRequest
 from pawl_server.scheduler.state import SchedulerState, SequenceView
 
@@ -35,8 +35,7 @@ class Intake:
     """What came since the last tick.
 
     Args:
-        state: takes the requests.
-        limits: what can never run is refused before its grammar is looked at.
+        state: takes the requests; what its limits never let run is refused before its grammar is looked at.
         delivery: is told of ends and refusals.
         suspects: forget who is gone.
         grammars: compiles constraints; None = no request may have one.
@@ -46,13 +45,12 @@ class Intake:
     def __init__(
         self,
         state: SchedulerState,
-        limits: SchedulerLimits,
         delivery: Delivery,
         suspects: Suspects,
         grammars: Grammars | None,
         wake: Callable[[], None],
     ) -> None:
-        self._state, self._limits = state, limits
+        self._state = state
         self._delivery, self._suspects = delivery, suspects
         self._gate = None if grammars is None else grammars.gate
         self._wake = wake
@@ -120,7 +118,7 @@ class Intake:
         """Let a request wait for its grammar, unless it can never run or its grammar is there."""
         if self._gate is None:
             return Refusal("invalid_request", "NO_TOKENIZER", constraint.field, "this engine keeps no constraint", {})
-        refusal = refuse(request, self._limits, self._state.num_waiting + len(self._gate))
+        refusal = refuse(request, self._state.limits, self._state.num_waiting + len(self._gate))
         if refusal is not None:
             return refusal
         ready = self._gate.hold(request, constraint, now, self._put)

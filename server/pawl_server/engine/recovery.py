@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pawl.errors import ServerError
@@ -47,13 +46,12 @@ class Recovery:
         delivery: Delivery,
         suspects: Suspects,
         grammars: Grammars | None,
-        clock: Callable[[], float],
     ) -> None:
         self._state, self._executor, self._watchdog, self._meter = state, executor, watchdog, meter
-        self._delivery, self._suspects, self._grammars, self._clock = delivery, suspects, grammars, clock
+        self._delivery, self._suspects, self._grammars = delivery, suspects, grammars
 
-    async def recover(self, in_flight: deque[InFlight], error: Exception) -> None:
-        """The oldest step crashed: void all in flight, queue their sequences again and find out who it was.
+    async def recover(self, in_flight: deque[InFlight], error: Exception, now: float) -> None:
+        """The oldest step crashed at `now`: void all in flight, queue their sequences again and find out who it was.
 
         Raises:
             ServerError: the worker crashes again and again, or cannot be reset.
@@ -64,7 +62,6 @@ class Recovery:
             self._grammars.masks.void()
         members = [sequence.request for sequence in state.ledger[0].members(state.slots)]
         log.error("step %d crashed with %d sequences", plan.step, len(members), exc_info=error)
-        now = self._clock()
         await self._void(in_flight)
         cause = f"{type(error).__name__}: {error}"
         if suspects.crash_storm(now):

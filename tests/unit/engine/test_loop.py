@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from pawl_server.engine.books import Books
 from pawl_server.engine.executor import InProcessExecutor
 from pawl_server.engine.link.frames import to_request
 from pawl_server.engine.link.outbox import Outbox
@@ -42,9 +43,9 @@ async def _loop(depth: int = 1, worker: FakeEngineWorker | None = None) -> Async
     executor, watchdog = InProcessExecutor(), Watchdog(60.0)
     await executor.load(lambda: worker or FakeEngineWorker())
     state = Tripping(LIMITS, CacheRoot("m", "float32", 4))
-    meter = Meter(EngineMetrics("m", 0))
+    books = Books(state, Meter(EngineMetrics("m", 0)), check_every=1)
     try:
-        yield EngineLoop(state, LIMITS, executor, watchdog, meter, depth=depth, check_every=1)
+        yield EngineLoop(state, executor, watchdog, books, depth=depth)
     finally:
         watchdog.close()
         await executor.close()
