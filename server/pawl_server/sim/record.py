@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pawl_server.scheduler.endings import Ended, EndReason
 from pawl_server.sim.cost import StepShape
 from pawl_server.sim.streams import IntArray
+from pawl_server.sim.tenants import TenantService
 from pawl_server.sim.trace import SimulatedRequest
 
 __all__ = ["Gaps", "Record"]
@@ -60,12 +61,7 @@ class Record:
         self.reasons: dict[int, str] = {}
         self.gaps = Gaps()
         self.tokens: dict[int, list[int]] | None = {} if keep_tokens else None
-        names = sorted({request.tenant for request in requests})
-        self.tenants = names
-        self._tenant = np.asarray([names.index(request.tenant) for request in requests], np.int64)
-        self.service = np.zeros(len(names), np.float64)
-        self.largest_service_gap = 0.0
-        self._rivals: dict[tuple[int, int], float] = {}
+        self.service = TenantService(requests)
         self.num_steps = self.num_skipped = self.num_recomputed = self.num_computed = 0
         self.busy_ns = self.blocked_ns = 0
         self.used_block_ns = 0  # blocks in use, times their time
@@ -112,25 +108,6 @@ class Record:
         if self.tokens is not None:
             for index, column in zip(indices.tolist(), tokens.T.tolist(), strict=True):
                 self.tokens[index] += column
-
-    def serve(self, indices: IntArray, tokens: IntArray, backlogged: Sequence[int]) -> None:
-        """Add what requests were served to their tenants' accounts; `backlogged` are tenants with requests waiting.
-
-        The gap of two tenants is how far their service drifted apart since both have been waiting without a break.
-        """
-        self.service += np.bincount(self._tenant[indices], weights=tokens, minlength=len(self.tenants))
-        pairs = {(one, two) for one in backlogged for two in backlogged if one < two}
-        for pair in list(self._rivals):
-            if pair not in pairs:
-                del self._rivals[pair]
-        for one, two in pairs:
-            difference = float(self.service[one] - self.service[two])
-            begun = self._rivals.setdefault((one, two), difference)
-            self.largest_service_gap = max(self.largest_service_gap, abs(difference - begun))
-
-    def tenant_of(self, index: int) -> int:
-        """Number of the tenant of a request."""
-        return int(self._tenant[index])
 
     def ended(self, index: int, ended: Ended, now_ns: int) -> None:
         """A request ended."""

@@ -1,20 +1,19 @@
 """Discrete events around the production scheduler, on a virtual clock of whole nanoseconds.
 
-One heap holds arrivals, aborts, ends of steps, faults and timers. While a step is in flight what happens waits for
+An agenda holds arrivals, aborts, ends of steps, faults and timers. While a step is in flight what happens waits for
 its end, as in the engine's loop. Steps that decide the same as the one before are skipped to the next event.
 """
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 
 from pawl_server.scheduler.admission import SchedulerLimits
+from pawl_server.sim.agenda import Agenda, EventKind, nanoseconds
 from pawl_server.sim.cost import CostModel, StepShape
 from pawl_server.sim.decisions import DecisionLog
 from pawl_server.sim.executor import FakeExecutor
@@ -33,16 +32,6 @@ _OUTPUT_WEIGHT = 2.0  # of an output token in a tenant's service, a prompt token
 
 class SimulationStuckError(RuntimeError):
     """Requests wait, nothing will ever happen again, and no step can be planned: the scheduler starves them."""
-
-
-class _Kind(IntEnum):
-    """Events at the same time happen in this order."""
-
-    ARRIVAL = 0
-    ABORT = 1
-    STEP_DONE = 2
-    FAULT = 3
-    TIMER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +86,9 @@ class Simulator:
         self._executor = FakeExecutor(trace.requests, limits.max_running)
         self.record = Record(trace.requests, limits.num_blocks, keep_tokens=keep)
         self._log = DecisionLog(keep=keep)
-        self._heap: list[tuple[int, int, int, int]] = []  # time, kind, tie break, argument
-        self._num_pushed = 0
+        self._agenda = Agenda()
         self._now_ns = 0
-        self._inbox: list[tuple[_Kind, int, int]] = []
+        self._inbox: list[tuple[EventKind, int, int]] = []
         self._in_flight: _InFlight | None = None
         self._num_launched = 0
         self._down_until_ns = 0
@@ -108,18 +96,15 @@ class Simulator:
         self._idle_timers = 0
         self._followers: dict[int, list[int]] = defaultdict(list)
         self._samples: dict[int, list[int]] = defaultdict(list)
-        self._unstarted = np.zeros(len(self.record.tenants), np.int64)  # requests by tenant that never ran
-        self._started = np.zeros(len(trace.requests), np.bool_)
-        self._shared = len(self.record.tenants) > 1
         for index, request in enumerate(trace.requests):
             if request.sample_of >= 0:
                 self._samples[request.sample_of].append(index)
             elif request.follows >= 0:
                 self._followers[request.follows].append(index)
             else:
-                self._push(_nanoseconds(request.arrival_s), _Kind.ARRIVAL, index)
+                self._agenda.put(nanoseconds(request.arrival_s), EventKind.ARRIVAL, index)
         for number, fault in enumerate(trace.faults):
-            self._push(_nanoseconds(fault.at_s), _Kind.FAULT, number)
+            self._agenda.put(nanoseconds(fault.at_s), EventKind.FAULT, number)
 
     def run(self) -> Run:
         """Run to the end of the trace.
@@ -127,18 +112,18 @@ class Simulator:
         Raises:
             SimulationStuckError: something waits that nothing will ever start.
         """
-        while self._heap:
-            now_ns, kind, _, argument = heapq.heappop(self._heap)
+        while self._agenda:
+            now_ns, kind, argument = self._agenda.take()
             self._now_ns = max(self._now_ns, now_ns)
-            if kind <= _Kind.ABORT:
-                self._inbox.append((_Kind(kind), argument, now_ns))
+            if kind <= EventKind.ABORT:
+                self._inbox.append((kind, argument, now_ns))
                 if self._in_flight is None:
                     self._tick()
-            elif kind == _Kind.STEP_DONE:
+            elif kind == EventKind.STEP_DONE:
                 if self._in_flight is not None and argument == self._in_flight.number:
                     self._settle(self._in_flight)
                     self._tick()
-            elif kind == _Kind.FAULT:
+            elif kind == EventKind.FAULT:
                 self._lose_worker(argument)
             else:
                 self._timer_set = False
@@ -150,10 +135,6 @@ class Simulator:
             self._trace, self._policy, self._scheduler.limits, self.record, self._log.digest(), self._log.kept,
             self._now_ns,
         )  # fmt: skip
-
-    def _push(self, at_ns: int, kind: _Kind, argument: int) -> None:
-        self._num_pushed += 1
-        heapq.heappush(self._heap, (at_ns, kind, self._num_pushed, argument))
 
     def _tick(self) -> None:
         """The engine's tick up to its await: drain, plan, launch."""
@@ -176,14 +157,14 @@ class Simulator:
         self._in_flight = _InFlight(
             step, result, shape, self._now_ns, self._num_launched, scheduler.used_blocks, blocked
         )  # fmt: skip
-        self._push(self._now_ns + self._cost.nanoseconds(shape), _Kind.STEP_DONE, self._num_launched)
+        self._agenda.put(self._now_ns + self._cost.nanoseconds(shape), EventKind.STEP_DONE, self._num_launched)
 
     def _wait(self) -> None:
         """Nothing can be planned: look again after a while if somebody waits."""
         if not self._scheduler.num_waiting:
             return
         self._idle_timers += 1
-        if not self._heap and self._idle_timers > 1_000:
+        if not self._agenda and self._idle_timers > 1_000:
             raise SimulationStuckError(
                 f"{self._scheduler.num_waiting} requests wait, nothing runs and nothing can be planned"
             )
@@ -192,13 +173,13 @@ class Simulator:
     def _set_timer(self, at_ns: int) -> None:
         if not self._timer_set:
             self._timer_set = True
-            self._push(at_ns, _Kind.TIMER, 0)
+            self._agenda.put(at_ns, EventKind.TIMER, 0)
 
     def _drain(self) -> None:
         inbox, self._inbox = self._inbox, []
         now_s = self._now_ns / 1e9
         for kind, index, at_ns in inbox:
-            if kind == _Kind.ABORT:
+            if kind == EventKind.ABORT:
                 self._abort(index, now_s)
             else:
                 self._arrive(index, at_ns, now_s)
@@ -213,27 +194,23 @@ class Simulator:
                 self._log.event("refused", sample, refusal.reason, self._now_ns)
                 self._release_followers(sample)
                 continue
-            self._unstarted[self.record.tenant_of(sample)] += 1
+            self.record.service.waits(sample)
             abort_after_s = self._requests[sample].abort_after_s
             if abort_after_s is not None:
-                self._push(at_ns + _nanoseconds(abort_after_s), _Kind.ABORT, sample)
+                self._agenda.put(at_ns + nanoseconds(abort_after_s), EventKind.ABORT, sample)
 
     def _abort(self, index: int, now_s: float) -> None:
         ended = self._scheduler.abort(index, now_s)
         if ended is not None:
             self.record.ended(index, ended, self._now_ns)
             self._log.event("ended", index, ended.reason.value, self._now_ns)
-            self._start(index)
+            self.record.service.starts(index)
             self._release_followers(index)
-
-    def _start(self, index: int) -> None:
-        if not self._started[index]:
-            self._started[index] = True
-            self._unstarted[self.record.tenant_of(index)] -= 1
 
     def _release_followers(self, index: int) -> None:
         for follower in self._followers.pop(index, ()):
-            self._push(self._now_ns + _nanoseconds(self._requests[follower].arrival_s), _Kind.ARRIVAL, follower)
+            at_ns = self._now_ns + nanoseconds(self._requests[follower].arrival_s)
+            self._agenda.put(at_ns, EventKind.ARRIVAL, follower)
 
     def _settle(self, flight: _InFlight) -> None:
         """A step is done: commit it, keep the books, and skip those that follow and are alike."""
@@ -248,8 +225,8 @@ class Simulator:
         self.record.num_recomputed += committed.num_recomputed
         self.record.step(shape, now_ns - flight.started_ns, flight.used_blocks, blocked=flight.blocked)
         for new in step.wire.new:
-            self._start(new.sampling.seed)
-        if self._shared:
+            self.record.service.starts(new.sampling.seed)
+        if self.record.service.shared:
             self._serve(step, sampled)
         for ended in committed.ended:
             index = int(str(ended.handle))
@@ -261,10 +238,9 @@ class Simulator:
 
     def _serve(self, step: Step, sampled: IntArray) -> None:
         rows = np.asarray(step.wire.rows, np.int64)
-        self.record.serve(
+        self.record.service.serve(
             np.concatenate([self._executor.requests_of(rows), sampled]),
             np.concatenate([np.asarray(step.wire.num_tokens, np.int64), np.full(len(sampled), _OUTPUT_WEIGHT - 1)]),
-            np.flatnonzero(self._unstarted).tolist(),
         )
 
     def _skip_ahead(self, flight: _InFlight) -> None:
@@ -277,8 +253,8 @@ class Simulator:
         if times < 1:
             return
         ends_ns = self._now_ns + np.cumsum(self._cost.repeated_nanoseconds(flight.shape, times))
-        if self._heap:
-            times = int(np.searchsorted(ends_ns, self._heap[0][0], side="left"))
+        if self._agenda:
+            times = int(np.searchsorted(ends_ns, self._agenda.next_ns, side="left"))
             if times < 1:
                 return
             ends_ns = ends_ns[:times]
@@ -290,9 +266,8 @@ class Simulator:
         self.record.emitted_alike(indices, tokens, ends_ns)
         self.record.num_skipped += times
         self.record.step(flight.shape, end_ns - self._now_ns, flight.used_blocks, blocked=flight.blocked, times=times)
-        if self._shared:
-            served = np.full(len(rows), times * _OUTPUT_WEIGHT)
-            self.record.serve(indices, served, np.flatnonzero(self._unstarted).tolist())
+        if self.record.service.shared:
+            self.record.service.serve(indices, np.full(len(rows), times * _OUTPUT_WEIGHT))
         self._now_ns = end_ns
 
     def _lose_worker(self, number: int) -> None:
@@ -301,13 +276,9 @@ class Simulator:
         epoch = self._scheduler.lose_worker(flight.step if flight else None, self._now_ns / 1e9)
         self._executor.reset(epoch)
         self._log.event("worker lost", -1, "", self._now_ns)
-        back_ns = self._now_ns + _nanoseconds(self._trace.faults[number].down_s)
+        back_ns = self._now_ns + nanoseconds(self._trace.faults[number].down_s)
         self._down_until_ns = max(self._down_until_ns, back_ns)
         self._tick()
-
-
-def _nanoseconds(seconds: float) -> int:
-    return round(seconds * 1e9)
 
 
 def simulate(

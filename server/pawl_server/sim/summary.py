@@ -113,7 +113,7 @@ def summarize(run: Run, objective: Objective) -> Summary:
         good_share=num_good / max(1, int(chats.sum())),
         tokens_per_s=float(record.num_output.sum()) / duration_s,
         recomputed_share=record.num_recomputed / max(1, record.num_computed),
-        tenant_gap=record.largest_service_gap,
+        tenant_gap=record.service.largest_gap,
         blocked_share=record.blocked_ns / max(1, record.busy_ns),
         hit_rate=float(record.cached_tokens.sum() / max(1, prompts.sum())),
         preemptions=float(record.num_preempted.mean()),
