@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from unittest.mock import patch
@@ -15,26 +16,31 @@ from pawl_workers.plan import SamplingSpec
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.worker_driver import WorkerDriver
 
+__all__ = ["serve", "use"]
 
-def main(built: Path, checkpoint: Path, kv_dtype: str) -> None:
-    """Prompts in chunks and decodes on two threads, greedy and sampled, with log-probabilities."""
+
+def use(built: Path) -> None:
+    """Have all kernels of this process come from that library."""
     build.instruction_flags()  # asks for matrix tiles
     with patch("pawl_workers.kernels.native.library.find_or_build", lambda: built):
         load_library()  # which keeps it
+
+
+def serve(checkpoint: str, kv_dtype: str, lengths: Sequence[int]) -> None:
+    """Prompts in chunks and decodes on two threads, greedy and sampled, with log-probabilities."""
     draw = Random(1)
-    worker = Worker.load(
-        WorkerOptions(str(checkpoint), kernels="cpu", kv_dtype=kv_dtype, max_running=6, num_blocks=120)
-    )
+    worker = Worker.load(WorkerOptions(checkpoint, kernels="cpu", kv_dtype=kv_dtype, max_running=6, num_blocks=120))
     torch.set_num_threads(2)
     driver = WorkerDriver(worker)
     samplings = [SamplingSpec(temperature=0.0), SamplingSpec(temperature=0.9, top_p=0.9, top_k=40, seed=3, logprobs=2)]
     generations = [
         driver.start(draw.choices(range(worker.facts.vocab_size), k=length), samplings[i % 2])
-        for i, length in enumerate((1, 7, 40, 90, 600))
+        for i, length in enumerate(lengths)
     ]
     driver.generate(generations[:1], 4, chunk=40)
     driver.generate(generations, 4, chunk=250)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    use(Path(sys.argv[1]))
+    serve(sys.argv[2], sys.argv[3], (1, 7, 40, 90, 600))

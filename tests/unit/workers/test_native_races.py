@@ -6,27 +6,19 @@ threads may touch what: barriers between operations, shares that are taken from 
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from pawl_workers.kernels.native import build
 from tests.fakes.checkpoints import make_llama
 from tests.fakes.families import Draft, write_checkpoint
+from tests.fakes.sanitizers import build_watched, find_runtime, run_watched
 
-ROOT = Path(__file__).parents[3]
-OPENMP = ROOT / "tests" / "fakes" / "openmp_by_pthreads.c"
-COMPILER = """\
-#!/bin/bash
-exec gcc "${@/#-O3/-O1}" -g1 -fsanitize=thread -Wl,-Bsymbolic %s
-"""
+OPENMP = Path(__file__).parents[2] / "fakes" / "openmp_by_pthreads.c"
 RACE = 66  # exit code of a process in which one was seen
-TIMEOUT_S = 170
+OPTIONS = {"TSAN_OPTIONS": f"ignore_noninstrumented_modules=1:halt_on_error=1:exitcode={RACE}"}
+FIXED = ("setarch", "-R")  # its memory lies where it is looked for
 
 pytestmark = pytest.mark.slow
 
@@ -34,47 +26,20 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def sanitizer() -> str:
     """The library that comes first in a process that is watched."""
-    if shutil.which("gcc") is None or shutil.which("setarch") is None:
-        pytest.skip("needs gcc and setarch")
-    found = subprocess.run(["gcc", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True)
-    path = found.stdout.strip()
-    if not Path(path).is_absolute() or _watched(path, {}, "-c", "pass").returncode != 0:
-        pytest.skip("ThreadSanitizer does not run here")
-    return path
+    return find_runtime("libtsan.so", FIXED)
 
 
 @pytest.fixture(scope="module", params=["avx2", "amx"])
 def library(request: pytest.FixtureRequest, sanitizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Kernels of at most that level, built to be watched."""
     del sanitizer
-    folder = tmp_path_factory.mktemp("kernels")
-    compiler = folder / "compiler"
-    compiler.write_text(COMPILER % OPENMP)
-    compiler.chmod(0o700)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CC", str(compiler))
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        patch.setenv("PAWL_CPU_INSTRUCTIONS", str(request.param))
-        return build.find_or_build()
-
-
-def _watched(sanitizer: str, variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    options = f"ignore_noninstrumented_modules=1:halt_on_error=1:exitcode={RACE}"
-    paths = os.pathsep.join(path for path in sys.path if path)
-    watched = {"LD_PRELOAD": sanitizer, "TSAN_OPTIONS": options, "PYTHONPATH": paths}
-    return subprocess.run(
-        ["setarch", "-R", sys.executable, *arguments],  # its memory lies where it is looked for
-        env=os.environ | watched | variables,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    flags = f"-g1 -fsanitize=thread -Wl,-Bsymbolic {OPENMP}"
+    return build_watched(tmp_path_factory.mktemp("kernels"), str(request.param), "-O1", flags)
 
 
 def _serve(sanitizer: str, library: Path, checkpoint: Path, kv_dtype: str, **variables: str) -> tuple[int, str]:
-    done = _watched(sanitizer, variables, "-m", "tests.fakes.watched_worker", str(library), str(checkpoint), kv_dtype)
+    arguments = ("-m", "tests.fakes.watched_worker", str(library), str(checkpoint), kv_dtype)
+    done = run_watched(sanitizer, OPTIONS | variables, *arguments, before=FIXED)
     return done.returncode, done.stderr
 
 
