@@ -61,7 +61,7 @@ def worker_options(model: ModelSettings, engine: EngineSettings, num_threads: in
         num_blocks=engine.num_blocks or None,
         memory_fraction=engine.kv_memory_fraction,
         most_kv_bytes=engine.kv_max_bytes or None,
-        host_kv_bytes=engine.host_kv_bytes if engine.prefix_cache else 0,
+        host_kv_bytes=engine.host_kv_bytes,
         dummy_weights=model.dummy_weights,
     )
 

@@ -147,6 +147,12 @@ def check_engine(engine: EngineSettings) -> None:
             " sequence must be able to get its next token in one step: raise one or lower the other",
             reason="BAD_SETTING",
         )
+    if engine.host_kv_bytes and not engine.prefix_cache:
+        raise InvalidRequest(
+            f"host_kv_bytes = {engine.host_kv_bytes} with prefix_cache = false: only what the prefix cache keeps is"
+            " saved to host memory, and without it this must be 0: set host_kv_bytes to 0 or prefix_cache to true",
+            reason="BAD_SETTING",
+        )
     if engine.speculation != "off" and engine.pipeline_depth > 1:
         raise InvalidRequest(
             f"speculation = {engine.speculation!r} with pipeline_depth = {engine.pipeline_depth}: drafts go on from the"

@@ -63,11 +63,12 @@ def test_loopback(host: str, loopback: bool) -> None:
     [
         ({"max_running": 600}, "max_batch_tokens = 512 is below max_running = 600"),
         ({"speculation": "ngram", "pipeline_depth": 2}, "set pipeline_depth to 1"),
+        ({"host_kv_bytes": 1, "prefix_cache": False}, "host_kv_bytes = 1 with prefix_cache = false.*must be 0: set"),
         ({"engine_ports": "9-1"}, "engine_ports = '9-1'"),
     ],
 )
 def test_settings_that_no_engine_can_serve_with_are_refused_before_one_is_started(
-    changes: dict[str, int | str], said: str, fleet: str
+    changes: dict[str, int | str | bool], said: str, fleet: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=said) as caught:
         make_fleet(Config().replace(fleet=fleet, **changes), "token")
