@@ -12,7 +12,8 @@ import grpc
 import pytest
 
 from pawl.v1 import inference_pb2, inference_pb2_grpc, types_pb2
-from tests.fakes.fake_engine import TOKEN, FakeEngine, FakeFleet, fakes
+from tests.fakes.fake_engine import TOKEN, FakeEngine
+from tests.fakes.fake_fleet import FakeFleet, fakes
 from tests.fakes.servers import ROOT, RunningServer, pawl_frontend
 from tests.fakes.tokenizer import write_checkpoint
 

@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2_grpc
 from pawl.v1 import admin_pb2_grpc, inference_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
 from pawl_server.config import Config, Value
 from pawl_server.frontend.main import FrontendAddresses, run_frontend
-from tests.fakes.fake_engine import TOKEN, FakeEngine, FakeFleet, fakes
+from tests.fakes.fake_engine import TOKEN, FakeEngine
+from tests.fakes.fake_fleet import FakeFleet, fakes
 
 __all__ = ["RunningFrontEnd", "front_end", "health_stub", "scrape", "settings_for"]
 

@@ -14,7 +14,8 @@ from pawl_server.config import EngineSettings, Value
 from pawl_server.frontend.main import FrontendAddresses, run_frontend
 from tests.fakes.engine_harness import RunningEngine, running_engine
 from tests.fakes.engine_worker import FakeFacts, fake_spec
-from tests.fakes.fake_engine import TOKEN, FakeFleet
+from tests.fakes.fake_engine import TOKEN
+from tests.fakes.fake_fleet import FakeFleet
 from tests.fakes.front_end import settings_for
 from tests.fakes.tokenizer import CONTEXT, EOS_ID, VOCAB_SIZE, write_checkpoint
 
