@@ -1,27 +1,21 @@
-"""The worker over plans: results, contract errors, failures of one row, prompt scores, reset and self test."""
+"""The worker over plans: results, contract errors, prompt scores and reset."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 
-from pawl_workers.errors import PlanError, SelfTestError
-from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult, decode_plan, decode_result, encode
+from pawl_workers.errors import PlanError
+from pawl_workers.plan import SamplingSpec, StepPlan, decode_plan, decode_result, encode
 from pawl_workers.row_masks import RowMasks
-from pawl_workers.self_test import run_self_test
 from pawl_workers.worker import Worker, WorkerOptions
 from tests.fakes.checkpoints import load_reference, make_llama
+from tests.fakes.small_plans import plan, sequence
 from tests.fakes.worker_driver import WorkerDriver
-
-GREEDY = SamplingSpec(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +32,6 @@ def fresh(worker: Worker) -> Worker:
     """The same, in epoch 0 with nothing in it."""
     worker.reset(0)
     return worker
-
-
-def sequence(row: int = 0, **changes: object) -> NewSequence:
-    new = NewSequence(row, [1, 2, 3, 4], 4, 0, [1], GREEDY)
-    return msgspec.structs.replace(new, **changes)
-
-
-def plan(**changes: object) -> StepPlan:
-    made = StepPlan(1, 0, [], [sequence()], [], [0], [4])
-    return msgspec.structs.replace(made, **changes)
 
 
 def test_facts(worker: Worker, llama_folder: Path) -> None:
@@ -188,56 +172,6 @@ def test_scores_without_sampling(fresh: Worker) -> None:
     assert (scored.row, scored.first_position, [p.token_id for p in scored.positions]) == (0, 2, [3, 4])
 
 
-def test_one_bad_row_fails_alone(llama_folder: Path) -> None:
-    """NaN in one sequence's cache fails that row; the others, and whoever gets its blocks, are untouched."""
-    worker = Worker.load(WorkerOptions(str(llama_folder), max_running=4, max_context=128, num_blocks=8))
-    driver = WorkerDriver(worker)
-    alone = driver.start([1, 2, 3])
-    driver.generate([alone], 40)
-    driver.finish(alone)
-    bad, good = driver.start([9] * 10), driver.start([1, 2, 3])
-    driver.generate([bad, good], 3)
-    with torch.inference_mode():
-        worker._cache[0].values[bad.blocks[0], :, 4] = torch.nan
-    driver.generate([bad, good], 6)
-    assert bad.failure == "the hidden state is not finite"
-    assert len(bad.output) == 3
-    late = driver.step([(bad, 1), (good, 1)])  # a plan made before the failure was known
-    assert [failure.row for failure in late.failures] == [bad.row]
-    driver.finish(bad)
-    driver.generate([good], 40)
-    assert good.output == alone.output
-    for layer in range(2):
-        assert worker._cache[layer].keys.isfinite().all()
-        assert worker._cache[layer].values.isfinite().all()
-    heir = driver.start([1, 2, 3])
-    driver.generate([heir], 40)
-    assert heir.output == alone.output
-
-
-def test_a_draft_that_breaks_the_forward_pass_is_rejected(llama_folder: Path) -> None:
-    """A token whose embedding is not a number: drafted it voids the step for its row, chosen it fails the row."""
-    worker = Worker.load(WorkerOptions(str(llama_folder), max_running=4, max_context=128, num_blocks=8))
-    driver = WorkerDriver(worker)
-    alone = driver.start([1, 2, 3])
-    driver.generate([alone], 40)
-    poison = next(token_id for token_id in range(257) if token_id not in {1, 2, 3, *alone.output})
-    with torch.inference_mode():
-        worker._weights.embedding.tokens[poison] = torch.nan
-    one = driver.start([1, 2, 3])
-    driver.generate([one], 10)
-    result = driver.step([(one, 5)], {one.row: [*alone.output[10:12], poison, alone.output[13]]})
-    assert (result.rows, result.failures) == ([], [])
-    driver.generate([one], 40)
-    assert one.output == alone.output
-    chosen = driver.start([1, 2, 3], SamplingSpec(temperature=0.0, logit_bias={poison: 1e9}))
-    result = driver.step([(chosen, 4)], {chosen.row: [poison]})
-    assert (result.token_ids, result.failures) == ([], [])
-    driver.generate([chosen], 3)
-    assert chosen.failure == "the hidden state is not finite"
-    assert chosen.output == [poison]
-
-
 @pytest.mark.parametrize("penalty", [1e-300, 1e-45, 1e-31, 1e-9])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_smallest_repetition_penalties_choose_what_was_seen(
@@ -249,28 +183,6 @@ def test_the_smallest_repetition_penalties_choose_what_was_seen(
     driver.generate([row], 8)
     assert row.failure is None
     assert set(row.output) <= {5, 6, 7, 8}
-
-
-def test_drafts_of_a_row_that_failed_are_passed_over(llama_folder: Path) -> None:
-    """However many: its plan was made before that was known, and the other rows' part of it stands."""
-    worker = Worker.load(WorkerOptions(str(llama_folder), max_running=2, max_context=40, num_blocks=4))
-    with torch.inference_mode():
-        worker._weights.embedding.tokens[200] = torch.nan
-    bad = sequence(token_ids=[1, 200, 3], num_prompt_tokens=3)
-    worker.execute(plan(new=[bad, sequence(1, block_ids=[2])], rows=[0, 1], num_tokens=[3, 4]))
-    result = worker.execute(plan(step=2, new=[], rows=[0, 1], num_tokens=[60, 1], drafts=[(0, [1] * 60)]))
-    assert [failure.row for failure in result.failures] == [0]
-    assert result.rows == [1]
-
-
-def test_a_row_with_nothing_to_choose_fails(fresh: Worker) -> None:
-    """Suppressing the whole vocabulary is that row's failure."""
-    spec = SamplingSpec(temperature=1.0, min_output_tokens=1, suppressed_ids=tuple(range(257)))
-    result = fresh.execute(
-        plan(new=[sequence(sampling=spec), sequence(1, block_ids=[2])], rows=[0, 1], num_tokens=[4, 4])
-    )
-    assert result.rows == [1]
-    assert [(f.row, f.message) for f in result.failures] == [(0, "bias, suppression and mask leave no token to choose")]
 
 
 def test_a_row_with_fewer_masks_than_samples_is_refused(fresh: Worker) -> None:
@@ -316,61 +228,3 @@ def test_reset_forgets(fresh: Worker) -> None:
     with pytest.raises(PlanError, match="epoch 0"):
         fresh.execute(plan(step=2, new=[]))
     assert fresh.execute(plan(epoch=7)).rows == [0]
-
-
-def test_self_test_passes_and_notices(llama_folder: Path) -> None:
-    """It passes on a sound worker, and fails when a layer computes something else than it holds."""
-    worker = Worker.load(WorkerOptions(str(llama_folder), max_running=1, num_blocks=4))
-    passed = worker.self_test()
-    assert (passed.num_tokens, passed.max_difference < 1e-3) == (8, True)
-    assert worker.execute(plan()).rows == [0]
-
-    class Wrong:
-        """Off by a little from what it unpacks to."""
-
-        def __init__(self, linear: object) -> None:
-            self.linear = linear
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.linear, name)
-
-        def __call__(self, x: torch.Tensor) -> torch.Tensor:
-            linear: Callable[[torch.Tensor], torch.Tensor] = self.linear  # type: ignore[assignment]
-            return linear(x) * 1.05
-
-    head = dataclasses.replace(worker._weights.head, linear=Wrong(worker._weights.head.linear))  # type: ignore[arg-type]
-    worker._weights = dataclasses.replace(worker._weights, head=head)
-    with pytest.raises(SelfTestError, match="differ from the reference by up to"):
-        worker.self_test()
-
-
-def test_self_test_notices_what_is_no_number_wherever_it_stands(llama_folder: Path) -> None:
-    worker = Worker.load(WorkerOptions(str(llama_folder), max_running=1, num_blocks=4))
-    calls = 0
-
-    def execute(step: StepPlan) -> StepResult:
-        nonlocal calls
-        result = worker.execute(step)
-        calls += any(result.logprobs)
-        spoiled = [entry and msgspec.structs.replace(entry, logprob=math.nan) for entry in result.logprobs]
-        return msgspec.structs.replace(result, logprobs=spoiled) if calls == 3 else result
-
-    facts = worker.facts
-    with pytest.raises(SelfTestError, match="differ from the reference by up to nan"):
-        run_self_test(execute, 0, worker._weights, worker._settings, facts.max_context, facts.num_blocks, None)
-
-
-@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
-def test_what_a_narrow_cache_costs_is_no_fault(kv_dtype: str, tmp_path: Path) -> None:
-    """The reference rounds keys and values alike: bytes move log-probabilities by 0.17 nats here, which is no error."""
-    folder = make_llama(tmp_path, hidden_size=128, intermediate_size=256, num_hidden_layers=3, head_dim=32)
-    passed = Worker.load(WorkerOptions(str(folder), kv_dtype=kv_dtype, max_running=1, num_blocks=4)).self_test()
-    assert passed.max_difference < 1e-3
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_runs_on_the_reference_kernels(llama_folder: Path, dtype: str) -> None:
-    """Slow on a CPU, but it works and passes its self test."""
-    worker = Worker.load(WorkerOptions(str(llama_folder), dtype=dtype, max_running=1, num_blocks=4))
-    assert (worker.facts.kernels, worker.facts.data_type) == ("reference", dtype)
-    worker.self_test()
