@@ -6,9 +6,10 @@ is at hand; `triton` serves GPUs. Knows no models, no rows and no plans.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -190,33 +191,36 @@ def choose_backend(
         raise WorkerError(
             f"only the cpu, onednn and reference kernels keep weights in bytes; kernels are {name!r} on {device}"
         )
-    match name:
-        case "reference":
-            return ReferenceKernels(device, byte_scales)
-        case "triton":
-            return _triton(device, dtype, shape, staging, strict)
-        case "auto" if device.type == "cuda":
-            try:
-                return _triton(device, dtype, shape, staging, strict)
-            except WorkerError as error:
-                log.warning("serving with the slower reference kernels: %s", error)
-                return ReferenceKernels(device)
-        case "auto" if not for_cpu:
-            return ReferenceKernels(device)
-        case "auto":
-            try:
-                return _compiled(shape, precision)
-            except WorkerError as error:
-                log.warning("serving with the slower onednn kernels: %s", error)
-                return OneDnnKernels(byte_scales)
-        case "cpu" if for_cpu:
-            return _compiled(shape, precision)
-        case "onednn" if for_cpu:
-            return OneDnnKernels(byte_scales)
-        case "cpu" | "onednn":
-            raise WorkerError(f"the {name} kernels compute in float32 on a cpu, not in {dtype} on {device}")
-        case _:
-            raise WorkerError(f"there are no kernels {name!r}; known: auto, reference, cpu, onednn, triton")
+    makers: dict[str, Callable[[], Kernels]] = {
+        "reference": lambda: ReferenceKernels(device, byte_scales),
+        "cpu": lambda: _compiled(shape, precision),
+        "onednn": lambda: OneDnnKernels(byte_scales),
+        "triton": lambda: _triton(device, dtype, shape, staging, strict),
+    }
+    if name == "auto":
+        return _first_of(_fastest(device, for_cpu=for_cpu), makers)
+    if name not in makers:
+        raise WorkerError(f"there are no kernels {name!r}; known: auto, {', '.join(makers)}")
+    if name in {"cpu", "onednn"} and not for_cpu:
+        raise WorkerError(f"the {name} kernels compute in float32 on a cpu, not in {dtype} on {device}")
+    return makers[name]()
+
+
+def _fastest(device: torch.device, *, for_cpu: bool) -> Sequence[str]:
+    """The kernels that can serve a device, the fastest first; the last ones always can."""
+    if device.type == "cuda":
+        return ("triton", "reference")
+    return ("cpu", "onednn") if for_cpu else ("reference",)
+
+
+def _first_of(names: Sequence[str], makers: Mapping[str, Callable[[], Kernels]]) -> Kernels:
+    """Make the first kernels that can be made; the log says why they are not the ones before."""
+    for name, slower in itertools.pairwise(names):
+        try:
+            return makers[name]()
+        except WorkerError as error:
+            log.warning("serving with the slower %s kernels: %s", slower, error)
+    return makers[names[-1]]()
 
 
 def _byte_scales(precision: Precision) -> ByteScales | None:
