@@ -26,6 +26,32 @@ def _max_hits(sequence: SequenceState, block_size: int) -> int:
     return below // block_size
 
 
+def _cached_prefix(plan: Plan, sequence: SequenceState, block_size: int) -> tuple[list[int], int]:
+    """Cached blocks that a sequence may begin with, and how many blocks after them the host tier holds."""
+    if sequence.chain is None:
+        return [], 0
+    most = _max_hits(sequence, block_size)
+    hits = plan.draft.prefix_hits(sequence.chain, most)
+    return hits, plan.draft.host_hits(sequence.chain, len(hits), most)
+
+
+def _hold(
+    plan: Plan, sequence: SequenceState, hits: list[int], num_stored: int, num_new: int
+) -> tuple[list[int], list[int]]:
+    """Share the cached blocks, bring back the stored ones and take the rest of `num_new`, which are available.
+
+    Returns:
+        The blocks that the sequence begins with, and those that are to be computed.
+    """
+    chain = sequence.chain
+    plan.draft.share(hits)
+    restored = plan.draft.restore(chain, len(hits), num_stored) if chain is not None and num_stored else []
+    blocks = plan.draft.take(num_new - num_stored)
+    assert blocks is not None  # noqa: S101 - both narrow the type: as many are available
+    assert restored is not None  # noqa: S101
+    return hits + restored, blocks
+
+
 def admit(
     plan: Plan,
     state: SchedulerState,
@@ -60,11 +86,7 @@ def admit(
             return
         if sequence.num_stale:
             continue  # it lacks tokens that a launched step samples
-        hits, num_stored, chain = list[int](), 0, sequence.chain
-        if chain is not None:
-            most = _max_hits(sequence, size)
-            hits = plan.draft.prefix_hits(chain, most)
-            num_stored = plan.draft.host_hits(chain, len(hits), most)
+        hits, num_stored = _cached_prefix(plan, sequence, size)
         need = room.need(sequence)
         num_shared = len(hits) - plan.draft.num_free_among(hits)
         num_kept = len(sequence.followers)
@@ -89,13 +111,8 @@ def admit(
         num_new = blocks_for(computed + chunk, size) - len(hits) + num_kept
         if num_new + len(hits) - num_shared > plan.draft.num_available:
             return  # before anything is shared: a plan may go on without it
-        plan.draft.share(hits)
-        restored = plan.draft.restore(chain, len(hits), num_stored) if chain is not None and num_stored else []
-        blocks = plan.draft.take(num_new - num_stored)
-        assert blocks is not None  # noqa: S101 - both narrow the type: as many are available
-        assert restored is not None  # noqa: S101
+        hits, blocks = _hold(plan, sequence, hits, num_stored, num_new)
         kept_blocks, blocks = blocks[len(blocks) - num_kept :], blocks[: len(blocks) - num_kept]
-        hits += restored
         room.admit(need, len(hits) + len(blocks) + num_kept, settled=sequence.settled)
         backfill.admitted(candidate, num_shared)
         num_partial += chunk < want
