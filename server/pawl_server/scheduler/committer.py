@@ -115,11 +115,11 @@ def _fork(state: SchedulerState, fork: Fork) -> SequenceState:
     return sequence
 
 
-def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) -> Committed:
-    """Settle the oldest ledger entry and apply what its step gave.
+def _oldest(state: SchedulerState, plan: Plan, result: StepResult) -> LedgerEntry:
+    """The oldest ledger entry, if it is that of this plan and this result.
 
     Raises:
-        StaleResultError: the result is not that of this plan, or the plan is not the oldest in flight.
+        StaleResultError: it is not.
     """
     entry = state.ledger[0] if state.ledger else None
     expected = (plan.step, plan.epoch)
@@ -129,7 +129,11 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
             f"a result of step {result.step} epoch {result.epoch} for the plan of step {plan.step} epoch {plan.epoch};"
             f" the oldest in flight is {in_flight}"
         )
-    state.ledger.popleft()
+    return entry
+
+
+def _came_of_launch(plan: Plan) -> Committed:
+    """What is told of a step whatever its result: who was preempted for it, and what it found cached."""
     committed = Committed()
     if plan.victims:
         committed.num_preempted = len(plan.victims)
@@ -138,6 +142,18 @@ def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) ->
         committed.num_lost = sum(record.num_lost for record in records if record is not None)
     if plan.admissions:
         committed.num_prompt_cached = sum(admission.num_computed for admission in plan.admissions)
+    return committed
+
+
+def commit(state: SchedulerState, plan: Plan, result: StepResult, now: float) -> Committed:
+    """Settle the oldest ledger entry and apply what its step gave.
+
+    Raises:
+        StaleResultError: the result is not that of this plan, or the plan is not the oldest in flight.
+    """
+    entry = _oldest(state, plan, result)
+    state.ledger.popleft()
+    committed = _came_of_launch(plan)
     owned: BoolArray = np.zeros(len(state.slots.length), dtype=np.bool_)  # rows whose results still count, [rows]
     owned[entry.rows] = entry.alive(state.slots)
     if result.failures:
