@@ -29,6 +29,13 @@ class Detokenizer(Protocol):
         """No token follows: the rest, bytes of an unfinished character as U+FFFD."""
 
 
+class Decode(Protocol):
+    """A whole sequence to text."""
+
+    def __call__(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Decode it."""
+
+
 def _byte_alphabet() -> dict[str, int]:
     """The characters that byte-level BPE writes for each byte (GPT-2, `bytes_to_unicode`)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -141,10 +148,10 @@ class WindowDetokenizer:
     of a text (dropping a space) happens outside of it.
     """
 
-    __slots__ = ("_hidden", "_ids", "_shown", "_skip", "_start", "_tokenizer")
+    __slots__ = ("_decode", "_hidden", "_ids", "_shown", "_skip", "_start")
 
-    def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int], skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, decode: Decode, special_ids: frozenset[int], skip_special_tokens: bool) -> None:
+        self._decode = decode
         self._skip = skip_special_tokens
         self._hidden = special_ids if skip_special_tokens else frozenset()
         self._ids: list[int] = []
@@ -173,8 +180,8 @@ class WindowDetokenizer:
     def _texts(self) -> tuple[str, str]:
         window = self._ids[self._start :]
         shown = window[: self._shown - self._start]
-        decode = self._tokenizer.decode
-        return decode(shown, skip_special_tokens=self._skip), decode(window, skip_special_tokens=self._skip)
+        before, now = (self._decode(ids, skip_special_tokens=self._skip) for ids in (shown, window))
+        return before, now
 
     def _advance(self, text: str) -> str:
         self._shown = len(self._ids)
@@ -186,8 +193,8 @@ class WindowDetokenizer:
         return text
 
 
-def new_detokenizer(tokenizer: Tokenizer, token_bytes: TokenBytes, skip_special_tokens: bool) -> Detokenizer:
+def new_detokenizer(decode: Decode, token_bytes: TokenBytes, skip_special_tokens: bool) -> Detokenizer:
     """The detokenizer that fits the vocabulary, for one output."""
     if token_bytes.exact:
         return ByteDetokenizer(token_bytes, skip_special_tokens)
-    return WindowDetokenizer(tokenizer, token_bytes.special_ids, skip_special_tokens)
+    return WindowDetokenizer(decode, token_bytes.special_ids, skip_special_tokens)

@@ -1,7 +1,7 @@
 """The tokenizer of the served model: text to ids and back, with the bytes of every token.
 
-Owns the `tokenizers` object and turns off its truncation and padding, so that nothing is cut silently; knows
-nothing of templates or requests.
+Owns the `tokenizers` object, turns off its truncation and padding, so that nothing is cut silently, and makes errors
+of its panics; knows nothing of templates or requests.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = ["PlacedToken", "TextTokenizer"]
 
 _MOST_IDS = (1 << 31) - 1  # an int32 on the wire
 _NO_TOKENS = "the model's tokenizer cannot encode the text"
+_NO_TEXT = "the model's tokenizer cannot decode the tokens"
 
 
 @contextmanager
@@ -109,10 +110,15 @@ class TextTokenizer:
         ]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of a whole sequence, as the tokenizer's own decoder has it."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        """Text of a whole sequence, as the tokenizer's own decoder has it.
+
+        Raises:
+            InvalidRequest: the tokenizer has no text for them, or is broken.
+        """
+        with _refusing(_NO_TEXT, "TOKENIZER_REFUSED"):
+            text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
-        """A new detokenizer for one output that continues a prompt."""
-        return new_detokenizer(self._tokenizer, self.token_bytes, skip_special_tokens)
+        """A new detokenizer for one output that continues a prompt. It raises what `decode` raises."""
+        return new_detokenizer(self.decode, self.token_bytes, skip_special_tokens)
