@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from pawl.errors import DeadlineExceeded, PawlError
 from pawl.seeds import derive_seed
@@ -73,6 +74,16 @@ async def deadline(context: HasDeadline, progress: Progress) -> AsyncIterator[No
         raise DeadlineExceeded(text, metadata=found) from None
 
 
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """A request that was let in, and what it runs with."""
+
+    core: Core
+    request: GenerationRequest
+    call: Call
+    ticket: Ticket
+
+
 @asynccontextmanager
 async def running(
     core: Core, request: GenerationRequest, call: Call, context: HasDeadline, *, streamed: bool
@@ -88,8 +99,9 @@ async def running(
         call.admitted = True
         try:
             prompt_ids = await _prompt_ids(core, request)
-            samples = progress.samples = _open(core, request, call, ticket, prompt_ids, streamed=streamed)
-            async with _at_engine(core, request, call, ticket, samples, prompt_ids, context):
+            admitted = _Admitted(core, request, call, ticket)
+            samples = progress.samples = _open(admitted, prompt_ids, streamed=streamed)
+            async with _at_engine(admitted, samples, prompt_ids, context):
                 yield samples
         finally:
             ticket.close()
@@ -97,15 +109,10 @@ async def running(
 
 @asynccontextmanager
 async def _at_engine(
-    core: Core,
-    request: GenerationRequest,
-    call: Call,
-    ticket: Ticket,
-    samples: Samples,
-    prompt_ids: list[int],
-    context: HasDeadline,
+    admitted: _Admitted, samples: Samples, prompt_ids: list[int], context: HasDeadline
 ) -> AsyncIterator[None]:
     """Hold the request at a replica."""
+    core, request = admitted.core, admitted.request
     submit = samples.submit()
     replica = core.pick(prompt_ids, submit.cache_key)
     link = replica.link
@@ -116,8 +123,8 @@ async def _at_engine(
     replica.outstanding_tokens += expected
     reason = engine_pb2.ABORT_REASON_INTERNAL
     try:
-        samples.begin(link, submit, call.arrived + request.stop.max_duration_s - time.monotonic())
-        ticket.on_cancel(samples.cancel)
+        samples.begin(link, submit, admitted.call.arrived + request.stop.max_duration_s - time.monotonic())
+        admitted.ticket.on_cancel(samples.cancel)
         yield
     except asyncio.CancelledError:
         late = past_deadline(context, 0.06)
@@ -143,14 +150,13 @@ async def _prompt_ids(core: Core, request: GenerationRequest) -> list[int]:
     return ids
 
 
-def _open(
-    core: Core, request: GenerationRequest, call: Call, ticket: Ticket, prompt_ids: list[int], *, streamed: bool
-) -> Samples:
+def _open(admitted: _Admitted, prompt_ids: list[int], *, streamed: bool) -> Samples:
+    core, request = admitted.core, admitted.request
     limit = output_limit(request.path, request.stop, len(prompt_ids), core.max_context, core.limits)
-    ticket.charge(len(prompt_ids))
-    submit = _submit(core, request, call, prompt_ids, limit)
+    admitted.ticket.charge(len(prompt_ids))
+    submit = _submit(core, request, admitted.call, prompt_ids, limit)
     samples = [
-        _open_sample(core, request, call, ticket, sample, streamed=streamed)
+        _open_sample(admitted, sample, streamed=streamed)
         for sample in _sample_submits(submit, request.sampling.sample_count)
     ]
     return Samples(samples)
@@ -168,9 +174,8 @@ def _sample_submits(submit: engine_pb2.Submit, sample_count: int) -> Iterator[en
         yield alone
 
 
-def _open_sample(
-    core: Core, request: GenerationRequest, call: Call, ticket: Ticket, submit: engine_pb2.Submit, *, streamed: bool
-) -> RequestStream:
+def _open_sample(admitted: _Admitted, submit: engine_pb2.Submit, *, streamed: bool) -> RequestStream:
+    core, request = admitted.core, admitted.request
     tokenizer = core.served("").tokenizer
     output = request.output
     detokenizer = None if output.omit_text else tokenizer.detokenizer(skip_special_tokens=output.skip_special_tokens)
@@ -185,8 +190,8 @@ def _open_sample(
         submit,
         OutputText(detokenizer, request.stop),
         mailbox,
-        call=call,
-        account=ticket,
+        call=admitted.call,
+        account=admitted.ticket,
         path=request.path,
     )
 
