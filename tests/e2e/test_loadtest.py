@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import pawl_loadtest
-from tests.fakes.servers import ROOT, RunningServer, environment, pawl_serve
-
-DEADLINE_S = 90.0
-LOCUSTFILE = Path(pawl_loadtest.__file__).parent / "locustfile.py"
-# A test machine may be busy: the generators' own lateness is their subject, not that of these tests.
-ANY_LATENESS_MS = "60000"
+from tests.fakes.load_generators import DEADLINE_S, locust, run_generator
+from tests.fakes.servers import RunningServer, pawl_serve
 
 
 @pytest.fixture(scope="module")
@@ -27,23 +20,10 @@ def server() -> Iterator[RunningServer]:
         assert running.stop() == 0
 
 
-def _run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A generator as a user starts it; killed at the deadline."""
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        env=environment(variables),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-
-
 def test_the_open_loop_counts_every_request_and_token(server: RunningServer, tmp_path: Path) -> None:
     figures = tmp_path / "run.json"
     load = ("--requests", "12", "--rate", "20", "--lengths", "8/4", "--json", str(figures))
-    done = _run("pawl_loadtest", "--target", server.target, *load, "--max-lateness-ms", "1000")
+    done = run_generator("pawl_loadtest", "--target", server.target, *load, "--max-lateness-ms", "1000")
     assert done.returncode == 0, done.stderr
     assert "12  (0 failed)" in done.stdout
     run = json.loads(figures.read_text())
@@ -56,13 +36,15 @@ def test_the_open_loop_counts_every_request_and_token(server: RunningServer, tmp
 
 @pytest.mark.parametrize(("flag", "message"), [("--lengths=8", "PROMPT/OUTPUT"), ("--requests=0", "above 0")])
 def test_wrong_usage_is_told_apart(server: RunningServer, flag: str, message: str) -> None:
-    done = _run("pawl_loadtest", "--target", server.target, flag)
+    done = run_generator("pawl_loadtest", "--target", server.target, flag)
     assert done.returncode == 2
     assert message in done.stderr
 
 
 def test_a_late_generator_fails_the_run(server: RunningServer) -> None:
-    done = _run("pawl_loadtest", "--target", server.target, "--requests=2", "--lengths=8/1", "--max-lateness-ms=0")
+    done = run_generator(
+        "pawl_loadtest", "--target", server.target, "--requests=2", "--lengths=8/1", "--max-lateness-ms=0"
+    )
     assert done.returncode == 1
     assert "load generator was late" in done.stderr
 
@@ -70,23 +52,12 @@ def test_a_late_generator_fails_the_run(server: RunningServer) -> None:
 def test_refused_requests_fail_the_run_and_are_named(server: RunningServer, tmp_path: Path) -> None:
     figures = tmp_path / "run.json"
     load = ("--requests=2", "--rate=50", "--lengths=8/1000000", f"--json={figures}", "--max-lateness-ms=1000")
-    done = _run("pawl_loadtest", "--target", server.target, *load)
+    done = run_generator("pawl_loadtest", "--target", server.target, *load)
     assert done.returncode == 1
     run = json.loads(figures.read_text())
     assert run["num_errors"] == 2
     assert list(run["errors"].values()) == [2]
     assert next(iter(run["errors"])).startswith("InvalidRequest")
-
-
-def _locust(server: RunningServer, report: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = ("locust", "-f", str(LOCUSTFILE), "--headless", "--csv", str(report), "--html", f"{report}.html")
-    usual = {
-        "PAWL_TARGET": server.target,
-        "PAWL_LOAD_PROMPT_TOKENS": "8",
-        "PAWL_LOAD_OUTPUT_TOKENS": "4",
-        "PAWL_LOAD_MAX_LATENESS_MS": ANY_LATENESS_MS,
-    }
-    return _run(*command, *flags, **(usual | variables))
 
 
 def _rows(report: Path) -> dict[str, dict[str, str]]:
@@ -96,7 +67,7 @@ def _rows(report: Path) -> dict[str, dict[str, str]]:
 
 def test_locust_reports_the_times_of_streams(server: RunningServer, tmp_path: Path) -> None:
     report = tmp_path / "run"
-    done = _locust(server, report, "-u", "1", "-t", "5s")
+    done = locust(server.target, report, "-u", "1", "-t", "5s")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = _rows(report)
     count = {name: int(row["Request Count"]) for name, row in rows.items()}
@@ -111,7 +82,7 @@ def test_locust_reports_the_times_of_streams(server: RunningServer, tmp_path: Pa
 
 def test_users_in_several_processes_share_the_rate(server: RunningServer, tmp_path: Path) -> None:
     report = tmp_path / "run"
-    done = _locust(server, report, "--processes", "2", "-u", "2", "-t", "5s", PAWL_LOAD_RATE="8")
+    done = locust(server.target, report, "--processes", "2", "-u", "2", "-t", "5s", PAWL_LOAD_RATE="8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"StreamUser": 2' in done.stdout + done.stderr
     assert int(_rows(report)["end to end"]["Request Count"]) >= 10
@@ -119,7 +90,7 @@ def test_users_in_several_processes_share_the_rate(server: RunningServer, tmp_pa
 
 def test_locust_fails_when_requests_do(server: RunningServer, tmp_path: Path) -> None:
     report = tmp_path / "run"
-    done = _locust(server, report, "-u", "1", "-t", "2s", PAWL_LOAD_OUTPUT_TOKENS="1000000")
+    done = locust(server.target, report, "-u", "1", "-t", "2s", PAWL_LOAD_OUTPUT_TOKENS="1000000")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "InvalidRequest" in Path(f"{report}_failures.csv").read_text()
 
@@ -127,7 +98,7 @@ def test_locust_fails_when_requests_do(server: RunningServer, tmp_path: Path) ->
 def test_streams_that_never_end_are_not_left_out(server: RunningServer, tmp_path: Path) -> None:
     report = tmp_path / "run"
     load = {"PAWL_LOAD_RATE": "40", "PAWL_LOAD_OUTPUT_TOKENS": "400", "PAWL_LOAD_FINISH_S": "0.1"}
-    done = _locust(server, report, "-u", "1", "-t", "2s", **load)
+    done = locust(server.target, report, "-u", "1", "-t", "2s", **load)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "still open 0.1 s after the end" in Path(f"{report}_failures.csv").read_text()
 
@@ -136,7 +107,7 @@ def test_wrong_requests_are_refused_in_time(server: RunningServer, tmp_path: Pat
     figures = tmp_path / "refusals.json"
     # The goal itself is for an idle machine.
     flags = ("--rounds=3", "--clients=2", "--max-median-ms=5000", f"--json={figures}")
-    done = _run("pawl_loadtest.bad_input", "--target", server.target, *flags)
+    done = run_generator("pawl_loadtest.bad_input", "--target", server.target, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     run = json.loads(figures.read_text())
     assert len(run["cases"]) >= 12
@@ -149,6 +120,6 @@ def test_wrong_requests_are_refused_in_time(server: RunningServer, tmp_path: Pat
 
 
 def test_a_slow_refusal_fails_the_run(server: RunningServer) -> None:
-    done = _run("pawl_loadtest.bad_input", "--target", server.target, "--rounds=1", "--max-median-ms=0")
+    done = run_generator("pawl_loadtest.bad_input", "--target", server.target, "--rounds=1", "--max-median-ms=0")
     assert done.returncode == 1
     assert "the median is" in done.stderr

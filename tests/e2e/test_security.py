@@ -25,6 +25,7 @@ from pawl import (
 )
 from pawl_server.cli import main
 from pawl_server.frontend.auth import hash_key, new_key
+from tests.fakes.certificates import Certificates
 from tests.fakes.fake_engine import TOKEN
 from tests.fakes.front_end import RunningFrontEnd, front_end, health_stub
 from tests.fakes.tokenizer import write_checkpoint
@@ -163,42 +164,6 @@ async def test_an_admin_listener_beyond_loopback_wants_the_internal_token(
             words = ["requests", "--json", "--admin-target", target, *given]
             assert await asyncio.to_thread(main, words) == code
         assert TOKEN not in "".join(capsys.readouterr())
-
-
-class Certificates:
-    """An authority and the files that a server and a client are given."""
-
-    def __init__(self, folder: Path) -> None:
-        self.authority = trustme.CA()
-        self.folder = folder
-        self.ca = folder / "ca.pem"
-        self.authority.cert_pem.write_to_path(self.ca)
-        self.issue()
-        client = self.authority.issue_cert("client@example.org")
-        client.private_key_pem.write_to_path(folder / "client.key")
-        client.cert_chain_pems[0].write_to_path(folder / "client.pem")
-
-    def issue(self, authority: trustme.CA | None = None) -> None:
-        """Give the server a new certificate."""
-        made = (authority or self.authority).issue_cert("127.0.0.1", "localhost", "pawl.localhost")
-        made.private_key_pem.write_to_path(self.folder / "server.key")
-        made.cert_chain_pems[0].write_to_path(self.folder / "server.pem")
-
-    @property
-    def cert(self) -> str:
-        """The server's certificate."""
-        return str(self.folder / "server.pem")
-
-    @property
-    def key(self) -> str:
-        """Its key."""
-        return str(self.folder / "server.key")
-
-    def client(self, *, own: bool = False) -> TLS:
-        """What a client is told; its own certificate if asked."""
-        if not own:
-            return TLS(ca_file=self.ca)
-        return TLS(ca_file=self.ca, certificate_file=self.folder / "client.pem", key_file=self.folder / "client.key")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pawl.errors import PawlError
 from pawl_server.cli import client_generate, client_operate
+from pawl_server.cli.client_tls import add_tls_flags
 from pawl_server.cli.render import describe
 
 if TYPE_CHECKING:
@@ -130,19 +131,7 @@ def _add_common(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--timeout", type=_positive_seconds, metavar="S", help="seconds for a call (default: PAWL_TIMEOUT or 600)"
     )
-    group.add_argument(
-        "--tls-ca",
-        type=Path,
-        metavar="FILE",
-        help="PEM file of the authorities that sign the server; turns TLS on",
-    )
-    group.add_argument(
-        "--tls-certificate",
-        type=Path,
-        metavar="FILE",
-        help="PEM file of your certificate, for a server that asks for one; turns TLS on",
-    )
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file of its key")
+    add_tls_flags(group)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

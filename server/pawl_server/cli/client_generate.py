@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from pawl import (
-    TLS,
     Chat,
     ChatOptions,
     Client,
@@ -25,9 +24,10 @@ from pawl import (
     TokenLogprob,
 )
 from pawl.errors import InvalidRequest, PawlError
+from pawl_server.cli.client_tls import encryption
 from pawl_server.cli.render import describe, print_json, print_table, printable
 
-__all__ = ["chat", "connect", "encryption", "generate", "score"]
+__all__ = ["chat", "connect", "generate", "score"]
 
 _CHAT_HELP = "/reset forgets the conversation, /help shows this; Ctrl-C cancels an answer, Ctrl-D leaves"
 
@@ -40,18 +40,6 @@ def connect(arguments: argparse.Namespace) -> Client:
         tls=encryption(arguments),
         default_model=arguments.model or "",
     )
-
-
-def encryption(arguments: argparse.Namespace) -> TLS | None:
-    """What the connection flags say of TLS; None leaves it to the target.
-
-    Raises:
-        InvalidRequest: a certificate without its key, or a key without its certificate.
-    """
-    ca, certificate, key = arguments.tls_ca, arguments.tls_certificate, arguments.tls_key
-    if ca is None and certificate is None and key is None:
-        return None
-    return TLS(ca_file=ca, certificate_file=certificate, key_file=key)
 
 
 def _text(argument: str) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 
 from pawl import AdminClient, CancelOutcome
-from pawl_server.cli.client_generate import connect, encryption
+from pawl_server.cli.client_generate import connect
+from pawl_server.cli.client_tls import encryption
 from pawl_server.cli.render import print_json, print_table
 
 __all__ = ["cancel", "drain", "models", "requests"]
