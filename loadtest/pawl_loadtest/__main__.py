@@ -15,6 +15,7 @@ from pawl_loadtest.measure import summarize
 from pawl_loadtest.prompts import PromptSource
 from pawl_loadtest.report import as_json, as_table
 from pawl_loadtest.runner import Job, run_jobs
+from pawl_server.cli.client_tls import add_tls_flags, encryption
 from pawl_server.sim.arrivals import parse_arrivals
 from pawl_server.sim.lengths import WORKLOADS, Lognormal, Workload
 
@@ -22,8 +23,13 @@ from pawl_server.sim.lengths import WORKLOADS, Lognormal, Workload
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m pawl_loadtest", description=__doc__)
     add = parser.add_argument
-    add("--target", default=os.environ.get("PAWL_TARGET", "localhost:50051"), help="host:port of the server")
+    add(
+        "--target",
+        default=os.environ.get("PAWL_TARGET", "localhost:50051"),
+        help="host:port, or grpcs://host:port for TLS",
+    )
     add("--api-key", default=os.environ.get("PAWL_API_KEY"), help="default: PAWL_API_KEY")
+    add_tls_flags(parser)
     add("--rate", type=float, default=4.0, help="arrivals per second")
     add("--arrivals", default="poisson", help="poisson, gamma:VARIATION, azure-conversation or azure-code")
     add("--requests", type=positive, default=100, help="how many")
@@ -51,14 +57,17 @@ def _fixed(length: int) -> Lognormal:
 
 
 async def _run(options: argparse.Namespace) -> int:
-    async with AsyncClient(options.target, api_key=options.api_key) as client:
+    tls = encryption(options)
+    async with AsyncClient(options.target, api_key=options.api_key, tls=tls) as client:
         model = (await client.models.list())[0]
     workload = _workload(options.lengths, options.scale, model.max_context_tokens)
     source = PromptSource(model.vocab_size, shared_prefix=options.shared_prefix, seed=options.seed)
     due_times = parse_arrivals(options.arrivals, options.rate, options.seed).due_times()
     schedule = islice(zip(due_times, workload.lengths(options.seed), strict=False), options.requests)
     jobs = [Job(due, source.prompt(pair.prompt), pair.output) for due, pair in schedule]
-    records, duration_s = await run_jobs(options.target, jobs, api_key=options.api_key, timeout=options.timeout)
+    records, duration_s = await run_jobs(
+        options.target, jobs, api_key=options.api_key, timeout=options.timeout, tls=tls
+    )
     summary = summarize(records, duration_s)
     sys.stdout.write(f"{model.name}  {options.arrivals} {options.rate}/s  {options.lengths}\n")
     sys.stdout.write(as_table(summary) + "\n")

@@ -8,8 +8,10 @@ fires `end to end`, `time to first token` and `dispatch lateness`, counted from 
 each two deltas, with sub-millisecond resolution. A stream that is still open some time after the end of the run
 counts as failed: without it, the slowest requests would be missing from the figures.
 
-Settings, as environment variables: PAWL_TARGET, PAWL_API_KEY, PAWL_LOAD_RATE (arrivals per second of all users
-together), PAWL_LOAD_ARRIVALS, PAWL_LOAD_PROMPT_TOKENS, PAWL_LOAD_OUTPUT_TOKENS, PAWL_LOAD_SEED,
+Settings, as environment variables: PAWL_TARGET (host:port, or grpcs://host:port for TLS), PAWL_API_KEY,
+PAWL_LOAD_TLS_CA (PEM file of the authorities that sign the server), PAWL_LOAD_TLS_CERTIFICATE and PAWL_LOAD_TLS_KEY
+(PEM files of your certificate, for a server that asks for one, and of its key), PAWL_LOAD_RATE (arrivals per second
+of all users together), PAWL_LOAD_ARRIVALS, PAWL_LOAD_PROMPT_TOKENS, PAWL_LOAD_OUTPUT_TOKENS, PAWL_LOAD_SEED,
 PAWL_LOAD_FINISH_S (how long open streams may go on after the end; default 30) and PAWL_LOAD_MAX_LATENESS_MS
 (the run fails when the dispatchers' own p99 lateness is above; default 10).
 """
@@ -20,6 +22,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # gRPC must be told about gevent before the first channel is made.
@@ -35,12 +38,18 @@ from locust.runners import WorkerRunner  # noqa: E402
 from pawl import Client, Delta, PawlError, Stop  # noqa: E402
 from pawl_loadtest.measure import Record  # noqa: E402
 from pawl_loadtest.prompts import PromptSource  # noqa: E402
+from pawl_server.cli.client_tls import tls_of  # noqa: E402
 from pawl_server.sim.arrivals import parse_arrivals  # noqa: E402
 
 _numbers = itertools.count()
 
 # Locust rounds to whole milliseconds and two digits; a gap between tokens needs more.
 stats.bucket_response_time = lambda milliseconds: round(milliseconds, 2)
+
+
+def _file(variable: str) -> Path | None:
+    name = os.environ.get(variable)
+    return Path(name) if name else None
 
 
 class StreamUser(User):  # type: ignore[misc]  # locust is untyped
@@ -51,7 +60,8 @@ class StreamUser(User):  # type: ignore[misc]  # locust is untyped
     def on_start(self) -> None:
         """Connect and draw the schedule of this user's share."""
         variable = os.environ.get
-        self._client = Client(variable("PAWL_TARGET", "localhost:50051"), retries=0)
+        tls = tls_of(_file("PAWL_LOAD_TLS_CA"), _file("PAWL_LOAD_TLS_CERTIFICATE"), _file("PAWL_LOAD_TLS_KEY"))
+        self._client = Client(variable("PAWL_TARGET", "localhost:50051"), retries=0, tls=tls)
         model = self._client.models.list()[0]
         seed = int(variable("PAWL_LOAD_SEED", "0"))
         rate = float(variable("PAWL_LOAD_RATE", "4"))

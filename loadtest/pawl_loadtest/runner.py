@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pawl import AsyncClient, Delta, End, PawlError, Stop
+from pawl import TLS, AsyncClient, Delta, End, PawlError, Stop
 from pawl_loadtest.measure import Record
 
 __all__ = ["Job", "run_jobs"]
@@ -44,14 +44,19 @@ async def _run_job(client: AsyncClient, job: Job, started: float, timeout: float
 
 
 async def run_jobs(
-    target: str, jobs: Sequence[Job], *, api_key: str | None = None, timeout: float = 600.0
+    target: str,
+    jobs: Sequence[Job],
+    *,
+    api_key: str | None = None,
+    timeout: float = 600.0,
+    tls: TLS | None = None,
 ) -> tuple[list[Record], float]:
     """Run jobs on their schedule.
 
     Returns:
         The records in the order of the jobs, and the seconds from the first due time to the last end.
     """
-    async with AsyncClient(target, api_key=api_key, retries=0) as client:
+    async with AsyncClient(target, api_key=api_key, retries=0, tls=tls) as client:
         await client.wait_ready(timeout=30)
         started = time.monotonic() + 0.05
         tasks: list[asyncio.Task[Record]] = []
