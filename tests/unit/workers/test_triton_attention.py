@@ -37,6 +37,7 @@ def test_attention_in_half_precision(case: AttentionCase) -> None:
         assert (rows - wanted).abs().max() < 2e-2
 
 
+@pytest.mark.usefixtures("rows_alike")
 @pytest.mark.parametrize("window", [None, 70])
 def test_strict_attention_has_the_same_bits_in_any_chunks(window: int | None) -> None:
     """Tokens around the end of a split: one by one, together, in odd chunks, and beside another sequence."""

@@ -115,6 +115,7 @@ def test_experts_together_give_what_they_give_one_by_one(case: Case, dtype: torc
     assert (found.double() - wanted).abs().max() <= tolerance * max(1.0, float(wanted.abs().max()))
 
 
+@pytest.mark.usefixtures("rows_alike")
 @settings(max_examples=10, phases=BOUNDED, deadline=None)
 @given(case=cases(), dtype=st.sampled_from([torch.float32, torch.float16]), data=st.data())
 def test_strict_rows_have_the_same_bits_in_any_batch(case: Case, dtype: torch.dtype, data: st.DataObject) -> None:

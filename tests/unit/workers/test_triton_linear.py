@@ -18,6 +18,7 @@ def _drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
+@pytest.mark.usefixtures("rows_alike")
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_strict_rows_are_the_products_whatever_the_number_of_rows(dtype: torch.dtype, biased: bool) -> None:
