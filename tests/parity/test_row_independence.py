@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pawl_workers.kernels import Kernels
 from pawl_workers.kernels.cpu import CpuKernels
-from pawl_workers.kernels.gathered_attention import padded_rows
+from pawl_workers.kernels.gathered_attention import padded_rows, padded_values
 from pawl_workers.kernels.onednn import OneDnnKernels
 from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind
@@ -103,13 +103,13 @@ def test_log_probabilities(kernels: Kernels, vocabulary: int, counts: list[int],
     check_rows(describe, drawn(seed, ROWS, vocabulary), counts)
 
 
-@pytest.mark.parametrize("head_dim", [4, 18, 64, 80, 96, 128, 192, 256, 512])
+@pytest.mark.parametrize("head_dim", [4, 5, 6, 9, 11, 18, 64, 80, 96, 128, 192, 256, 512])
 @pytest.mark.parametrize("num_keys", [64, 512])
 def test_batched_products(head_dim: int, num_keys: int) -> None:
     """Of queries and keys, and of weights and values, for every number of rows that attention pads to."""
     q, w = drawn(0, 1, 200, head_dim), drawn(1, 1, 200, num_keys)
     k, v = drawn(2, 1, num_keys, head_dim), drawn(3, 1, num_keys, head_dim)
-    for rows, other in ((q, k.transpose(1, 2)), (w, v)):
+    for rows, other in ((q, k.transpose(1, 2)), (w, padded_values(v))):
         whole = torch.bmm(rows, other)
         for count in sorted({padded_rows(count, head_dim) for count in range(1, 200)}):
             assert torch.equal(torch.bmm(rows[:, :count].contiguous(), other), whole[:, :count]), count

@@ -3,7 +3,7 @@
 A token's bits depend on its sequence alone: queries are cut into tiles and keys into splits at fixed absolute
 positions, so every product of a token has the same length in any batch and any chunk. That rows of MKL's
 batched products depend neither on the number of products nor on the number of rows, when that is one of
-`padded_rows`, is observed, not promised: the tests hold it.
+`padded_rows` and values have the columns of `padded_values`, is observed, not promised: the tests hold it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 from pawl_workers.batch import AttentionLayout, AttentionShape, IntArray, SequenceArrays
 from pawl_workers.model.weights import AttentionRule
 
-__all__ = ["Layout", "attend", "lay_out", "padded_rows"]
+__all__ = ["Layout", "attend", "lay_out", "padded_rows", "padded_values"]
 
 _TILE = 64
 """Queries are cut at absolute positions that are multiples of this, and the keys of a tile end with it."""
@@ -26,6 +26,7 @@ _SPLIT = 512
 """Keys are taken in splits at absolute positions that are multiples of this, merged in order."""
 _ROW_MULTIPLE = 4  # MKL takes other kernels for one to three rows,
 _DIMS_PER_ROW = 16  # and, of scores, for fewer rows than about a twentieth of a head's dimensions
+_COLUMN_MULTIPLE = 4  # and, on an AMD EPYC, for up to eleven columns that are no multiple of this
 _GATHERED_ELEMENTS = 1 << 19  # keys gathered for one product, 2 MiB: they are read back from the cache
 
 
@@ -71,6 +72,12 @@ class _Tiles:
 def padded_rows(num_rows: int, head_dim: int) -> int:
     """Rows that a product is given to have the bits of any other number of them."""
     return -(-max(num_rows, -(-head_dim // _DIMS_PER_ROW)) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def padded_values(values: Tensor) -> Tensor:
+    """Values, [..., head_dim], with the columns that a product is given to have the same bits in any row."""
+    missing = -values.shape[-1] % _COLUMN_MULTIPLE
+    return functional.pad(values, (0, missing)) if missing else values
 
 
 def lay_out(sequences: SequenceArrays, shape: AttentionShape, block_size: int) -> Layout:
@@ -182,7 +189,7 @@ def attend(q: Tensor, rule: AttentionRule, keys: Tensor, values: Tensor, layout:
             sinks = functional.pad(per_row.reshape(num_tiles, num_kv_heads, -1), (0, group.hidden.shape[2] - num_rows))
             sinks = sinks.view(num_tiles * num_kv_heads, -1, 1)
         result = _attend_group(queries, rule, sinks, key_rows, value_rows, group, head_dim)
-        result = result.view(num_tiles, num_kv_heads, -1, head_dim)[:, :, :num_rows]
+        result = result.view(num_tiles, num_kv_heads, -1, result.shape[-1])[:, :, :num_rows, :head_dim]
         result = result.view(num_tiles, num_kv_heads, num_tokens, group_size, head_dim).transpose(1, 2)
         attended.index_copy_(0, group.token_rows, result.reshape(-1, num_kv_heads, group_size, head_dim))
     return attended.view(num_queries, num_heads, head_dim)
@@ -197,7 +204,7 @@ def _attend_group(
     group: Group,
     head_dim: int,
 ) -> Tensor:
-    """Give each of the scaled queries, [N * K, rows, head_dim], its result."""
+    """Give each of the scaled queries, [N * K, rows, head_dim], its result, in columns as of `padded_values`."""
     last = len(group.splits) - 1
     if last == 0 and sinks is None:
         scores, v = _score_split(queries, rule, key_rows, value_rows, group, 0, head_dim)
@@ -226,7 +233,7 @@ def _score_split(
     index: int,
     head_dim: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gather one split of the keys and values; return scores, [N * K, rows, keys], and the values."""
+    """Gather one split of the keys and values; return scores, [N * K, rows, keys], and the padded values."""
     k, v = (
         cache.index_select(0, group.splits[index]).view(queries.shape[0], -1, head_dim)
         for cache in (key_rows, value_rows)
@@ -240,4 +247,4 @@ def _score_split(
         per_tile.masked_fill_(places <= group.positions - rule.window, -torch.inf)
     if index == len(group.splits) - 1:
         per_tile[..., -_TILE:].masked_fill_(group.hidden, -torch.inf)
-    return scores, v
+    return scores, padded_values(v)
