@@ -6,8 +6,8 @@
    widened by a shift and a mask. Panels of groups hold, for each group, WIDTH scales and [group][WIDTH] bytes: a byte
    times its scale is a weight, rounded to fp32.
 
-   Where there are many rows, the first tile keeps what it widened for those after it. While a panel is multiplied, the
-   next one is fetched.
+   Where there are many rows, the first tile keeps what it widened for those after it, unless to widen it again is faster.
+   While a panel is multiplied, the next one is fetched.
 
    Every output is a sum over k in order, started at 0, scaled (where a feature has one scale) and with the bias added
    last: its bits depend neither on the number of rows nor on that of threads, which share the panels out, nor on the
@@ -165,6 +165,16 @@ static Tile *const *const TWO[] = {two_FLOAT, two_HALF, two_BRAIN, two_BYTE, two
 static Tile *const *const KEEP[] = {NULL, kept_HALF, kept_BRAIN, kept_BYTE, kept_GROUPS};
 static Tile *const WIDENED[] = {MORE_ROWS(NAME, WIDE)};
 
+/* On AMD's processors with AVX-512 it is faster to read 16 bits from the first-level cache, and to widen them in every tile,
+   than to read floats from the second. */
+INLINE int is_kept(int format, int64_t rows) {
+    if (format == FLOAT || rows < KEEP_ROWS) return 0;
+#if WIDTH == 16
+    if ((format == BRAIN || format == HALF) && __builtin_cpu_is("amd")) return 0;
+#endif
+    return 1;
+}
+
 INLINE int panels_at_once(int64_t rows) { return rows == 1 ? 8 : rows <= MANY_ROWS ? 4 : 2; }
 
 int64_t linear_wide_bytes(int64_t k) {
@@ -188,7 +198,7 @@ static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t aft
     if (l->format == GROUPS) bytes += scale_bytes(l->shift, l->k);
     Panels at = panels_of(l, bytes);
     int64_t step = panels_at_once((rows + tiles - 1) / tiles);
-    int keep = l->format != FLOAT && rows >= KEEP_ROWS;
+    int keep = is_kept(l->format, rows);
     for (int64_t panel = first; panel < end;) {
         int many = step > 2 && end - panel >= step;
         const char *from = (const char *)l->weights + panel / 2 * at.pair_step;
