@@ -180,8 +180,10 @@ class WindowDetokenizer:
     def _texts(self) -> tuple[str, str]:
         window = self._ids[self._start :]
         shown = window[: self._shown - self._start]
-        before, now = (self._decode(ids, skip_special_tokens=self._skip) for ids in (shown, window))
-        return before, now
+        return (
+            self._decode(shown, skip_special_tokens=self._skip),
+            self._decode(window, skip_special_tokens=self._skip),
+        )
 
     def _advance(self, text: str) -> str:
         self._shown = len(self._ids)

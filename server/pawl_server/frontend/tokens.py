@@ -6,10 +6,10 @@ of its panics; knows nothing of templates or requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from tokenizers import Tokenizer
 
@@ -20,20 +20,30 @@ __all__ = ["PlacedToken", "TextTokenizer"]
 
 
 _MOST_IDS = (1 << 31) - 1  # an int32 on the wire
-_NO_TOKENS = "the model's tokenizer cannot encode the text"
-_NO_TEXT = "the model's tokenizer cannot decode the tokens"
 
 
-@contextmanager
-def _refusing(what: str, reason: str) -> Iterator[None]:
-    """Make an InvalidRequest of what tokenizers raises: a plain Exception, or a panic, which is none."""
-    try:
-        yield
-    except BaseException as error:
+class _Refusing:
+    """Makes an InvalidRequest of what tokenizers raises: a plain Exception, or a panic, which is none.
+
+    A class, and made once where every token comes by: a generator would cost a token more than its text does.
+    """
+
+    __slots__ = ("_reason", "_what")
+
+    def __init__(self, what: str, reason: str) -> None:
+        self._what, self._reason = what, reason
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         # The class of a Rust panic has no module to import it from; it derives from BaseException.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InvalidRequest(f"{what}: {error}", reason=reason) from error
-        raise
+        if isinstance(error, Exception) or (kind is not None and kind.__name__ == "PanicException"):
+            raise InvalidRequest(f"{self._what}: {error}", reason=self._reason) from error
+
+
+_ENCODING = _Refusing("the model's tokenizer cannot encode the text", "TOKENIZER_REFUSED")
+_DECODING = _Refusing("the model's tokenizer cannot decode the tokens", "TOKENIZER_REFUSED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +85,7 @@ class TextTokenizer:
                 f"{folder} has no tokenizer.json: save the tokenizer in the fast format (transformers save_pretrained)"
             )
             raise InvalidRequest(text, reason="NO_TOKENIZER")
-        with _refusing(f"cannot read {path}", "NO_TOKENIZER"):
+        with _Refusing(f"cannot read {path}", "NO_TOKENIZER"):
             loaded = cls(Tokenizer.from_file(str(path)))
         if loaded.vocab_size > _MOST_IDS:
             text = f"{path}: token ids go up to {loaded.vocab_size - 1}, more than 32 bits hold"
@@ -88,7 +98,7 @@ class TextTokenizer:
         Raises:
             InvalidRequest: the tokenizer has no tokens for it, or is broken.
         """
-        with _refusing(_NO_TOKENS, "TOKENIZER_REFUSED"):
+        with _ENCODING:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -98,7 +108,7 @@ class TextTokenizer:
         Raises:
             InvalidRequest: as of `encode`.
         """
-        with _refusing(_NO_TOKENS, "TOKENIZER_REFUSED"):
+        with _ENCODING:
             encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         byte_at = [0]
         for character in text:
@@ -115,7 +125,7 @@ class TextTokenizer:
         Raises:
             InvalidRequest: the tokenizer has no text for them, or is broken.
         """
-        with _refusing(_NO_TEXT, "TOKENIZER_REFUSED"):
+        with _DECODING:
             text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
