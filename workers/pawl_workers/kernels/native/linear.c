@@ -23,7 +23,8 @@
 #include "vector.h"
 
 #define ROW_BLOCK 96 /* rows that stay in the second-level cache while a thread passes over its panels */
-#define AHEAD 2048   /* bytes to prefetch ahead, where weights are read once */
+#define AHEAD 2048   /* bytes of each panel to prefetch ahead, where weights are read once, of four panels or more */
+#define FEW_AHEAD 4096 /* of two, whose products wait for less */
 #define MOST_PANELS 8
 #define MOST_SUMS 24
 #define DEPTH 4      /* inputs whose weights are prefetched together */
@@ -184,10 +185,11 @@ int64_t linear_wide_bytes(int64_t k) {
 
 /* What tile i of some rows prefetches. One tile reads its own weights a little ahead and turns to those that come after;
    of several, each fetches a share of what comes after. delta: bytes to there; bytes: of a panel. */
-INLINE Ahead look_ahead(const Linear *l, const char *from, int64_t delta, int64_t bytes, int64_t i, int64_t tiles) {
-    int64_t step = bytes * DEPTH / l->k;
+INLINE Ahead look_ahead(const Linear *l, const char *from, int64_t delta, int64_t bytes, int many, int64_t i,
+                        int64_t tiles) {
+    int64_t step = bytes * DEPTH / l->k, far = many || l->format == BYTE ? AHEAD : FEW_AHEAD;
     if (tiles > 1) return (Ahead){from + delta + i * bytes / tiles, step / tiles + 1, -1, 0};
-    return (Ahead){from + AHEAD, step, bytes > AHEAD ? (bytes - AHEAD) / step * DEPTH : 0, delta - bytes};
+    return (Ahead){from + far, step, bytes > far ? (bytes - far) / step * DEPTH : 0, delta - bytes};
 }
 
 /* Panels from `first` to `end`, both even, times rows from `row` to `row_end`, in tiles of nearly equal height. after:
@@ -205,7 +207,7 @@ static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t aft
         int64_t next = panel + (many ? step : 2), delta = ((next < end ? next : after) - panel) / 2 * at.pair_step;
         for (int64_t i = 0, at_row = row; i < tiles; i++) {
             int64_t height = rows / tiles + (i < rows % tiles);
-            Ahead ahead = look_ahead(l, from, delta, bytes, i, tiles);
+            Ahead ahead = look_ahead(l, from, delta, bytes, many, i, tiles);
             if (keep && i == 0) KEEP[l->format][height - MANY_ROWS - 1](&at, at_row, panel, from, ahead, wide);
             else if (keep) WIDENED[height - MANY_ROWS - 1](&at, at_row, panel, (const char *)wide, ahead, NULL);
             else (many ? MANY : TWO)[l->format][height](&at, at_row, panel, from, ahead, NULL);
