@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pawl_loadtest.arguments import positive
 from pawl_server.sim.measured import RecordedStep, write_steps
-from pawl_workers.kernels.cpu_program import KernelSeconds
+from pawl_workers.kernels.cpu_seconds import KernelSeconds
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan, StepResult
 from pawl_workers.worker import Worker, WorkerOptions
 

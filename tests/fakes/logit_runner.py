@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pawl_workers.batch import AttentionShape
-from pawl_workers.forward import compute, forward
+from pawl_workers.batch import AttentionShape, PromptRows
+from pawl_workers.forward import compute
 from pawl_workers.kernels import Precision, choose_backend
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.model.checkpoint_config import CheckpointConfig, read_config
@@ -127,18 +128,24 @@ class LogitRunner:
         rows, lengths = np.array(list(grants)), np.array(list(grants.values()))
         with torch.inference_mode():
             batch, _ = build_batch(self._table, rows, lengths, self._settings)
-            stream = forward(batch, self.weights, self.cache).stream
+            every = PromptRows(0, 0, 1, np.zeros(len(batch.token_ids), dtype=np.int64), 0)
+            stream, _ = compute(replace(batch, prompts=[every]), self.weights, self.cache)
             scores = logits(norm(stream, self.weights.final_norm), self.weights.head)
         self._table.num_computed[rows] += lengths
         return dict(zip(grants, torch.split(scores, lengths.tolist()), strict=True))
 
+    def sampled(self, grants: Mapping[int, int]) -> Tensor:
+        """Compute the next tokens of some rows, and return what those that are at their end sample from, [S, V]."""
+        rows, lengths = np.array(list(grants)), np.array(list(grants.values()))
+        with torch.inference_mode():
+            batch, _ = build_batch(self._table, rows, lengths, self._settings)
+            _, scores = compute(batch, self.weights, self.cache)
+        self._table.num_computed[rows] += lengths
+        return scores
+
     def decode(self, rows: list[int]) -> Tensor:
         """Compute the last token of some rows that sample, and return the logits that they sample from, [rows, V]."""
-        with torch.inference_mode():
-            batch, _ = build_batch(self._table, np.array(rows), np.ones(len(rows), dtype=np.int64), self._settings)
-            _, scores = compute(batch, self.weights, self.cache)
-        self._table.num_computed[rows] += 1
-        return scores
+        return self.sampled(dict.fromkeys(rows, 1))
 
     def alone(self, token_ids: list[int], chunks: list[int] | None = None) -> Tensor:
         """Compute one sequence by itself, in chunks, and return all its logits, [tokens, V]."""

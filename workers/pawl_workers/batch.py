@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from pawl_workers.sampling.batch import IntArray, SamplingBatch
@@ -94,3 +95,9 @@ class Batch:
     def samples(self, stream: Tensor) -> Tensor:
         """The rows of a stream, [T, D], that are sampled from, [S', D]: the stream itself where all of them are."""
         return stream if self.last.shape[0] == stream.shape[0] else stream[self.last]
+
+    def asked(self) -> IntArray:
+        """Token rows that are sampled from or scored, [A], increasing, of a batch on a CPU."""
+        scored = (np.arange(prompt.first, prompt.first + len(prompt.target_ids)) for prompt in self.prompts)
+        last = self.last.numpy()
+        return np.unique(np.concatenate([last, *scored])) if self.prompts else last

@@ -28,7 +28,11 @@ __all__ = ["StepOutput", "compute", "finish", "forward"]
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step found: sampled tokens, scored prompts, and the stream after the last layer, [T, D]."""
+    """What a step found: sampled tokens, scored prompts, and the stream after the last layer, [T, D].
+
+    Rows that are neither sampled from nor scored may stand in it as they were before that layer: finite only where the
+    keys and values are that they wrote.
+    """
 
     sampled: Sampled
     prompts: list[PromptLogprobs]
@@ -41,7 +45,7 @@ def forward(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput:
 
 
 def compute(batch: Batch, weights: Weights, cache: KvCache) -> tuple[Tensor, Tensor]:
-    """Give the stream after the last layer, [T, D], and the logits of the rows that sample, [S, V].
+    """Give the stream after the last layer, [T, D], as in `StepOutput`, and the logits of the rows that sample, [S, V].
 
     Where the backend has compiled the layers into a program, that does what the loop does, with the same bits; and one
     that goes on to the head does the last line too.

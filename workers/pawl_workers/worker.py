@@ -21,7 +21,8 @@ from pawl_workers.facts import WorkerFacts, worker_facts
 from pawl_workers.forward import compute, finish
 from pawl_workers.graphs import DecodeGraphs, bucket_of
 from pawl_workers.host_cache import HostCache
-from pawl_workers.kernels.cpu_program import CpuProgram, KernelSeconds
+from pawl_workers.kernels.cpu_program import CpuProgram
+from pawl_workers.kernels.cpu_seconds import KernelSeconds
 from pawl_workers.kv_cache import KvCache
 from pawl_workers.model.loading import load_weights
 from pawl_workers.model.rotary import rotary_table

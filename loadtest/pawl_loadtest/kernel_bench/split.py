@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pawl_loadtest.steps import Shape
-from pawl_workers.kernels.cpu_program import KernelSeconds
+from pawl_workers.kernels.cpu_seconds import KernelSeconds
 from pawl_workers.plan import StepResult
 
 __all__ = ["KERNELS", "PYTHON", "Phase", "WatchedStep", "parts_of", "phases_of"]

@@ -1,8 +1,9 @@
 """The least time that a workload takes on a machine, from bytes and floating-point operations alone.
 
 A step multiplies every weight with every token and reads every weight once, whichever of the two takes longer;
-attention reads every earlier token's KV once and computes on it, whichever takes longer. Matrix products and attention
-do not overlap, so their times add. Nothing else is counted: no dispatch, no sampling, no norms.
+attention reads every earlier token's KV once and computes on it, whichever takes longer. In the last layer tokens that
+are not sampled from need keys and values alone. Matrix products and attention do not overlap, so their times add.
+Nothing else is counted: no dispatch, no sampling, no norms.
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ def bound(shape: Shape, workload: Workload, precision: Precision, limits: Machin
     weights_s = (layer + head) * precision.weight_bytes / limits.read_bytes
     kv_token_bytes = shape.kv_per_token * precision.kv_bytes
 
-    prefill_flops = 2 * requests * (prompt * layer + head)
-    causal_pairs = prompt * (prompt + 1) // 2
+    prefill_flops = 2 * requests * (prompt * layer - (prompt - 1) * shape.spared_weights + head)
+    causal_pairs = prompt * (prompt + 1) / 2
+    causal_pairs -= (causal_pairs - prompt) / shape.num_layers
     steps = workload.output_tokens - 1
     # The step that computes output token i attends to the prompt, the i tokens before it, and itself.
     pairs = sum(prompt + step for step in range(1, workload.output_tokens))
@@ -110,7 +112,7 @@ def bound(shape: Shape, workload: Workload, precision: Precision, limits: Machin
 
 
 def _attention(
-    shape: Shape, requests: int, tokens_read: int, pairs: int, kv_token_bytes: float, limits: MachineLimits
+    shape: Shape, requests: int, tokens_read: int, pairs: float, kv_token_bytes: float, limits: MachineLimits
 ) -> Part:
     bytes_s = requests * tokens_read * kv_token_bytes / limits.read_bytes
     return Part(requests * pairs * shape.attention_per_pair / limits.attention_flops, bytes_s)

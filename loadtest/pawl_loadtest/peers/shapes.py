@@ -37,6 +37,11 @@ class Shape:
         return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
     @property
+    def spared_weights(self) -> int:
+        """Weights of the last layer that a row nobody asks about need not meet: all but those of keys and values."""
+        return self.layer_weights // self.num_layers - 2 * self.hidden_size * self.num_kv_heads * self.head_dim
+
+    @property
     def head_weights(self) -> int:
         """Weights of the output matrix, tied to the embedding in all these shapes."""
         return self.vocab_size * self.hidden_size

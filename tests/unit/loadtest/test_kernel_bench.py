@@ -20,7 +20,7 @@ from pawl_loadtest.peers.in_process import InProcess
 from pawl_loadtest.peers.shapes import SHAPES
 from pawl_loadtest.peers.workloads import Workload
 from pawl_loadtest.steps import Driver
-from pawl_workers.kernels.cpu_program import KernelSeconds, LayerSeconds
+from pawl_workers.kernels.cpu_seconds import KernelSeconds, LayerSeconds
 from pawl_workers.plan import StepResult
 from pawl_workers.worker import Worker, WorkerOptions
 
@@ -46,8 +46,9 @@ def test_limits_are_bytes_or_operations() -> None:
     computing = limits_of_step(
         tiny, parse_step("2x3@10"), 2, 4, MachineLimits(flops=1.0, read_bytes=1e18, attention_flops=0.5), 2
     )
-    pairs = 2 * (11 + 12 + 13)
-    assert computing == {"linears": 6 * 2 * layer, "head": 2 * 2 * head, "attention": 2 * pairs * 4 * 2 * 4 * 32}
+    pairs = 2 * (11 + 12 + 13) + 2 * 13  # the last layer's are of the last tokens alone, which sample
+    products = 6 * layer // 2 + 4 * 64 * (2 * 2 * 32) + 2 * layer // 2
+    assert computing == {"linears": 2 * products, "head": 2 * 2 * head, "attention": 2 * pairs * 4 * 4 * 32}
 
 
 def _step(text: str, *, seconds: float, planning_s: float = 0.5) -> WatchedStep:

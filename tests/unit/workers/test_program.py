@@ -11,17 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pawl_workers.errors import WorkerError
 from pawl_workers.kernels import Precision
-from pawl_workers.kernels.cpu_program import CpuProgram, KernelSeconds, LayerSeconds
+from pawl_workers.kernels.cpu_program import CpuProgram
+from pawl_workers.kernels.cpu_seconds import KernelSeconds, LayerSeconds
 from pawl_workers.memory import elements_per_token
 from pawl_workers.options import WorkerOptions
 from pawl_workers.worker import Worker
 from tests.fakes.checkpoints import make_llama
 from tests.fakes.families import FAMILIES, MAX_POSITIONS, Draft, write_checkpoint
 from tests.fakes.logit_runner import LogitRunner
+from tests.fakes.worker_driver import WorkerDriver
 
 NOTHING = LayerSeconds(0.0, 0.0, 0.0, 0.0, 0.0)
 CACHES = [None, torch.float16, torch.int8]
@@ -99,6 +102,41 @@ def test_the_program_gives_the_logits_of_the_stages(
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@given(data=st.data())
+@settings(max_examples=2)
+def test_what_is_not_asked_about_leaves_out_the_last_layer(
+    tmp_path_factory: pytest.TempPathFactory, family: str, data: st.DataObject
+) -> None:
+    """Every family: steps in which all, some or none of the rows sample give the logits of the stages, and their KV."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    precision, lengths = draw_model(data, family, folder, CACHES, shortest=2)
+    first = {row: data.draw(st.integers(1, length)) for row, length in enumerate(lengths)}
+    rest = {row: length - first[row] for row, length in enumerate(lengths) if length > first[row]}
+    found: list[list[Tensor]] = []
+    for one_by_one in (False, True):
+        runner = LogitRunner(folder, "cpu", precision=precision, max_running=3, one_by_one=one_by_one)
+        for row, length in enumerate(lengths):
+            runner.add(row, tokens(row, length, runner.spec.vocab_size), samples=True)
+        steps = [runner.sampled(grants) for grants in (first, rest) if grants]
+        layers = [runner.cache[layer] for layer in range(runner.spec.num_layers)]
+        cached = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        found.append([*steps, *cached])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def test_a_row_that_is_not_asked_about_says_when_its_last_keys_are_not_finite(tmp_path: Path) -> None:
+    """Of a row that does not sample no more is computed, but what it left in the cache fails it all the same."""
+    folder = make_llama(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.v_proj.weight"][3] = torch.finfo(torch.float32).max
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    driver = WorkerDriver(Worker.load(WorkerOptions(str(folder), kernels="cpu", max_running=1)))
+    sequence = driver.start([1, 2, 3, 4, 5, 6])
+    driver.step([(sequence, 4)])
+    assert sequence.failure == "the hidden state is not finite"
+
+
 @given(
     num_experts=st.integers(1, 9), num_active=st.integers(1, 4), inner=st.sampled_from([16, 48]),
     hidden=st.integers(16, 50), normalised=st.booleans(), dense=st.lists(st.integers(0, 3), max_size=2),
@@ -132,6 +170,12 @@ def test_routed_layers_are_part_of_the_program(
         torch.set_num_threads(1)
     for ours, theirs in zip(found, logits_of(staged, [70, 3, 41], chunk), strict=True):
         assert torch.equal(ours, theirs)
+    asked = []
+    for runner in (at_once, staged):
+        for row, length in enumerate([70, 41]):
+            runner.add(row, tokens(row, length, 97), samples=True)
+        asked.append(runner.sampled({0: 60, 1: 41}))
+    assert torch.equal(*asked)
 
 
 def test_a_program_says_where_its_time_went(tmp_path: Path) -> None:

@@ -48,7 +48,11 @@ class LayerProgram(Protocol):
     """All layers of a model in one call."""
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """Take the stream, [T, D], through all layers; it may be changed in place. Writes keys and values."""
+        """Take the stream, [T, D], through all layers; it may be changed in place. Writes keys and values.
+
+        Rows that `batch` asks nothing of may be left as they were before the last layer, but for one whose keys or
+        values there are not finite: that is not finite either.
+        """
         ...
 
 

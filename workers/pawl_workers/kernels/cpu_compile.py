@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pawl_workers.kernels.cpu_calls import activation_number, attention_call, norm_call, padded_dim, place_call
 from pawl_workers.kernels.cpu_linear import CpuLinear
-from pawl_workers.kernels.cpu_program import Buffer, CpuProgram, Kind, Router, Segment
+from pawl_workers.kernels.cpu_program import Buffer, CpuProgram, Cut, Kind, Router, Segment
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import MOST_ROTARIES, ExpertsCall, LinearCall, Operation
 from pawl_workers.model.packed import PackedLinear, PackedNorm
@@ -31,17 +31,21 @@ def compile_program(
     segments: list[Segment] = []
     operations: list[Operation] = []
     kept: list[object] = []
+    cut: Cut | None = None
     for w, cache in zip(layers, caches, strict=True):
         for step in _layer(w, cache, cache_format, kept):
             if isinstance(step, Router):
                 segments.append(Segment(operations, step))
                 operations = []
-            else:
-                operations.append(step)
+                continue
+            operations.append(step)
+            if step.kind == Kind.PLACE:  # the last one's stays
+                cut = Cut(len(segments), len(operations), _read_later(w), w.attention.num_heads * w.attention.head_dim)
+    assert cut is not None  # noqa: S101 - a model has layers
     segments.append(Segment(operations, None))
     attention = layers[0].attention
     kv_shape = attention.num_kv_heads, padded_dim(attention.head_dim)
-    return CpuProgram(segments, _widths(layers), kv_shape, _widest(layers), library, kept)
+    return CpuProgram(segments, cut, _widths(layers), kv_shape, _widest(layers), library, kept)
 
 
 def compile_head(final_norm: PackedNorm | None, head: PackedLinear) -> list[Operation]:
@@ -50,6 +54,13 @@ def compile_head(final_norm: PackedNorm | None, head: PackedLinear) -> list[Oper
     scoring = _linear(head, Buffer.NORMED if norm else Buffer.STREAM, Buffer.LOGITS)
     scoring.kind = Kind.SCORE
     return [*norm, scoring]
+
+
+def _read_later(w: LayerWeights) -> tuple[Buffer, ...]:
+    """What a layer still reads once its keys and values are written, but for the stream."""
+    if not w.parallel or (w.mlp_norm is None and w.attention_norm is None):
+        return (Buffer.QUERIES,)
+    return Buffer.QUERIES, Buffer.NORMED if w.mlp_norm is None else Buffer.NORMED_AGAIN
 
 
 def _can_compile(w: LayerWeights, library: Library) -> bool:

@@ -31,12 +31,16 @@ class CpuLayout(AttentionLayout):
         tables: [S, table_stride], zeros behind the blocks of each sequence.
         tiles: sequence, first row, its position, tokens, first head, heads, first pair, [tiles, 7].
         pairs: tile and split, [pairs, 2], where threads share out splits; else None.
+        starts: first row of each sequence, [S].
+        group: query heads of a key-value head.
     """
 
     slots: Tensor
     tables: Tensor
     tiles: Tensor
     pairs: Tensor | None
+    starts: IntArray
+    group: int
 
     @property
     def table_stride(self) -> int:
@@ -47,13 +51,25 @@ class CpuLayout(AttentionLayout):
         """Floats that the results of all pairs take before they are merged."""
         return 0 if self.pairs is None else len(self.pairs) * num_kv_heads * _LEAST_ROWS * (padded + 2)
 
+    def tiles_of(self, rows: IntArray, positions: IntArray) -> Tensor:
+        """Cut some rows of the step, [A] increasing, into tiles of one each, where they are rows 0 to A - 1 by now.
+
+        Args:
+            rows: which.
+            positions: of all rows, [T].
+        """
+        tiles = _tiles(np.arange(len(rows)), np.ones_like(rows), positions[rows] + 1, self.group, 0)
+        tiles[:, 0] = np.searchsorted(self.starts, rows, side="right")[tiles[:, 1]] - 1
+        return torch.from_numpy(tiles)
+
 
 def lay_out(sequences: SequenceArrays, shape: AttentionShape, num_threads: int) -> CpuLayout:
     """Cut the step into tiles of up to 192 query rows: large ones widen fewer blocks, small ones keep threads busy."""
     blocks = sequences.block_tables[sequences.sequence_of_token, sequences.positions // _BLOCK]
     slots = blocks * _BLOCK + sequences.positions % _BLOCK
     least_tiles = num_threads * _ITEMS_PER_THREAD / shape.num_kv_heads
-    tiles = _tiles(sequences, shape.num_heads // shape.num_kv_heads, least_tiles)
+    group = shape.num_heads // shape.num_kv_heads
+    tiles = _tiles(sequences.starts, sequences.lengths, sequences.contexts, group, least_tiles)
     num_splits = -(-(tiles[:, 2] + tiles[:, 3]) // _SPLIT)
     pairs = None
     if num_threads > 1 and len(tiles) < least_tiles and int(num_splits.max()) > 1:
@@ -68,26 +84,28 @@ def lay_out(sequences: SequenceArrays, shape: AttentionShape, num_threads: int) 
         torch.from_numpy(tables),
         torch.from_numpy(tiles),
         pairs,
+        sequences.starts,
+        group,
     )
 
 
-def _tiles(sequences: SequenceArrays, group: int, least_tiles: float) -> IntArray:
+def _tiles(starts: IntArray, lengths: IntArray, contexts: IntArray, group: int, least_tiles: float) -> IntArray:
     first_heads = range(0, group, _MOST_HEADS)
     heads = min(group, _MOST_HEADS)
     at_once, least = _MOST_ROWS // heads, _LEAST_ROWS // heads
-    num_tiles = -(-sequences.lengths // at_once)
+    num_tiles = -(-lengths // at_once)
     while at_once > least and int(num_tiles.sum()) * len(first_heads) < least_tiles:
         at_once = max(least, at_once // 2)
-        num_tiles = -(-sequences.lengths // at_once)
+        num_tiles = -(-lengths // at_once)
     sequence = np.repeat(np.arange(len(num_tiles)), num_tiles)
     token = (np.arange(len(sequence)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)) * at_once
     parts = []
     for first_head in first_heads:
         tiles = np.zeros((len(sequence), _FIELDS), dtype=np.int64)
         tiles[:, 0] = sequence
-        tiles[:, 1] = sequences.starts[sequence] + token
-        tiles[:, 2] = (sequences.contexts - sequences.lengths)[sequence] + token
-        tiles[:, 3] = np.minimum(at_once, sequences.lengths[sequence] - token)
+        tiles[:, 1] = starts[sequence] + token
+        tiles[:, 2] = (contexts - lengths)[sequence] + token
+        tiles[:, 3] = np.minimum(at_once, lengths[sequence] - token)
         tiles[:, 4] = first_head
         tiles[:, 5] = min(_MOST_HEADS, group - first_head)
         parts.append(tiles)

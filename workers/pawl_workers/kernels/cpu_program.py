@@ -1,7 +1,8 @@
 """The layers of a model as programs of C operations: a step is one call and one parallel region.
 
-Where tokens are routed to experts the choice is made between two calls. The operations are those that the stages call
-one by one, with the same bits; `forward.py` says what they add up to, and `cpu_compile.py` makes them.
+Where tokens are routed to experts the choice is made between two calls. Of the last layer rows that nobody asks about
+need keys and values alone, and all that comes after these is a call over the other rows. The operations are those that
+the stages call one by one, with the same bits; `forward.py` says what they add up to, and `cpu_compile.py` makes them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from pawl_workers.batch import Batch
 from pawl_workers.kernels.cpu_layout import CpuLayout
+from pawl_workers.kernels.cpu_seconds import KernelSeconds, LayerSeconds
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import Frame, Operation
 from pawl_workers.kernels.routing import choose_experts
 from pawl_workers.kernels.steady_activation import steady_sigmoid
 
-__all__ = ["Buffer", "CpuProgram", "KernelSeconds", "Kind", "LayerSeconds", "Router", "Segment"]
+__all__ = ["Buffer", "CpuProgram", "Cut", "Kind", "Router", "Segment"]
 
 
 class Kind(IntEnum):
@@ -81,43 +83,20 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSeconds:
-    """Seconds in layers by kind of operation.
+class Cut:
+    """Where a program is done with rows that nobody asks about: behind the last layer's keys and values.
 
     Attributes:
-        placing: turning queries and keys, and writing keys and values.
-        routing: choosing experts, sorting tokens by them, and adding up what they found.
+        segment: the one that is cut, by its number.
+        operation: its first one for the other rows alone.
+        read: buffers that these read of what was computed for all rows, beside the stream.
+        first_key: where a row's keys and values begin in `Buffer.HEADS`.
     """
 
-    norms: float
-    linears: float
-    placing: float
-    attention: float
-    routing: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.norms + self.linears + self.placing + self.attention + self.routing
-
-
-@dataclass(frozen=True, slots=True)
-class KernelSeconds:
-    """Where the time of steps went, by the clocks of the kernels.
-
-    Attributes:
-        work: of the first thread, in the layers, and in the final norm where it is part of their program.
-        waits: of the first thread for the others, after an operation, by the kind of that.
-        entering: what the calls that run layers took beyond both.
-        head: the head, and the final norm where it is not part of the program.
-        sampling: choosing tokens and describing them.
-    """
-
-    work: LayerSeconds
-    waits: LayerSeconds
-    entering: float
-    head: float
-    sampling: float
+    segment: int
+    operation: int
+    read: tuple[Buffer, ...]
+    first_key: int
 
 
 _Compiled = tuple[ctypes.Array[Operation], Router | None]
@@ -128,6 +107,7 @@ class CpuProgram:
 
     Args:
         segments: in order.
+        cut: of these.
         widths: floats that a token takes in each buffer but the stream.
         kv_shape: heads of keys and values, and their padded dimensions.
         widest: inputs of the widest linear layer.
@@ -138,6 +118,7 @@ class CpuProgram:
     def __init__(
         self,
         segments: Sequence[Segment],
+        cut: Cut,
         widths: Mapping[Buffer, int],
         kv_shape: tuple[int, int],
         widest: int,
@@ -146,6 +127,10 @@ class CpuProgram:
     ) -> None:
         self._compiled = segments
         self._segments = [(_array(s.operations), s.router) for s in segments]
+        operations, router = segments[cut.segment].operations, segments[cut.segment].router
+        self._cut = cut
+        self._for_all = [*self._segments[: cut.segment], (_array(operations[: cut.operation]), None)]
+        self._for_some = [(_array(operations[cut.operation :]), router), *self._segments[cut.segment + 1 :]]
         self._through_head: list[_Compiled] | None = None
         self._vocab_size = 0
         self._widths = [widths.get(buffer, 0) for buffer in list(Buffer)[1:]]
@@ -155,6 +140,7 @@ class CpuProgram:
         self._counters = np.zeros(max(len(s.operations) for s in segments), dtype=np.int64)
         self._rows = 0
         self._memory: list[Tensor] = []
+        self._partials: Tensor | None = None
         self._routing = torch.empty(0, dtype=torch.int64)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_bytes = library.program_scratch_bytes(widest)
@@ -176,37 +162,63 @@ class CpuProgram:
             self._frame.counters = self._counters.ctypes.data
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """Run all layers over the stream, [T, D] float32, in place; writes keys and values into the cache."""
-        return self._run(x, batch, self._segments)
+        """Run all layers over the stream, [T, D] float32, in place; see `LayerProgram`."""
+        x, asked = x.contiguous(), batch.asked()
+        self._enter(x, batch)
+        if len(asked) == x.shape[0]:
+            self._run(self._segments)
+            return x
+        self._run(self._for_all)
+        keys_and_values = self._memory[Buffer.HEADS - 1][: x.shape[0], self._cut.first_key :]
+        finite = keys_and_values.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            x[~finite] = torch.nan
+        if len(asked):
+            self._go_on_with(torch.from_numpy(asked), x, batch)
+        return x
 
     def run_through_head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Run all layers and the head over the stream; see `ScoringProgram`."""
         assert self._through_head is not None  # noqa: S101 - narrows the type
-        scores = torch.empty(x.shape[0], self._vocab_size)
-        return self._run(x, batch, self._through_head, scores), scores
+        x, scores = x.contiguous(), torch.empty(x.shape[0], self._vocab_size)
+        self._enter(x, batch)
+        self._frame.buffers[Buffer.LOGITS] = scores.data_ptr()
+        self._run(self._through_head)
+        return x, scores
 
-    def _run(self, x: Tensor, batch: Batch, segments: Sequence[_Compiled], logits: Tensor | None = None) -> Tensor:
-        layout = batch.attention
+    def _enter(self, x: Tensor, batch: Batch) -> None:
+        layout, frame = batch.attention, self._frame
         assert isinstance(layout, CpuLayout)  # noqa: S101 - narrows the type
-        x = x.contiguous()
-        num_rows, num_threads, frame = x.shape[0], torch.get_num_threads(), self._frame
-        self._make_room(num_rows, num_threads)
-        partials: Tensor | None = None  # lives as long as the call
+        self._make_room(x.shape[0], torch.get_num_threads())
         frame.buffers[Buffer.STREAM] = x.data_ptr()
-        if logits is not None:
-            frame.buffers[Buffer.LOGITS] = logits.data_ptr()
         frame.slots, frame.tables = layout.slots.data_ptr(), layout.tables.data_ptr()
         frame.tiles = layout.tiles.data_ptr()
-        frame.rows, frame.num_tiles, frame.table_stride = num_rows, layout.tiles.shape[0], layout.table_stride
+        frame.rows, frame.num_tiles, frame.table_stride = x.shape[0], layout.tiles.shape[0], layout.table_stride
         if layout.pairs is None:
-            frame.pairs = None
+            frame.pairs = self._partials = None
         else:
-            partials = torch.empty(layout.partial_floats(self._num_kv_heads, self._padded))
+            self._partials = torch.empty(layout.partial_floats(self._num_kv_heads, self._padded))
             frame.pairs, frame.num_pairs = layout.pairs.data_ptr(), len(layout.pairs)
-            frame.partials = partials.data_ptr()
+            frame.partials = self._partials.data_ptr()
         for i, (cosines, sines) in enumerate(batch.rotary):
             frame.cosines[i], frame.sines[i] = cosines.data_ptr(), sines.data_ptr()
             frame.turned[i] = cosines.shape[-1]
+
+    def _go_on_with(self, rows: Tensor, x: Tensor, batch: Batch) -> None:
+        """Take some rows of the stream, [A] int64, from the cut on to the end."""
+        layout, frame, some = batch.attention, self._frame, x[rows]
+        assert isinstance(layout, CpuLayout)  # noqa: S101 - narrows the type
+        for buffer in self._cut.read:
+            memory = self._memory[buffer - 1]
+            memory[: len(rows)] = memory[rows]
+        tiles = layout.tiles_of(rows.numpy(), batch.positions.numpy())
+        frame.buffers[Buffer.STREAM], frame.rows = some.data_ptr(), len(rows)
+        frame.tiles, frame.num_tiles, frame.pairs = tiles.data_ptr(), len(tiles), None
+        self._run(self._for_some)
+        x[rows] = some
+
+    def _run(self, segments: Sequence[_Compiled]) -> None:
+        num_rows, num_threads, frame = self._frame.rows, torch.get_num_threads(), self._frame
         for operations, router in segments:
             self._library.run(operations, len(operations), self._frame_address, num_threads)
             if router is not None:
@@ -218,7 +230,6 @@ class CpuProgram:
                     shared_shares = steady_sigmoid(self._memory[Buffer.SHARED_SCORES - 1][:num_rows])
                     frame.shared_shares = shared_shares.data_ptr()
                 self._choosing_s += time.perf_counter() - before
-        return x
 
     @property
     def floats_per_token(self) -> int:

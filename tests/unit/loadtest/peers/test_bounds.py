@@ -56,16 +56,20 @@ def test_bound_equals_a_walk_through_the_steps(
     weights = shape.layer_weights + shape.head_weights
     kv_bytes = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * precision.kv_bytes
 
-    def attention(num_queries: int, num_read: int, num_pairs: int) -> float:
+    def attention(num_queries: int, num_read: int, num_pairs: float) -> float:
         flops = num_pairs * shape.num_layers * shape.num_heads * 2 * 2 * shape.head_dim
         return num_queries * max(num_read * kv_bytes / limits.read_bytes, flops / limits.attention_flops)
 
+    keys_and_values = 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
+    products = workload.prompt_tokens * (shape.layer_weights * (shape.num_layers - 1) / shape.num_layers)
+    products += (workload.prompt_tokens - 1) * keys_and_values + shape.layer_weights / shape.num_layers
     seconds = max(
-        2 * workload.requests * (workload.prompt_tokens * shape.layer_weights + shape.head_weights) / limits.flops,
+        2 * workload.requests * (products + shape.head_weights) / limits.flops,
         weights * precision.weight_bytes / limits.read_bytes,
     )
-    pairs = sum(position + 1 for position in range(workload.prompt_tokens))
-    seconds += attention(workload.requests, workload.prompt_tokens, pairs)
+    pairs = sum(position + 1 for position in range(workload.prompt_tokens)) * (shape.num_layers - 1)
+    pairs += workload.prompt_tokens  # of the last layer
+    seconds += attention(workload.requests, workload.prompt_tokens, pairs / shape.num_layers)
     length = workload.prompt_tokens
     for _ in range(workload.output_tokens - 1):
         length += 1
