@@ -48,12 +48,25 @@ typedef struct {
     int scaled, widened;
 } Split;
 
-/* Keys up to and with a row's own. */
-INLINE int64_t visible(const Tile *t, int row) { return t->first_position + row / t->heads + 1; }
+/* A row of a tile, counted on without dividing. */
+typedef struct {
+    int row;
+    int64_t token, head;
+} Query;
 
-/* Of a row in the queries and in what is found. */
-INLINE int64_t row_offset(const Tile *t, int row) {
-    int64_t token = t->first_row + row / t->heads, head = t->first_head + row % t->heads;
+INLINE Query query_of(const Tile *t, int row) { return (Query){row, row / t->heads, row % t->heads}; }
+
+INLINE void next_query(const Tile *t, Query *query) {
+    query->row++;
+    if (++query->head == t->heads) query->head = 0, query->token++;
+}
+
+/* Keys up to and with its own. */
+INLINE int64_t visible(const Tile *t, Query query) { return t->first_position + query.token + 1; }
+
+/* In the queries and in what is found. */
+INLINE int64_t offset_of(const Tile *t, Query query) {
+    int64_t token = t->first_row + query.token, head = t->first_head + query.head;
     return (token * t->step->heads + head) * t->step->head_dim;
 }
 
@@ -106,10 +119,9 @@ static void prefetch_values(const Split *split, int64_t key, int64_t end, int64_
 
 static void take_queries(const Tile *t, Scratch *s, int first, int rows) {
     const Attention *step = t->step;
-    for (int i = 0; i < rows; i++) {
-        int row = first + i;
-        const float *q = step->q + row_offset(t, row);
-        float *to = s->group.queries[i];
+    for (Query query = query_of(t, first); query.row < first + rows; next_query(t, &query)) {
+        const float *q = step->q + offset_of(t, query);
+        float *to = s->group.queries[query.row - first];
         for (int64_t dim = 0; dim < step->head_dim; dim++) to[dim] = q[dim] * step->scale;
         for (int64_t dim = step->head_dim; dim < step->padded; dim++) to[dim] = 0.0f;
     }
@@ -125,10 +137,11 @@ static void weigh(const Tile *t, Scratch *s, const Split *split, int first, int 
     const Attention *step = t->step;
     const float *const *scales = split->scaled ? split->value_scales : NULL;
     end = (end + STEP - 1) / STEP * STEP;
-    for (int row = 0; row < rows; row++) {
-        int64_t seen = visible(t, first + row) - split->first_key;
-        if (step->softcap != 0.0f) cap(s->group.scores[row], start, end, step->softcap);
-        hide(s->group.scores[row], start, end, seen - step->window, seen);
+    for (Query query = query_of(t, first); query.row < first + rows; next_query(t, &query)) {
+        int64_t seen = visible(t, query) - split->first_key;
+        float *scores = s->group.scores[query.row - first];
+        if (step->softcap != 0.0f) cap(scores, start, end, step->softcap);
+        hide(scores, start, end, seen - step->window, seen);
     }
 #define WEIGH(count)                                                                                               \
     if (scales) weigh_rows(count, s->group.scores[row], SCORE_STRIDE, start, end, scales, BLOCK,                   \
@@ -150,14 +163,16 @@ static void weigh(const Tile *t, Scratch *s, const Split *split, int first, int 
 static void attend_group(const Tile *t, Scratch *s, Split *split, int first, int rows) {
     const Attention *step = t->step;
     int64_t dims = step->padded, bytes = cache_bytes(step->format, dims);
-    int64_t end = smaller(visible(t, first + rows - 1) - split->first_key, SPLIT);
-    int64_t start = larger(visible(t, first) - step->window - split->first_key, 0) / BLOCK * BLOCK;
+    int64_t end = smaller(visible(t, query_of(t, first + rows - 1)) - split->first_key, SPLIT);
+    int64_t start = larger(visible(t, query_of(t, first)) - step->window - split->first_key, 0) / BLOCK * BLOCK;
     int format = split->widened ? FLOAT : step->format;
-    for (int row = 0; row < rows; row++) {
-        memset(s->group.sums[row], 0, (size_t)dims * sizeof(float));
-        s->split_maximum[row] = -INFINITY, s->split_total[row] = 0.0f;
+    if (start >= end) { /* other groups of the tile see keys of this split */
+        for (int row = 0; row < rows; row++) {
+            memset(s->group.sums[row], 0, (size_t)dims * sizeof(float));
+            s->split_maximum[row] = -INFINITY, s->split_total[row] = 0.0f;
+        }
+        return;
     }
-    if (start >= end) return; /* other groups of the tile see keys of this split */
     take_queries(t, s, first, rows);
     int reads = first == 0; /* before other groups of the tile do */
     for (int64_t key = start; key < end; key += BLOCK) {
@@ -183,7 +198,8 @@ static void attend_group(const Tile *t, Scratch *s, Split *split, int first, int
             widen_up_to(t, key, until, &split->wide_values, split->values, s->values);
             if (reads) prefetch_values(split, until, end, bytes);
         }
-        add_values(&s->group, rows, format, split->values, dims, key, until, reads && !split->widened ? then : NULL);
+        add_values(&s->group, rows, format, split->values, dims, key, until, key == start,
+                   reads && !split->widened ? then : NULL);
     }
 }
 
@@ -198,11 +214,9 @@ static void begin(const Tile *t, Scratch *s, int row) {
     s->total[row] = 1.0f;
 }
 
-static void finish(const Tile *t, const Scratch *s, int row) {
-    int64_t dims = t->step->head_dim;
-    float *out = t->step->out + row_offset(t, row);
-    float share = 1.0f / s->total[row];
-    for (int64_t i = 0; i < dims; i++) out[i] = s->sums[row * t->step->padded + i] * share;
+static void finish(const Tile *t, Query query, const float *sums, float total) {
+    float *out = t->step->out + offset_of(t, query), share = 1.0f / total;
+    for (int64_t i = 0; i < t->step->head_dim; i++) out[i] = sums[i] * share;
 }
 
 static Tile tile_of(const Attention *step, const int64_t *fields, int64_t head) {
@@ -221,23 +235,28 @@ static Tile tile_of(const Attention *step, const int64_t *fields, int64_t head) 
 
 INLINE int64_t first_seen(const Tile *t) { return larger(t->first_position + 1 - t->step->window, 0); }
 
-/* `then`: the keys that are read after it, or NULL. */
+/* `then`: the keys that are read after it, or NULL. What a single split gives is merged with nothing but sinks. */
 static void attend_tile(const Tile *t, Scratch *s, const char *then) {
-    int64_t dims = t->step->padded;
-    for (int row = 0; row < t->rows; row++) begin(t, s, row);
-    for (int64_t key = first_seen(t) / SPLIT * SPLIT; key < t->num_keys; key += SPLIT) {
+    int64_t dims = t->step->padded, start = first_seen(t) / SPLIT * SPLIT;
+    int alone = start + SPLIT >= t->num_keys && !t->step->sinks;
+    for (int row = 0; row < t->rows && !alone; row++) begin(t, s, row);
+    for (int64_t key = start; key < t->num_keys; key += SPLIT) {
         Split split;
         int64_t after = key + SPLIT;
         open_split(t, key, after < t->num_keys ? t->step->keys + block_offset(t, after) : then, &split);
         for (int group = 0; group < t->groups; group++) {
             int first = group_start(t, group), rows = group_start(t, group + 1) - first;
             attend_group(t, s, &split, first, rows);
-            for (int i = 0; i < rows; i++)
-                merge(&s->maximum[first + i], &s->total[first + i], s->sums + (first + i) * dims, s->split_maximum[i],
-                      s->split_total[i], s->group.sums[i], dims);
+            Query query = query_of(t, first);
+            for (int i = 0, row = first; i < rows; i++, row++, next_query(t, &query))
+                if (alone) finish(t, query, s->group.sums[i], s->split_total[i]);
+                else merge(&s->maximum[row], &s->total[row], s->sums + row * dims, s->split_maximum[i],
+                           s->split_total[i], s->group.sums[i], dims);
         }
     }
-    for (int row = 0; row < t->rows; row++) finish(t, s, row);
+    if (alone) return;
+    for (Query query = {0}; query.row < t->rows; next_query(t, &query))
+        finish(t, query, s->sums + query.row * dims, s->total[query.row]);
 }
 
 INLINE float *partial_of(const Attention *step, int64_t pair, int64_t head, int row) {
@@ -312,7 +331,7 @@ void merge_part(const Attention *step, int64_t *next, char *scratch) {
                 merge(&s->maximum[row], &s->total[row], s->sums + row * step->padded, partial[0], partial[1],
                       partial + 2, step->padded);
             }
-            finish(&t, s, row);
+            finish(&t, query_of(&t, row), s->sums + row * step->padded, s->total[row]);
         }
     }
 }

@@ -48,7 +48,8 @@ INLINE void product(int format, int rows, int columns, const float *a, int64_t a
 INLINE void some_scores(int format, int rows, int columns, const float *queries, const char *keys, const float *scales,
                         int64_t dims, float *scores, const char *ahead) {
     vw sums[ROWS * COLUMNS];
-    for (int i = 0; i < rows * columns; i++) sums[i] = allw(0.0f);
+    for (int r = 0; r < rows; r++) /* in one loop over all of them GCC would fill memory first */
+        for (int c = 0; c < columns; c++) sums[r * columns + c] = allw(0.0f);
     product(format, rows, columns, queries, DIM_STRIDE, keys, BLOCK, dims, sums, ahead, ahead ? dims : 0);
     for (int c = 0; c < columns; c++) {
         vw scale = scales ? loadw(scales + c * WIDTH) : allw(1.0f);
@@ -59,12 +60,13 @@ INLINE void some_scores(int format, int rows, int columns, const float *queries,
     }
 }
 
-/* Some dimensions of the values, from `dim` on. */
+/* Some dimensions of the values, from `dim` on; first: `to` holds nothing yet. */
 INLINE void some_values(int format, int rows, int columns, const float *weights, const char *const *blocks, int64_t dims,
-                        int64_t dim, int64_t start, int64_t end, float *to, const char *then) {
+                        int64_t dim, int64_t start, int64_t end, int first, float *to, const char *then) {
     vw sums[MOST_SUMS];
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < columns; c++) sums[r * columns + c] = loadw(to + r * DIM_STRIDE + dim + c * WIDTH);
+        for (int c = 0; c < columns; c++)
+            sums[r * columns + c] = first ? allw(0.0f) : loadw(to + r * DIM_STRIDE + dim + c * WIDTH);
     for (int64_t key = start; key < end; key += BLOCK) {
         int64_t n = end - key < BLOCK ? end - key : BLOCK, size = element_bytes(format);
         const char *values = blocks[key / BLOCK] + dim * size;
@@ -80,8 +82,8 @@ INLINE void some_values(int format, int rows, int columns, const float *weights,
 /* A function for each format and number of rows. */
 typedef void Scores(const float *queries, const char *keys, const float *scales, int64_t dims, float *to, int whole,
                     const char *ahead);
-typedef void Values(const float *weights, const char *const *blocks, int64_t dims, int64_t start, int64_t end, float *to,
-                    const char *then);
+typedef void Values(const float *weights, const char *const *blocks, int64_t dims, int64_t start, int64_t end, int first,
+                    float *to, const char *then);
 
 /* Of few rows more dimensions at a time: enough sums that do not wait for each other. */
 #define DIMS_AT_ONCE(rows) ((rows) * 64 / WIDTH <= MOST_SUMS / 2 ? 64 : 32)
@@ -92,15 +94,15 @@ typedef void Values(const float *weights, const char *const *blocks, int64_t dim
         else some_scores(format, rows, COLUMNS / 2, queries, keys, scales, dims, to, ahead);                           \
     }                                                                                                                  \
     static void values_##format##_##rows(const float *weights, const char *const *blocks, int64_t dims,                \
-                                         int64_t start, int64_t end, float *to, const char *then) {                    \
+                                         int64_t start, int64_t end, int first, float *to, const char *then) {         \
         int64_t dim = 0;                                                                                               \
         if (DIMS_AT_ONCE(rows) == 64)                                                                                  \
             for (; dim + 64 <= dims; dim += 64)                                                                        \
-                some_values(format, rows, 64 / WIDTH, weights, blocks, dims, dim, start, end, to, then);               \
+                some_values(format, rows, 64 / WIDTH, weights, blocks, dims, dim, start, end, first, to, then);        \
         for (; dim + 32 <= dims; dim += 32)                                                                            \
-            some_values(format, rows, COLUMNS, weights, blocks, dims, dim, start, end, to, then);                      \
+            some_values(format, rows, COLUMNS, weights, blocks, dims, dim, start, end, first, to, then);               \
         for (; dim < dims; dim += WIDTH)                                                                               \
-            some_values(format, rows, 1, weights, blocks, dims, dim, start, end, to, then);                            \
+            some_values(format, rows, 1, weights, blocks, dims, dim, start, end, first, to, then);                     \
     }
 #define THREE(format, DO) DO(format, 1) DO(format, 2) DO(format, 3)
 #if WIDTH == 16
@@ -136,10 +138,10 @@ void score_block(Rows *r, int rows, int format, const char *keys, const float *s
 }
 
 void add_values(Rows *r, int rows, int format, const char *const *blocks, int64_t dims, int64_t start, int64_t end,
-                const char *then) {
+                int first, const char *then) {
     int at_once = rows_at_once(rows);
     for (int row = 0; row < rows; row += at_once) {
         Values *values = VALUES[format][smaller(rows - row, at_once)];
-        values(r->scores[row], blocks, dims, start, end, r->sums[row], row == 0 ? then : NULL);
+        values(r->scores[row], blocks, dims, start, end, first, r->sums[row], row == 0 ? then : NULL);
     }
 }

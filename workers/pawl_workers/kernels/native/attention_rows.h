@@ -24,9 +24,10 @@ int passes_of(int rows);
 void score_block(Rows *r, int rows, int format, const char *keys, const float *scales, int64_t dims, int64_t key,
                  int64_t num_keys, const char *ahead);
 
-/* sums += the weights that stand in scores[.][start .. end) times these keys' values, in order. `then`: the block that is
-   read after those, each of which is fetched while the one before it is computed with; or NULL, and none is. */
+/* sums += the weights that stand in scores[.][start .. end) times these keys' values, in order; first: from 0 on. `then`:
+   the block that is read after those, each of which is fetched while the one before it is computed with; or NULL, and none
+   is. */
 void add_values(Rows *r, int rows, int format, const char *const *blocks, int64_t dims, int64_t start, int64_t end,
-                const char *then);
+                int first, const char *then);
 
 #endif
