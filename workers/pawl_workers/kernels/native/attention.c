@@ -10,7 +10,8 @@
    is widened once for all of them, unless one pass over it in registers is enough.
 
    What decodes read lies in blocks all over memory, where no processor finds the next one by itself. So each block is
-   fetched while the one before it is computed with: keys, then values of a split, then the next split's or tile's keys.
+   fetched while the one before it is computed with, or, of bytes, of which one is no long way ahead, one before that: keys,
+   then values of a split, then the next split's or tile's keys.
 
    Source: Dao et al., "FlashAttention", 2022, for the tiling; Hong et al., "FlashDecoding++", 2023, for splits in
    parallel. */
@@ -39,12 +40,17 @@ typedef struct {
     int rows, groups;
 } Tile;
 
+/* The first blocks of some keys, which are fetched before they are read; NULL: none. */
+typedef struct {
+    const char *blocks[MOST_AHEAD];
+} Ahead;
+
 /* What they share in a split: its blocks, in fp32 once they are widened, and up to where they are. */
 typedef struct {
     int64_t first_key, wide_keys, wide_values;
     const char *keys[SPLIT_BLOCKS], *values[SPLIT_BLOCKS];
     const float *key_scales[SPLIT_BLOCKS], *value_scales[SPLIT_BLOCKS];
-    const char *then; /* what is read after it */
+    Ahead then; /* what is read after it */
     int scaled, widened;
 } Split;
 
@@ -76,7 +82,14 @@ INLINE int64_t block_offset(const Tile *t, int64_t key) {
     return (t->table[key / BLOCK] * step->kv_heads + t->head) * cache_bytes(step->format, step->padded);
 }
 
-static void open_split(const Tile *t, int64_t first_key, const char *then, Split *split) {
+static Ahead keys_from(const Tile *t, int64_t key) {
+    Ahead ahead;
+    for (int i = 0; i < MOST_AHEAD; i++)
+        ahead.blocks[i] = key + i * BLOCK < t->num_keys ? t->step->keys + block_offset(t, key + i * BLOCK) : NULL;
+    return ahead;
+}
+
+static void open_split(const Tile *t, int64_t first_key, Ahead then, Split *split) {
     const Attention *step = t->step;
     int64_t count = smaller(t->num_keys - first_key, SPLIT);
     split->first_key = first_key, split->wide_keys = split->wide_values = 0;
@@ -87,7 +100,8 @@ static void open_split(const Tile *t, int64_t first_key, const char *then, Split
         split->key_scales[i] = (const float *)(split->keys[i] + step->padded * BLOCK);
         split->value_scales[i] = (const float *)(split->values[i] + step->padded * BLOCK);
     }
-    split->then = then ? then : split->values[(count - 1) / BLOCK];
+    for (int i = 0; i < MOST_AHEAD; i++)
+        split->then.blocks[i] = then.blocks[i] ? then.blocks[i] : split->values[(count - 1) / BLOCK];
 }
 
 static void widen(const Tile *t, const char **block, float *to) {
@@ -112,7 +126,7 @@ INLINE void prefetch(const void *from, int64_t bytes) {
 
 /* The values that are taken next, or what is read after the last of them. */
 static void prefetch_values(const Split *split, int64_t key, int64_t end, int64_t bytes) {
-    if (key >= end) prefetch(split->then, bytes);
+    if (key >= end) prefetch(split->then.blocks[0], bytes);
     for (int64_t until = smaller(key + VALUES_AT_ONCE, end); key < until; key += BLOCK)
         prefetch(split->values[key / BLOCK], bytes);
 }
@@ -175,9 +189,11 @@ static void attend_group(const Tile *t, Scratch *s, Split *split, int first, int
     }
     take_queries(t, s, first, rows);
     int reads = first == 0; /* before other groups of the tile do */
+    int64_t blocks = (end - start + BLOCK - 1) / BLOCK;
+    int64_t far = smaller(format == BYTE ? MOST_AHEAD : 1, blocks);
     for (int64_t key = start; key < end; key += BLOCK) {
         int64_t i = key / BLOCK;
-        const char *ahead = key + BLOCK < end ? split->keys[i + 1] : split->values[start / BLOCK];
+        const char *ahead = key + far * BLOCK < end ? split->keys[i + far] : split->values[i + far - blocks];
         if (reads && split->scaled) {
             prefetch(split->value_scales[i], BLOCK * 4);
             prefetch(ahead + dims * BLOCK, BLOCK * 4);
@@ -193,13 +209,13 @@ static void attend_group(const Tile *t, Scratch *s, Split *split, int first, int
     int64_t at_once = passes_of(rows) > 1 ? VALUES_AT_ONCE : SPLIT;
     for (int64_t key = start; key < end; key += at_once) {
         int64_t until = smaller(key + at_once, end);
-        const char *then = until < end ? split->values[until / BLOCK] : split->then;
+        const char *const *then = until < end ? split->values + until / BLOCK : split->then.blocks;
         if (split->widened) {
             widen_up_to(t, key, until, &split->wide_values, split->values, s->values);
             if (reads) prefetch_values(split, until, end, bytes);
         }
         add_values(&s->group, rows, format, split->values, dims, key, until, key == start,
-                   reads && !split->widened ? then : NULL);
+                   reads && !split->widened ? then : NULL, far);
     }
 }
 
@@ -235,15 +251,15 @@ static Tile tile_of(const Attention *step, const int64_t *fields, int64_t head) 
 
 INLINE int64_t first_seen(const Tile *t) { return larger(t->first_position + 1 - t->step->window, 0); }
 
-/* `then`: the keys that are read after it, or NULL. What a single split gives is merged with nothing but sinks. */
-static void attend_tile(const Tile *t, Scratch *s, const char *then) {
+/* `then`: the keys that are read after it. What a single split gives is merged with nothing but sinks. */
+static void attend_tile(const Tile *t, Scratch *s, Ahead then) {
     int64_t dims = t->step->padded, start = first_seen(t) / SPLIT * SPLIT;
     int alone = start + SPLIT >= t->num_keys && !t->step->sinks;
     for (int row = 0; row < t->rows && !alone; row++) begin(t, s, row);
     for (int64_t key = start; key < t->num_keys; key += SPLIT) {
         Split split;
         int64_t after = key + SPLIT;
-        open_split(t, key, after < t->num_keys ? t->step->keys + block_offset(t, after) : then, &split);
+        open_split(t, key, after < t->num_keys ? keys_from(t, after) : then, &split);
         for (int group = 0; group < t->groups; group++) {
             int first = group_start(t, group), rows = group_start(t, group + 1) - first;
             attend_group(t, s, &split, first, rows);
@@ -264,7 +280,7 @@ INLINE float *partial_of(const Attention *step, int64_t pair, int64_t head, int 
 }
 
 /* A partial is a row's maximum, total and sums of one split. */
-static void attend_pair(const Tile *t, Scratch *s, int64_t pair, const char *then) {
+static void attend_pair(const Tile *t, Scratch *s, int64_t pair, Ahead then) {
     const Attention *step = t->step;
     Split split;
     open_split(t, step->pairs[pair * 2 + 1] * SPLIT, then, &split);
@@ -285,7 +301,7 @@ int64_t attention_scratch_bytes(void) { return ((int64_t)sizeof(Scratch) + 63) /
 typedef struct {
     Tile tile;
     int64_t pair;
-    const char *first_keys;
+    Ahead first_keys;
 } Item;
 
 /* Takes an item if more than so many are left. */
@@ -299,7 +315,7 @@ static int take(const Attention *step, int64_t *next, int64_t left, Item *item) 
     item->tile = tile_of(step, step->tiles + tile * TILE_FIELDS, i % step->kv_heads);
     int64_t key = first_seen(&item->tile);
     if (step->pairs) key = larger(key, step->pairs[item->pair * 2 + 1] * SPLIT);
-    item->first_keys = step->keys + block_offset(&item->tile, key);
+    item->first_keys = keys_from(&item->tile, key);
     return 1;
 }
 
@@ -309,7 +325,7 @@ void attention_part(const Attention *step, int64_t *next, char *scratch) {
     int more = take(step, next, 0, &item);
     while (more) {
         more = take(step, next, others, &after); /* what the others would wait for is left to them */
-        const char *then = more ? after.first_keys : NULL;
+        Ahead then = more ? after.first_keys : (Ahead){{NULL}};
         if (step->pairs) attend_pair(&item.tile, (Scratch *)scratch, item.pair, then);
         else attend_tile(&item.tile, (Scratch *)scratch, then);
         if (!more) more = take(step, next, 0, &after);

@@ -62,7 +62,8 @@ INLINE void some_scores(int format, int rows, int columns, const float *queries,
 
 /* Some dimensions of the values, from `dim` on; first: `to` holds nothing yet. */
 INLINE void some_values(int format, int rows, int columns, const float *weights, const char *const *blocks, int64_t dims,
-                        int64_t dim, int64_t start, int64_t end, int first, float *to, const char *then) {
+                        int64_t dim, int64_t start, int64_t end, int first, float *to, const char *const *then,
+                        int64_t far) {
     vw sums[MOST_SUMS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++)
@@ -70,8 +71,8 @@ INLINE void some_values(int format, int rows, int columns, const float *weights,
     for (int64_t key = start; key < end; key += BLOCK) {
         int64_t n = end - key < BLOCK ? end - key : BLOCK, size = element_bytes(format);
         const char *values = blocks[key / BLOCK] + dim * size;
-        const char *ahead = then && key + BLOCK < end ? blocks[key / BLOCK + 1] : then;
-        int64_t num_ahead = !then ? 0 : key + BLOCK < end ? end - key - BLOCK : BLOCK;
+        int64_t next = key + far * BLOCK, num_ahead = !then ? 0 : next < end ? end - next : BLOCK;
+        const char *ahead = !then ? NULL : next < end ? blocks[next / BLOCK] : then[(next - end) / BLOCK];
         product(format, rows, columns, weights + key, SCORE_STRIDE, values, dims, n, sums,
                 ahead ? ahead + dim * size : NULL, num_ahead);
     }
@@ -83,7 +84,7 @@ INLINE void some_values(int format, int rows, int columns, const float *weights,
 typedef void Scores(const float *queries, const char *keys, const float *scales, int64_t dims, float *to, int whole,
                     const char *ahead);
 typedef void Values(const float *weights, const char *const *blocks, int64_t dims, int64_t start, int64_t end, int first,
-                    float *to, const char *then);
+                    float *to, const char *const *then, int64_t far);
 
 /* Of few rows more dimensions at a time: enough sums that do not wait for each other. */
 #define DIMS_AT_ONCE(rows) ((rows) * 64 / WIDTH <= MOST_SUMS / 2 ? 64 : 32)
@@ -94,15 +95,16 @@ typedef void Values(const float *weights, const char *const *blocks, int64_t dim
         else some_scores(format, rows, COLUMNS / 2, queries, keys, scales, dims, to, ahead);                           \
     }                                                                                                                  \
     static void values_##format##_##rows(const float *weights, const char *const *blocks, int64_t dims,                \
-                                         int64_t start, int64_t end, int first, float *to, const char *then) {         \
+                                         int64_t start, int64_t end, int first, float *to, const char *const *then,    \
+                                         int64_t far) {                                                                \
         int64_t dim = 0;                                                                                               \
         if (DIMS_AT_ONCE(rows) == 64)                                                                                  \
             for (; dim + 64 <= dims; dim += 64)                                                                        \
-                some_values(format, rows, 64 / WIDTH, weights, blocks, dims, dim, start, end, first, to, then);        \
+                some_values(format, rows, 64 / WIDTH, weights, blocks, dims, dim, start, end, first, to, then, far);   \
         for (; dim + 32 <= dims; dim += 32)                                                                            \
-            some_values(format, rows, COLUMNS, weights, blocks, dims, dim, start, end, first, to, then);               \
+            some_values(format, rows, COLUMNS, weights, blocks, dims, dim, start, end, first, to, then, far);          \
         for (; dim < dims; dim += WIDTH)                                                                               \
-            some_values(format, rows, 1, weights, blocks, dims, dim, start, end, first, to, then);                     \
+            some_values(format, rows, 1, weights, blocks, dims, dim, start, end, first, to, then, far);                \
     }
 #define THREE(format, DO) DO(format, 1) DO(format, 2) DO(format, 3)
 #if WIDTH == 16
@@ -138,10 +140,10 @@ void score_block(Rows *r, int rows, int format, const char *keys, const float *s
 }
 
 void add_values(Rows *r, int rows, int format, const char *const *blocks, int64_t dims, int64_t start, int64_t end,
-                int first, const char *then) {
+                int first, const char *const *then, int64_t far) {
     int at_once = rows_at_once(rows);
     for (int row = 0; row < rows; row += at_once) {
         Values *values = VALUES[format][smaller(rows - row, at_once)];
-        values(r->scores[row], blocks, dims, start, end, first, r->sums[row], row == 0 ? then : NULL);
+        values(r->scores[row], blocks, dims, start, end, first, r->sums[row], row == 0 ? then : NULL, far);
     }
 }

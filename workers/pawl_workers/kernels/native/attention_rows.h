@@ -7,6 +7,7 @@
 #define GROUP_ROWS 12 /* query rows whose scores for a split stay in the first-level cache */
 #define VALUES_AT_ONCE 64 /* keys whose values stay there in several passes */
 #define SPLIT_BLOCKS (SPLIT / BLOCK)
+#define MOST_AHEAD 3 /* blocks from the one that is computed with to the one that is fetched */
 
 /* From row to row: no power of 2, since the first-level cache keeps few lines that lie so far apart. */
 #define DIM_STRIDE (MOST_DIM + 16)
@@ -25,9 +26,9 @@ void score_block(Rows *r, int rows, int format, const char *keys, const float *s
                  int64_t num_keys, const char *ahead);
 
 /* sums += the weights that stand in scores[.][start .. end) times these keys' values, in order; first: from 0 on. `then`:
-   the block that is read after those, each of which is fetched while the one before it is computed with; or NULL, and none
-   is. */
+   the blocks that are read after those; each is fetched while the one `far` blocks before it is computed with; or NULL, and
+   none is. */
 void add_values(Rows *r, int rows, int format, const char *const *blocks, int64_t dims, int64_t start, int64_t end,
-                int first, const char *then);
+                int first, const char *const *then, int64_t far);
 
 #endif
