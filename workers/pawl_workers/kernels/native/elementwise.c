@@ -7,9 +7,11 @@
 #include "linear.h"
 #include "vector.h"
 
-/* Rows that a thread takes at a time. */
+/* Rows that a thread takes at a time: of many, whole blocks, so that no two threads write the same lines of the cache. */
 INLINE int64_t take_rows(int64_t *next, int64_t rows, int32_t threads, int64_t *end) {
-    int64_t chunk = rows / (threads * 4) + 1, first = __atomic_fetch_add(next, chunk, __ATOMIC_RELAXED);
+    int64_t chunk = rows / (threads * 4) + 1;
+    if (chunk > BLOCK) chunk = chunk / BLOCK * BLOCK;
+    int64_t first = __atomic_fetch_add(next, chunk, __ATOMIC_RELAXED);
     *end = first + chunk < rows ? first + chunk : rows;
     return first;
 }
@@ -100,11 +102,13 @@ INLINE float to_bytes(const float *x, int8_t *to, int64_t n, int64_t step) {
     return largest / 127.0f;
 }
 
-INLINE void write_token(const Place *w, const float *key, const float *value, char *keys, char *values, int64_t at) {
+/* with_key: 0 where its key is written with others, of FLOAT. */
+INLINE void write_token(const Place *w, const float *key, const float *value, char *keys, char *values, int64_t at,
+                        int with_key) {
     int64_t dims = w->head_dim;
     switch (w->format) {
         case FLOAT:
-            for (int64_t i = 0; i < dims; i++) ((float *)keys)[i * BLOCK + at] = key[i];
+            for (int64_t i = 0; i < dims && with_key; i++) ((float *)keys)[i * BLOCK + at] = key[i];
             memcpy((float *)values + at * w->padded, value, (size_t)dims * sizeof(float));
             break;
         case HALF:
@@ -117,7 +121,7 @@ INLINE void write_token(const Place *w, const float *key, const float *value, ch
     }
 }
 
-static void place_row(const Place *w, int64_t row) {
+static void place_row(const Place *w, int64_t row, int with_keys) {
     int64_t dims = w->head_dim, half = w->turned / 2, num_heads = w->heads_of_queries, kv_heads = w->kv_heads;
     float *at = w->heads + row * (num_heads + 2 * kv_heads) * dims, *first_key = at + num_heads * dims;
     const float *c = w->cosines ? w->cosines + row * w->turned : 0, *s = w->cosines ? w->sines + row * w->turned : 0;
@@ -139,14 +143,70 @@ static void place_row(const Place *w, int64_t row) {
     memcpy(w->q + row * num_heads * dims, at, (size_t)(num_heads * dims) * sizeof(float));
     for (int64_t head = 0; head < kv_heads; head++) {
         int64_t to = (block * kv_heads + head) * bytes;
-        write_token(w, first_key + head * dims, first_key + (kv_heads + head) * dims, w->keys + to, w->values + to, offset);
+        const float *key = first_key + head * dims, *value = first_key + (kv_heads + head) * dims;
+        write_token(w, key, value, w->keys + to, w->values + to, offset, with_keys);
     }
 }
+
+#if WIDTH == 16
+/* 16 floats of each of 16 rows, `stride` apart, into columns, whole lines BLOCK apart. */
+static void transpose(const float *from, int64_t stride, float *to) {
+    __m512 a[WIDTH], b[WIDTH];
+    for (int i = 0; i < WIDTH; i++) a[i] = _mm512_loadu_ps(from + i * stride);
+    for (int i = 0; i < WIDTH; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < WIDTH; i += 4)
+        for (int j = 0; j < 2; j++) {
+            __m512d first = (__m512d)b[i + j], second = (__m512d)b[i + j + 2];
+            a[i + 2 * j] = (__m512)_mm512_unpacklo_pd(first, second);
+            a[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(first, second);
+        }
+    for (int i = 0; i < WIDTH; i += 8)
+        for (int j = 0; j < 4; j++) {
+            b[i + j] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0x88);
+            b[i + j + 4] = _mm512_shuffle_f32x4(a[i + j], a[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        _mm512_storeu_ps(to + j * BLOCK, _mm512_shuffle_f32x4(b[j], b[j + 8], 0x88));
+        _mm512_storeu_ps(to + (j + 8) * BLOCK, _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd));
+    }
+}
+
+/* Whether the keys of 16 rows from here on fill lines. */
+static int fills_lines(const Place *w, int64_t row, int64_t end) {
+    if (w->format != FLOAT || w->head_dim % WIDTH || row + WIDTH > end || w->slots[row] % WIDTH) return 0;
+    for (int64_t i = 1; i < WIDTH; i++)
+        if (w->slots[row + i] != w->slots[row] + i) return 0;
+    return 1;
+}
+
+static void place_lines(const Place *w, int64_t row) {
+    int64_t dims = w->head_dim, width = (w->heads_of_queries + 2 * w->kv_heads) * dims;
+    int64_t block = w->slots[row] / BLOCK, offset = w->slots[row] % BLOCK, bytes = cache_bytes(w->format, w->padded);
+    for (int64_t i = 0; i < WIDTH; i++) place_row(w, row + i, 0);
+    for (int64_t head = 0; head < w->kv_heads; head++) {
+        const float *keys = w->heads + row * width + (w->heads_of_queries + head) * dims;
+        float *to = (float *)(w->keys + (block * w->kv_heads + head) * bytes) + offset;
+        for (int64_t dim = 0; dim < dims; dim += WIDTH) transpose(keys + dim, width, to + dim * BLOCK);
+    }
+}
+#endif
 
 /* Source: Su et al., RoFormer, 2021, section 3.4; Henry et al., 2020 (query-key normalisation). */
 void place_part(const Place *w, int64_t *next, int32_t threads) {
     for (int64_t end, row; (row = take_rows(next, w->rows, threads, &end)) < w->rows;)
-        for (; row < end; row++) place_row(w, row);
+        while (row < end) {
+#if WIDTH == 16
+            if (fills_lines(w, row, end)) {
+                place_lines(w, row);
+                row += WIDTH;
+                continue;
+            }
+#endif
+            place_row(w, row++, 1);
+        }
 }
 
 void pawl_norm(const Norm *norm, int32_t threads) {
