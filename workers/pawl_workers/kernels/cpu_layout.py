@@ -109,6 +109,8 @@ def _tiles(starts: IntArray, lengths: IntArray, contexts: IntArray, group: int, 
         tiles[:, 4] = first_head
         tiles[:, 5] = min(_MOST_HEADS, group - first_head)
         parts.append(tiles)
-    # The longest first: what is left at the end is short.
+    # Threads begin at both ends: there are the longest, and what is left in the end, in the middle, is short.
     tiles = np.concatenate(parts)
-    return tiles[np.argsort(-(tiles[:, 2] + tiles[:, 3]), kind="stable")]
+    longest = np.argsort(-(tiles[:, 2] + tiles[:, 3]), kind="stable")
+    order: IntArray = np.concatenate([longest[::2], longest[1::2][::-1]])
+    return tiles[order]

@@ -304,12 +304,17 @@ typedef struct {
     Ahead first_keys;
 } Item;
 
-/* Takes an item if more than so many are left. */
-static int take(const Attention *step, int64_t *next, int64_t left, Item *item) {
+/* Takes an item if more than so many are left. taken: items from both ends, in its lower and its upper half. */
+static int take(const Attention *step, int64_t *taken, int64_t left, Item *item) {
     int64_t items = (step->pairs ? step->num_pairs : step->num_tiles) * step->kv_heads;
-    if (__atomic_load_n(next, __ATOMIC_RELAXED) + left >= items) return 0;
-    int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-    if (i >= items) return 0;
+    int64_t before = __atomic_load_n(taken, __ATOMIC_RELAXED), front, back;
+    int last = from_the_last(omp_get_thread_num());
+    do {
+        front = before & 0xffffffff, back = before >> 32;
+        if (front + back + left >= items) return 0;
+    } while (!__atomic_compare_exchange_n(taken, &before, before + (last ? (int64_t)1 << 32 : 1), 1, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED));
+    int64_t i = last ? items - 1 - back : front;
     item->pair = i / step->kv_heads;
     int64_t tile = step->pairs ? step->pairs[item->pair * 2] : item->pair;
     item->tile = tile_of(step, step->tiles + tile * TILE_FIELDS, i % step->kv_heads);

@@ -3,11 +3,11 @@
    of rows and the format, which is widened in registers. */
 #include "attention_rows.h"
 
+#include "fetch.h"
 #include "linear.h"
 #include "vector.h"
 
 #define COLUMNS (BLOCK / WIDTH)
-#define LINE 64 /* bytes of the caches */
 
 #if WIDTH == 16
 #define ROWS 12 /* 12 x 32 floats of sums fill 24 of 32 registers */

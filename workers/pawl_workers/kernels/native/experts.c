@@ -62,12 +62,13 @@ void gather_part(const Experts *e, const Routing *r, int64_t *next) {
 /* Every thread meets the experts in the same order and takes what panels are left of each. */
 static void all_experts(const Experts *e, const Tables *t, const Linear *linears, const float *x, int64_t x_width,
                         float *y, int64_t y_width, int64_t *next, int32_t threads, float *wide) {
+    Fetch nothing = fetch_for(NULL, 0, threads);
     for (int64_t i = 0; i < e->num_experts; i++) {
         int64_t first = t->first[i], rows = t->first[i + 1] - first;
         if (rows == 0) continue;
         Linear linear = linears[i];
         linear.x = x + first * x_width, linear.y = y + first * y_width, linear.m = rows;
-        linear_part(&linear, next + i, threads, wide);
+        linear_part(&linear, next + i, threads, wide, &nothing);
     }
 }
 

@@ -69,10 +69,12 @@ INLINE void add_products(int format, int odd, int rows, int panels, const char *
     }
 }
 
-/* What to prefetch of each panel with every DEPTH inputs: from `near` on, and from input `turn` on, `jump` bytes later. */
+/* What to prefetch of each panel with every DEPTH inputs: from `near` on, and from input `turn` on, `jump` bytes later;
+   and, where rows take several tiles, one of the `other` lines. */
 typedef struct {
     const char *near;
     int64_t step, turn, jump;
+    Lines other;
 } Ahead;
 
 /* Lines that DEPTH inputs of a panel take. */
@@ -110,6 +112,10 @@ INLINE void tile(const Panels *at, int format, int rows, int panels, int64_t row
                 for (int line = 0; line < lines_of(format); line++)
                     __builtin_prefetch(place_of(at, ahead.near, p) + line * 64);
             ahead.near += ahead.step;
+            if (rows > MANY_ROWS) { /* as tiles are of which there are several */
+                __builtin_prefetch(ahead.other.at, 0, 2);
+                ahead.other.at += ahead.other.step;
+            }
 #pragma GCC unroll 4
             for (int j = 0; j < DEPTH; j++)
                 add_products(format, j & 1, rows, panels, bases, stride, packed, scales, i + j, wide, sums);
@@ -188,14 +194,14 @@ int64_t linear_wide_bytes(int64_t k) {
 INLINE Ahead look_ahead(const Linear *l, const char *from, int64_t delta, int64_t bytes, int many, int64_t i,
                         int64_t tiles) {
     int64_t step = bytes * DEPTH / l->k, far = many || l->format == BYTE ? AHEAD : FEW_AHEAD;
-    if (tiles > 1) return (Ahead){from + delta + i * bytes / tiles, step / tiles + 1, -1, 0};
-    return (Ahead){from + far, step, bytes > far ? (bytes - far) / step * DEPTH : 0, delta - bytes};
+    if (tiles > 1) return (Ahead){from + delta + i * bytes / tiles, step / tiles + 1, -1, 0, {0}};
+    return (Ahead){from + far, step, bytes > far ? (bytes - far) / step * DEPTH : 0, delta - bytes, {0}};
 }
 
 /* Panels from `first` to `end`, both even, times rows from `row` to `row_end`, in tiles of nearly equal height. after:
    the panel that comes next. */
 static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t after, int64_t row, int64_t row_end,
-                        float *wide) {
+                        float *wide, Fetch *fetch) {
     int64_t rows = row_end - row, tiles = (rows + ROWS - 1) / ROWS, bytes = panel_bytes(l->format, l->k);
     if (l->format == GROUPS) bytes += scale_bytes(l->shift, l->k);
     Panels at = panels_of(l, bytes);
@@ -208,6 +214,7 @@ static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t aft
         for (int64_t i = 0, at_row = row; i < tiles; i++) {
             int64_t height = rows / tiles + (i < rows % tiles);
             Ahead ahead = look_ahead(l, from, delta, bytes, many, i, tiles);
+            ahead.other = tiles > 1 ? fetch_some(fetch, l->k / DEPTH, from) : (Lines){from, 0};
             if (keep && i == 0) KEEP[l->format][height - MANY_ROWS - 1](&at, at_row, panel, from, ahead, wide);
             else if (keep) WIDENED[height - MANY_ROWS - 1](&at, at_row, panel, (const char *)wide, ahead, NULL);
             else (many ? MANY : TWO)[l->format][height](&at, at_row, panel, from, ahead, NULL);
@@ -218,7 +225,7 @@ static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t aft
 }
 
 /* Takes its next panels before it computes those that it took before, so that it knows what to prefetch. */
-void linear_part(const Linear *l, int64_t *next, int32_t threads, float *wide) {
+void linear_part(const Linear *l, int64_t *next, int32_t threads, float *wide, Fetch *fetch) {
     if (in_tiles(l->format)) {
         tiles_part(l, next, threads, (char *)wide);
         return;
@@ -232,7 +239,7 @@ void linear_part(const Linear *l, int64_t *next, int32_t threads, float *wide) {
         for (int64_t row = 0; row < l->m; row += ROW_BLOCK) {
             int last = row + ROW_BLOCK >= l->m;
             int64_t after = last && then < dealt.items ? first_of(&dealt, then) : first;
-            some_panels(l, first, end, after, row, last ? l->m : row + ROW_BLOCK, wide);
+            some_panels(l, first, end, after, row, last ? l->m : row + ROW_BLOCK, wide, fetch);
         }
         if (!early) then = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
     }
@@ -244,7 +251,8 @@ void pawl_linear(const Linear *linear, char *wide, int32_t threads) {
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
-        linear_part(linear, &next, threads, (float *)(wide + thread * linear_wide_bytes(linear->k)));
+        Fetch nothing = fetch_for(NULL, thread, threads);
+        linear_part(linear, &next, threads, (float *)(wide + thread * linear_wide_bytes(linear->k)), &nothing);
     }
 }
 

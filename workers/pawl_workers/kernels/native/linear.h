@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "fetch.h"
+
 enum { FLOAT = 0, HALF = 1, BRAIN = 2, BYTE = 3, GROUPS = 4, CODED = 5 }; /* of packed weights */
 
 typedef struct {
@@ -21,8 +23,9 @@ typedef struct {
     int32_t shift; /* of GROUPS: inputs that share a scale, as a binary logarithm */
 } Linear;
 
-/* One thread's share: takes panels from `next` until none are left. wide: linear_wide_bytes of its own. */
-void linear_part(const Linear *linear, int64_t *next, int32_t threads, float *wide);
+/* One thread's share: takes panels from `next` until none are left. wide: linear_wide_bytes of its own. fetch: what is
+   fetched meanwhile where there are so many rows that memory would be idle. */
+void linear_part(const Linear *linear, int64_t *next, int32_t threads, float *wide, Fetch *fetch);
 int64_t linear_wide_bytes(int64_t k);
 
 #endif

@@ -9,6 +9,7 @@
 #include "decodes.h"
 #include "elementwise.h"
 #include "experts.h"
+#include "fetch.h"
 #include "linear.h"
 
 #define NUM_BUFFERS 15
@@ -58,7 +59,25 @@ static void run_experts(const Operation *o, const Frame *f, int64_t *next, int32
     }
 }
 
-static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threads, char *scratch) {
+static Attention attention_of(const Operation *o, const Frame *f) {
+    Attention attention = o->attention;
+    attention.q = f->buffers[o->from], attention.out = f->buffers[o->to];
+    attention.tables = f->tables, attention.tiles = f->tiles, attention.pairs = f->pairs;
+    attention.partials = f->partials, attention.num_tiles = f->num_tiles, attention.num_pairs = f->num_pairs;
+    attention.table_stride = f->table_stride;
+    return attention;
+}
+
+/* What a thread fetches until the next attention, from operation `i` on; `at` becomes that of the attention. */
+static Fetch fetch_from(const Operation *operations, int64_t i, int64_t count, const Frame *f, int32_t threads, int64_t *at) {
+    while (i < count && operations[i].kind != ATTEND) i++;
+    *at = i;
+    if (i == count) return fetch_for(NULL, 0, threads);
+    Attention coming = attention_of(&operations[i], f);
+    return fetch_for(&coming, omp_get_thread_num(), threads);
+}
+
+static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threads, char *scratch, Fetch *fetch) {
     float *from = f->buffers[o->from], *to = f->buffers[o->to];
     switch (o->kind) {
         case NORM: {
@@ -71,7 +90,7 @@ static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threa
         case SCORE: {
             Linear linear = o->linear;
             linear.x = from, linear.y = to, linear.m = f->rows;
-            linear_part(&linear, next, threads, (float *)scratch);
+            linear_part(&linear, next, threads, (float *)scratch, fetch);
             break;
         }
         case PLACE: {
@@ -85,11 +104,7 @@ static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threa
         }
         case ATTEND:
         case MERGE: {
-            Attention attention = o->attention;
-            attention.q = from, attention.out = to;
-            attention.tables = f->tables, attention.tiles = f->tiles, attention.pairs = f->pairs;
-            attention.partials = f->partials, attention.num_tiles = f->num_tiles, attention.num_pairs = f->num_pairs;
-            attention.table_stride = f->table_stride;
+            Attention attention = attention_of(o, f);
             if (o->kind == ATTEND) attention_part(&attention, next, scratch);
             else merge_part(&attention, next, scratch);
             break;
@@ -106,9 +121,12 @@ void pawl_run(const Operation *operations, int64_t num_operations, const Frame *
         int thread = omp_get_thread_num();
         char *scratch = frame->scratch + thread * frame->scratch_bytes;
         double *seconds = thread == 0 ? frame->seconds : NULL, before = seconds ? omp_get_wtime() : 0.0;
+        int64_t attends;
+        Fetch fetch = fetch_from(operations, 0, num_operations, frame, threads, &attends);
         for (int64_t i = 0; i < num_operations; i++) {
+            if (i > attends) fetch = fetch_from(operations, i, num_operations, frame, threads, &attends);
             if (operations[i].kind == MERGE && !frame->pairs) continue;
-            run(&operations[i], frame, frame->counters + i, threads, scratch);
+            run(&operations[i], frame, frame->counters + i, threads, scratch, &fetch);
             double done = seconds ? omp_get_wtime() : 0.0;
 #pragma omp barrier
             if (seconds) {
