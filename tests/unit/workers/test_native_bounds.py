@@ -33,7 +33,7 @@ FAULTS = {
     "linears": ("linear.c", "k = l->k,", "k = l->k + planted(),", OUTSIDE),
     "coded": ("linear_coded.c", "at[own] =", "at[own + planted()] =", OUTSIDE),
     "attention": (
-        "attention.c",
+        "attention_group.c",
         "dim < step->head_dim; dim++) to",
         "dim < step->head_dim + planted(); dim++) to",
         OUTSIDE,

@@ -23,8 +23,8 @@
 #include "vector.h"
 
 #define ROW_BLOCK 96 /* rows that stay in the second-level cache while a thread passes over its panels */
-#define AHEAD 2048   /* bytes of each panel to prefetch ahead, where weights are read once, of four panels or more */
-#define FEW_AHEAD 4096 /* of two, whose products wait for less */
+#define AHEAD 2048   /* bytes of each of four panels and more to prefetch ahead, where weights are read once */
+#define FEW_AHEAD 4096 /* of each of two, which have less under way */
 #define MOST_PANELS 8
 #define MOST_SUMS 24
 #define DEPTH 4      /* inputs whose weights are prefetched together */
@@ -112,7 +112,7 @@ INLINE void tile(const Panels *at, int format, int rows, int panels, int64_t row
                 for (int line = 0; line < lines_of(format); line++)
                     __builtin_prefetch(place_of(at, ahead.near, p) + line * 64);
             ahead.near += ahead.step;
-            if (rows > MANY_ROWS) { /* as tiles are of which there are several */
+            if (rows >= MANY_ROWS && panels == 2) { /* as tiles are of which there are several */
                 __builtin_prefetch(ahead.other.at, 0, 2);
                 ahead.other.at += ahead.other.step;
             }
@@ -214,7 +214,7 @@ static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t aft
         for (int64_t i = 0, at_row = row; i < tiles; i++) {
             int64_t height = rows / tiles + (i < rows % tiles);
             Ahead ahead = look_ahead(l, from, delta, bytes, many, i, tiles);
-            ahead.other = tiles > 1 ? fetch_some(fetch, l->k / DEPTH, from) : (Lines){from, 0};
+            ahead.other = tiles > 1 ? fetch_some(fetch, larger(l->k / DEPTH, 1), from) : (Lines){from, 0};
             if (keep && i == 0) KEEP[l->format][height - MANY_ROWS - 1](&at, at_row, panel, from, ahead, wide);
             else if (keep) WIDENED[height - MANY_ROWS - 1](&at, at_row, panel, (const char *)wide, ahead, NULL);
             else (many ? MANY : TWO)[l->format][height](&at, at_row, panel, from, ahead, NULL);
