@@ -10,8 +10,8 @@
    is widened once for all of them, unless one pass over it in registers is enough.
 
    What decodes read lies in blocks all over memory, where no processor finds the next one by itself. So each block is
-   fetched while the one before it is computed with, or, of bytes, of which one is no long way ahead, one before that: keys,
-   then values of a split, then the next split's or tile's keys.
+   fetched while the one before it is computed with, or, of bytes, of which one is no long way ahead, the third before it:
+   keys, then values of a split, then the next split's or tile's keys.
 
    Source: Dao et al., "FlashAttention", 2022, for the tiling; Hong et al., "FlashDecoding++", 2023, for splits in
    parallel. */

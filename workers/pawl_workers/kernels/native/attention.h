@@ -6,6 +6,7 @@
 
 #define BLOCK 32 /* tokens of a block */
 #define SPLIT 512
+#define LINE 64 /* bytes of the caches */
 #define MOST_ROWS 192     /* query rows of a tile: tokens times heads of one key-value head */
 #define MOST_PAIR_ROWS 24 /* of a tile whose splits are shared out */
 #define MOST_DIM 512

@@ -3,7 +3,6 @@
    of rows and the format, which is widened in registers. */
 #include "attention_rows.h"
 
-#include "fetch.h"
 #include "linear.h"
 #include "vector.h"
 

@@ -20,8 +20,6 @@ typedef struct {
     int64_t step;
 } Lines;
 
-#define LINE 64 /* bytes of the caches */
-
 /* A thread's share of what an attention reads; of NULL there is nothing. */
 Fetch fetch_for(const Attention *coming, int32_t thread, int32_t threads);
 

@@ -184,6 +184,8 @@ INLINE int is_kept(int format, int64_t rows) {
 
 INLINE int panels_at_once(int64_t rows) { return rows == 1 ? 8 : rows <= MANY_ROWS ? 4 : 2; }
 
+int64_t linear_tile_rows(void) { return ROWS; }
+
 int64_t linear_wide_bytes(int64_t k) {
     int64_t wide = (k + 1) / 2 * 2 * WIDTH * 2 * (int64_t)sizeof(float), tiles = tiles_scratch_bytes(k);
     return wide > tiles ? wide : tiles;

@@ -23,8 +23,11 @@ typedef struct {
     int32_t shift; /* of GROUPS: inputs that share a scale, as a binary logarithm */
 } Linear;
 
+/* Rows that are multiplied at a time, in registers. */
+int64_t linear_tile_rows(void);
+
 /* One thread's share: takes panels from `next` until none are left. wide: linear_wide_bytes of its own. fetch: what is
-   fetched meanwhile where there are so many rows that memory would be idle. */
+   fetched meanwhile where there are more rows than those of one tile: memory would be idle. */
 void linear_part(const Linear *linear, int64_t *next, int32_t threads, float *wide, Fetch *fetch);
 int64_t linear_wide_bytes(int64_t k);
 

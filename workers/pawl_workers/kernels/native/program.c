@@ -68,8 +68,10 @@ static Attention attention_of(const Operation *o, const Frame *f) {
     return attention;
 }
 
-/* What a thread fetches until the next attention, from operation `i` on; `at` becomes that of the attention. */
+/* What a thread fetches until the next attention, from operation `i` on; `at` becomes that of the attention. For few rows
+   nobody would ask for it. */
 static Fetch fetch_from(const Operation *operations, int64_t i, int64_t count, const Frame *f, int32_t threads, int64_t *at) {
+    if (f->rows <= linear_tile_rows()) i = count;
     while (i < count && operations[i].kind != ATTEND) i++;
     *at = i;
     if (i == count) return fetch_for(NULL, 0, threads);
