@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -61,6 +61,17 @@ def draw_model(
     return Precision(data.draw(st.sampled_from(caches)), *weights), lengths
 
 
+def both_ways(folder: Path, precision: Precision, lengths: list[int]) -> Iterator[LogitRunner]:
+    """With the program, then stage by stage: sequences that sample and of which nothing is computed."""
+    for one_by_one in (False, True):
+        runner = LogitRunner(folder, "cpu", precision=precision, max_running=3, one_by_one=one_by_one)
+        assert (runner.cache.scoring is None) == (runner.cache.program is None)
+        assert not (one_by_one and runner.cache.program)
+        for row, length in enumerate(lengths):
+            runner.add(row, tokens(row, length, runner.spec.vocab_size), samples=True)
+        yield runner
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @given(data=st.data())
 @settings(max_examples=2)
@@ -91,12 +102,7 @@ def test_the_program_gives_the_logits_of_the_stages(
     folder = tmp_path_factory.mktemp("checkpoint")
     precision, lengths = draw_model(data, family, folder, CACHES, shortest=2)
     found = []
-    for one_by_one in (False, True):
-        runner = LogitRunner(folder, "cpu", precision=precision, max_running=3, one_by_one=one_by_one)
-        assert (runner.cache.scoring is None) == (runner.cache.program is None)
-        assert not (one_by_one and runner.cache.program)
-        for row, length in enumerate(lengths):
-            runner.add(row, tokens(row, length, runner.spec.vocab_size), samples=True)
+    for runner in both_ways(folder, precision, lengths):
         runner.step({row: length - 1 for row, length in enumerate(lengths)})
         found.append(runner.decode(list(range(len(lengths)))))
     assert torch.equal(*found)
@@ -114,10 +120,7 @@ def test_what_is_not_asked_about_leaves_out_the_last_layer(
     first = {row: data.draw(st.integers(1, length)) for row, length in enumerate(lengths)}
     rest = {row: length - first[row] for row, length in enumerate(lengths) if length > first[row]}
     found: list[list[Tensor]] = []
-    for one_by_one in (False, True):
-        runner = LogitRunner(folder, "cpu", precision=precision, max_running=3, one_by_one=one_by_one)
-        for row, length in enumerate(lengths):
-            runner.add(row, tokens(row, length, runner.spec.vocab_size), samples=True)
+    for runner in both_ways(folder, precision, lengths):
         steps = [runner.sampled(grants) for grants in (first, rest) if grants]
         layers = [runner.cache[layer] for layer in range(runner.spec.num_layers)]
         cached = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
@@ -125,16 +128,22 @@ def test_what_is_not_asked_about_leaves_out_the_last_layer(
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
-def test_a_row_that_is_not_asked_about_says_when_its_last_keys_are_not_finite(tmp_path: Path) -> None:
-    """Of a row that does not sample no more is computed, but what it left in the cache fails it all the same."""
+@pytest.mark.parametrize(("overflowing", "fails"), [("self_attn.v_proj", True), ("mlp.up_proj", False)])
+def test_a_row_that_is_not_asked_about_fails_by_what_it_leaves_alone(
+    tmp_path: Path, overflowing: str, fails: bool
+) -> None:
+    """In the last layer: values that are not finite stay in the cache; an MLP that would not be is not computed."""
     folder = make_llama(tmp_path)
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.self_attn.v_proj.weight"][3] = torch.finfo(torch.float32).max
+    weights[f"model.layers.1.{overflowing}.weight"][3] = torch.finfo(torch.float32).max
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     driver = WorkerDriver(Worker.load(WorkerOptions(str(folder), kernels="cpu", max_running=1)))
     sequence = driver.start([1, 2, 3, 4, 5, 6])
     driver.step([(sequence, 4)])
-    assert sequence.failure == "the hidden state is not finite"
+    assert sequence.failure == ("the hidden state is not finite" if fails else None)
+    if not fails:
+        driver.step([(sequence, 2)])  # the last row samples
+        assert sequence.failure == "the hidden state is not finite"
 
 
 @given(
