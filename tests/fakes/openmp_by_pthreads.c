@@ -1,6 +1,7 @@
 /* What GCC's code asks of OpenMP, by pthreads: ThreadSanitizer knows their barriers, and not those of libgomp.
 
-   With PAWL_TEST_NO_BARRIERS in the environment nobody waits at a barrier: for a test of whether that is seen. */
+   With PAWL_TEST_NO_WAITS in the environment nobody waits until an operation is done: for a test of whether that is seen
+   (linked with --wrap=wait_until_done). With PAWL_TEST_LATE_THREADS the other threads begin when the first has ended. */
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -15,6 +16,7 @@ typedef struct {
     pthread_barrier_t barrier;
     pthread_mutex_t lock;
     bool dealt; /* whether a loop of the region has begun */
+    bool late;
     long next, end, step;
 } Team;
 
@@ -30,7 +32,7 @@ static __thread int number;
 static void *join_in(void *member) {
     Member *self = member;
     team = self->team, number = self->number;
-    pthread_barrier_wait(&team->barrier); /* all begin together, so that each gets a share */
+    if (!team->late) pthread_barrier_wait(&team->barrier); /* all begin together, so that each gets a share */
     team->work(team->data);
     return NULL;
 }
@@ -38,22 +40,26 @@ static void *join_in(void *member) {
 void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags) {
     (void)flags;
     if (threads < 1 || threads > MOST_THREADS) abort(); /* the kernels say how many */
-    Team own = {.work = work, .data = data, .threads = (int)threads};
+    Team own = {.work = work, .data = data, .threads = (int)threads, .late = getenv("PAWL_TEST_LATE_THREADS")};
     Member members[MOST_THREADS];
     pthread_barrier_init(&own.barrier, NULL, threads);
     pthread_mutex_init(&own.lock, NULL);
     for (int i = 0; i < own.threads; i++) members[i] = (Member){.team = &own, .number = i};
+    if (own.late) join_in(&members[0]);
     for (int i = 1; i < own.threads; i++)
         if (pthread_create(&members[i].thread, NULL, join_in, &members[i])) abort();
-    join_in(&members[0]);
+    if (!own.late) join_in(&members[0]);
     for (int i = 1; i < own.threads; i++) pthread_join(members[i].thread, NULL);
     pthread_barrier_destroy(&own.barrier);
     pthread_mutex_destroy(&own.lock);
     team = NULL, number = 0;
 }
 
-void GOMP_barrier(void) {
-    if (!getenv("PAWL_TEST_NO_BARRIERS")) pthread_barrier_wait(&team->barrier);
+void GOMP_barrier(void) { pthread_barrier_wait(&team->barrier); }
+
+void __real_wait_until_done(void *progress);
+void __wrap_wait_until_done(void *progress) {
+    if (!getenv("PAWL_TEST_NO_WAITS")) __real_wait_until_done(progress);
 }
 
 bool GOMP_loop_nonmonotonic_dynamic_next(long *from, long *to) {

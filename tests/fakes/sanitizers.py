@@ -13,7 +13,7 @@ import pytest
 
 from pawl_workers.kernels.native import build
 
-__all__ = ["build_watched", "find_runtime", "run_watched"]
+__all__ = ["OPENMP_FLAGS", "build_watched", "find_runtime", "run_watched"]
 
 _ROOT = Path(__file__).parents[2]
 _COMPILER = """\
@@ -21,6 +21,8 @@ _COMPILER = """\
 exec gcc "${@/#-O3/%s}" %s
 """
 _TIMEOUT_S = 170
+OPENMP_FLAGS = f"-Wl,-Bsymbolic,--wrap=wait_until_done {_ROOT / 'tests/fakes/openmp_by_pthreads.c'}"
+"""Of a library with an OpenMP of its own, by pthreads."""
 
 
 def find_runtime(name: str, before: Sequence[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""Serves a few sequences by kernels that are built for ThreadSanitizer: `python -m ... LIBRARY CHECKPOINT KV_DTYPE`."""
+"""Serves sequences by kernels that a test built: `python -m ... LIBRARY CHECKPOINT KV_DTYPE`; prints their tokens."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def use(built: Path) -> None:
         load_library()  # which keeps it
 
 
-def serve(checkpoint: str, kv_dtype: str, lengths: Sequence[int]) -> None:
-    """Prompts in chunks and decodes on two threads, greedy and sampled, with log-probabilities."""
+def serve(checkpoint: str, kv_dtype: str, lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts in chunks and decodes on two threads, greedy and sampled, with log-probabilities; the tokens of each."""
     draw = Random(1)
     worker = Worker.load(WorkerOptions(checkpoint, kernels="cpu", kv_dtype=kv_dtype, max_running=6, num_blocks=120))
     torch.set_num_threads(2)
@@ -39,8 +39,9 @@ def serve(checkpoint: str, kv_dtype: str, lengths: Sequence[int]) -> None:
     ]
     driver.generate(generations[:1], 4, chunk=40)
     driver.generate(generations, 4, chunk=250)
+    return [generation.token_ids for generation in generations]
 
 
 if __name__ == "__main__":
     use(Path(sys.argv[1]))
-    serve(sys.argv[2], sys.argv[3], (1, 7, 40, 90, 600))
+    print(serve(sys.argv[2], sys.argv[3], (1, 7, 40, 90, 600)))

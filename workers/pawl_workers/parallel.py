@@ -10,11 +10,11 @@ _SPINS = 1000
 def thread_environment(num_threads: int) -> dict[str, str]:
     """Variables that keep the thread pools of a worker to its own cores. OpenMP reads them once, as torch is imported.
 
-    A decode step has a barrier after each of some 200 operations, each tens of microseconds long. A thread that sleeps
-    at every one of them loses a third of a single stream's speed. One that spins for long loses more as soon as
-    anything else runs on these cores: both threads come to wait on one of them, where the one that spins keeps the
-    other from what it waits for, once per barrier. So a thread spins for about as long as an operation takes
-    (`_SPINS` pauses of some 50 ns), then sleeps.
+    What a step's threads do in turn, they wait for by themselves (`native/progress.c`); these settings are for the ends
+    of parallel regions, of which a step has a few. A thread that sleeps at once has to be woken for the next one. One
+    that spins for long loses more as soon as anything else runs on these cores: both threads come to wait on one of
+    them, where the one that spins keeps the other from what it waits for. So a thread spins for about as long as an
+    operation takes (`_SPINS` pauses of 24 to 50 ns at most), then sleeps.
     """
     return {
         "OMP_NUM_THREADS": str(num_threads),

@@ -21,7 +21,7 @@ from pawl_workers.batch import Batch
 from pawl_workers.kernels.cpu_layout import CpuLayout
 from pawl_workers.kernels.cpu_seconds import KernelSeconds, LayerSeconds
 from pawl_workers.kernels.native.library import Library
-from pawl_workers.kernels.native.structures import Frame, Operation
+from pawl_workers.kernels.native.structures import Frame, Operation, Progress
 from pawl_workers.kernels.routing import choose_experts
 from pawl_workers.kernels.steady_activation import steady_sigmoid
 
@@ -137,7 +137,7 @@ class CpuProgram:
         self._routers = [s.router for s in segments if s.router is not None]
         self._num_kv_heads, self._padded = kv_shape
         self._library, self._kept = library, kept
-        self._counters = np.zeros(max(len(s.operations) for s in segments), dtype=np.int64)
+        self._progress = (Progress * max(len(s.operations) for s in segments))()
         self._rows = 0
         self._memory: list[Tensor] = []
         self._partials: Tensor | None = None
@@ -147,7 +147,9 @@ class CpuProgram:
         self._seconds = np.zeros((2, len(Kind)))
         self._choosing_s = 0.0
         self._frame = Frame(
-            counters=self._counters.ctypes.data, seconds=self._seconds.ctypes.data, scratch_bytes=self._scratch_bytes
+            progress=ctypes.addressof(self._progress),
+            seconds=self._seconds.ctypes.data,
+            scratch_bytes=self._scratch_bytes,
         )
         self._frame_address = ctypes.addressof(self._frame)
 
@@ -157,9 +159,9 @@ class CpuProgram:
         longer = [*last.operations, *operations]
         self._through_head = [*self._segments[: len(before)], (_array(longer), last.router)]
         self._vocab_size = vocab_size
-        if len(longer) > len(self._counters):
-            self._counters = np.zeros(len(longer), dtype=np.int64)
-            self._frame.counters = self._counters.ctypes.data
+        if len(longer) > len(self._progress):
+            self._progress = (Progress * len(longer))()
+            self._frame.progress = ctypes.addressof(self._progress)
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """Run all layers over the stream, [T, D] float32, in place; see `LayerProgram`."""

@@ -31,7 +31,7 @@ typedef struct {
    key-value head, heads (tokens x heads <= MOST_ROWS), and the first of its pairs. */
 enum { SEQUENCE, FIRST_ROW, FIRST_POSITION, TOKENS, FIRST_HEAD, HEADS, FIRST_PAIR, TILE_FIELDS };
 
-/* One thread's share of the tiles (or of the pairs), and then, after a barrier and with pairs, of their merging. */
+/* One thread's share of the tiles (or of the pairs), and then, once all are computed and with pairs, of their merging. */
 void attention_part(const Attention *attention, int64_t *next, char *scratch);
 void merge_part(const Attention *attention, int64_t *next, char *scratch);
 int64_t attention_scratch_bytes(void);

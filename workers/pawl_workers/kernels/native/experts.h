@@ -28,7 +28,7 @@ typedef struct {
 
 int64_t routing_bytes(int64_t tokens, int64_t num_experts, int64_t num_active);
 
-/* Called in this order, by all threads, with a barrier between; `group_rows` does its work in one of them. */
+/* Called in this order, by all threads, each once the one before it is done; `group_rows` does its work in one of them. */
 void group_rows(const Experts *experts, const Routing *routing, int64_t *next);
 void gather_part(const Experts *experts, const Routing *routing, int64_t *next);
 void up_part(const Experts *experts, const Routing *routing, int32_t threads, float *wide);

@@ -20,6 +20,7 @@ from pawl_workers.kernels.native.structures import (
     NormCall,
     Operation,
     PlaceCall,
+    Progress,
 )
 
 __all__ = ["BuildError", "Library", "load_library"]
@@ -119,7 +120,7 @@ _COUNTS: dict[str, list[type[ctypes.c_int64]]] = {
     "sampling_scratch_bytes": [_N],
     "routing_bytes": [_N, _N, _N],
 }
-_STRUCTURES = (NormCall, LinearCall, PlaceCall, AttentionCall, Operation, Frame, ExpertsCall, DecodesCall)
+_STRUCTURES = (NormCall, LinearCall, PlaceCall, AttentionCall, Operation, Frame, ExpertsCall, DecodesCall, Progress)
 
 
 @cache

@@ -1,4 +1,4 @@
-/* A program: what layers of a model do in one step, in one parallel region with a barrier after each operation.
+/* A program: what layers of a model do in one step, in one parallel region, and each operation once the one before it is done.
 
    The operations are those of linear.c, attention.c, elementwise.c and experts.c, with the same bits. What stays from
    step to step (weights, sizes, the cache) is in an operation; what changes (rows, buffers, tables) in the frame. */
@@ -11,6 +11,7 @@
 #include "experts.h"
 #include "fetch.h"
 #include "linear.h"
+#include "progress.h"
 
 #define NUM_BUFFERS 15
 
@@ -36,7 +37,7 @@ typedef struct {
     const float *cosines[MOST_ROTARIES], *sines[MOST_ROTARIES]; /* [rows, turned] */
     const int64_t *slots, *tables, *tiles, *pairs;              /* as in elementwise.h and attention.h */
     float *partials;
-    int64_t *counters;     /* one for each operation */
+    Progress *progress;    /* of each operation */
     char *scratch;         /* threads times scratch_bytes */
     const int64_t *chosen; /* as in experts.h, of the one routed layer that is run */
     const float *shares, *shared_shares;
@@ -117,7 +118,7 @@ static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threa
 
 /* Operations in order; a MERGE is passed over where no tile's splits were shared out. */
 void pawl_run(const Operation *operations, int64_t num_operations, const Frame *frame, int32_t threads) {
-    memset(frame->counters, 0, (size_t)num_operations * sizeof(int64_t));
+    memset(frame->progress, 0, (size_t)num_operations * sizeof(Progress));
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num();
@@ -128,9 +129,11 @@ void pawl_run(const Operation *operations, int64_t num_operations, const Frame *
         for (int64_t i = 0; i < num_operations; i++) {
             if (i > attends) fetch = fetch_from(operations, i, num_operations, frame, threads, &attends);
             if (operations[i].kind == MERGE && !frame->pairs) continue;
-            run(&operations[i], frame, frame->counters + i, threads, scratch, &fetch);
+            enter(frame->progress + i);
+            run(&operations[i], frame, &frame->progress[i].next, threads, scratch, &fetch);
+            leave(frame->progress + i);
             double done = seconds ? omp_get_wtime() : 0.0;
-#pragma omp barrier
+            wait_until_done(frame->progress + i);
             if (seconds) {
                 double now = omp_get_wtime();
                 seconds[operations[i].kind] += done - before;
@@ -154,5 +157,5 @@ int64_t pawl_routing_bytes(int64_t tokens, int64_t num_experts, int64_t num_acti
 void pawl_structure_sizes(int64_t *sizes) {
     sizes[0] = sizeof(Norm), sizes[1] = sizeof(Linear), sizes[2] = sizeof(Place), sizes[3] = sizeof(Attention);
     sizes[4] = sizeof(Operation), sizes[5] = sizeof(Frame), sizes[6] = sizeof(Experts);
-    sizes[7] = sizeof(Decodes);
+    sizes[7] = sizeof(Decodes), sizes[8] = sizeof(Progress);
 }

@@ -16,6 +16,7 @@ __all__ = [
     "NormCall",
     "Operation",
     "PlaceCall",
+    "Progress",
 ]
 
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -98,6 +99,12 @@ class Operation(ctypes.Structure):
     _fields_: ClassVar = [("kind", _I), ("source", _I), ("target", _I), ("rotary", _I), ("call", _Call)]
 
 
+class Progress(ctypes.Structure):
+    """`Progress` of progress.h."""
+
+    _fields_: ClassVar = [("next", _N), ("inside", ctypes.c_uint32), ("sleeping", ctypes.c_uint32)]
+
+
 class Frame(ctypes.Structure):
     """`Frame` of program.c: what changes from step to step."""
 
@@ -105,7 +112,7 @@ class Frame(ctypes.Structure):
         ("buffers", _P * _NUM_BUFFERS),
         ("cosines", _P * MOST_ROTARIES),
         ("sines", _P * MOST_ROTARIES),
-        *_fields(slots__tables__tiles__pairs__partials__counters__scratch=_P),
+        *_fields(slots__tables__tiles__pairs__partials__progress__scratch=_P),
         *_fields(chosen__shares__shared_shares__routing__seconds=_P),
         ("turned", _N * MOST_ROTARIES),
         *_fields(
