@@ -20,6 +20,7 @@
 #include <omp.h>
 
 #include "attention_tile.h"
+#include "ends.h"
 #include "softmax.h"
 
 static Ahead keys_from(const Tile *t, int64_t key) {
@@ -114,17 +115,11 @@ typedef struct {
     Ahead first_keys;
 } Item;
 
-/* Takes an item if more than so many are left. taken: items from both ends, in its lower and its upper half. */
+/* Takes an item if more than so many are left, from the end that a thread fetches from. */
 static int take(const Attention *step, int64_t *taken, int64_t left, Item *item) {
     int64_t items = (step->pairs ? step->num_pairs : step->num_tiles) * step->kv_heads;
-    int64_t before = __atomic_load_n(taken, __ATOMIC_RELAXED), front, back;
-    int last = from_the_last(omp_get_thread_num());
-    do {
-        front = before & 0xffffffff, back = before >> 32;
-        if (front + back + left >= items) return 0;
-    } while (!__atomic_compare_exchange_n(taken, &before, before + (last ? (int64_t)1 << 32 : 1), 1, __ATOMIC_RELAXED,
-                                          __ATOMIC_RELAXED));
-    int64_t i = last ? items - 1 - back : front;
+    int64_t i = take_item(taken, items, left, omp_get_thread_num());
+    if (i < 0) return 0;
     item->pair = i / step->kv_heads;
     int64_t tile = step->pairs ? step->pairs[item->pair * 2] : item->pair;
     item->tile = tile_of(step, step->tiles + tile * TILE_FIELDS, i % step->kv_heads);

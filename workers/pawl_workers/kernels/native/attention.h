@@ -36,9 +36,6 @@ void attention_part(const Attention *attention, int64_t *next, char *scratch);
 void merge_part(const Attention *attention, int64_t *next, char *scratch);
 int64_t attention_scratch_bytes(void);
 
-/* Threads of odd numbers take tiles from the last one back, so that each thread mostly computes with what it has fetched. */
-static inline int from_the_last(int32_t thread) { return thread & 1; }
-
 /* Bytes of one block of one head, keys or values. */
 static inline int64_t cache_bytes(int32_t format, int64_t padded) {
     return format == 0 ? padded * BLOCK * 4 : format == 1 ? padded * BLOCK * 2 : padded * BLOCK + BLOCK * 4;

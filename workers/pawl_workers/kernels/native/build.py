@@ -50,6 +50,7 @@ _HEADERS = (
     "best_tokens.h",
     "attention.h",
     "fetch.h",
+    "ends.h",
     "progress.h",
     "attention_rows.h",
     "attention_tile.h",

@@ -4,16 +4,19 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "ends.h"
 #include "linear.h"
 #include "vector.h"
 
-/* Rows that a thread takes at a time: of many, whole blocks, so that no two threads write the same lines of the cache. */
+/* Rows that a thread takes at a time, from the end that its linear layers come from; of many, whole blocks, so that no two
+   threads write the same lines of the cache. */
 INLINE int64_t take_rows(int64_t *next, int64_t rows, int32_t threads, int64_t *end) {
     int64_t chunk = rows / (threads * 4) + 1;
     if (chunk > BLOCK) chunk = chunk / BLOCK * BLOCK;
-    int64_t first = __atomic_fetch_add(next, chunk, __ATOMIC_RELAXED);
-    *end = first + chunk < rows ? first + chunk : rows;
-    return first;
+    int64_t item = take_item(next, (rows + chunk - 1) / chunk, 0, omp_get_thread_num());
+    if (item < 0) return rows;
+    *end = smaller((item + 1) * chunk, rows);
+    return item * chunk;
 }
 
 /* y = x / rms(x) * weight. Source: Zhang and Sennrich, 2019. */

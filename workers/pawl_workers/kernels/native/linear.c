@@ -226,10 +226,32 @@ static void some_panels(const Linear *l, int64_t first, int64_t end, int64_t aft
     }
 }
 
+/* Panels and rows, in blocks that stay in the second-level cache. after: the panel that comes next. */
+static void some_rows(const Linear *l, Part part, int64_t after, float *wide, Fetch *fetch) {
+    int64_t rows = part.row_end - part.row, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    for (int64_t block = 0; block < blocks; block++) {
+        int64_t row = part.row + rows * block / blocks, row_end = part.row + rows * (block + 1) / blocks;
+        some_panels(l, part.first, part.end, block + 1 < blocks ? part.first : after, row, row_end, wide, fetch);
+    }
+}
+
+static void many_rows_part(const Linear *l, int64_t *next, float *wide, Fetch *fetch) {
+    Halves halves = halve(l->m, l->n, ROWS, ROW_BLOCK);
+    int thread = omp_get_thread_num(), step = from_the_last(thread) ? -1 : 1;
+    for (int64_t item; (item = take_item(next, halves.items, 0, thread)) >= 0;) {
+        int64_t then = item + step < 0 || item + step == halves.items ? item : item + step;
+        some_rows(l, part_of(&halves, item), part_of(&halves, then).first, wide, fetch);
+    }
+}
+
 /* Takes its next panels before it computes those that it took before, so that it knows what to prefetch. */
 void linear_part(const Linear *l, int64_t *next, int32_t threads, float *wide, Fetch *fetch) {
     if (in_tiles(l->format)) {
         tiles_part(l, next, threads, (char *)wide);
+        return;
+    }
+    if (l->m > ROW_BLOCK && threads > 1) {
+        many_rows_part(l, next, wide, fetch);
         return;
     }
     Deal dealt = deal_panels(l->n, threads);
@@ -237,12 +259,8 @@ void linear_part(const Linear *l, int64_t *next, int32_t threads, float *wide, F
     for (; item < dealt.items; item = then) {
         int early = item + threads < dealt.chunks; /* the last ones go to whoever is free first */
         then = early ? __atomic_fetch_add(next, 1, __ATOMIC_RELAXED) : item + threads;
-        int64_t first = first_of(&dealt, item), end = end_of(&dealt, item);
-        for (int64_t row = 0; row < l->m; row += ROW_BLOCK) {
-            int last = row + ROW_BLOCK >= l->m;
-            int64_t after = last && then < dealt.items ? first_of(&dealt, then) : first;
-            some_panels(l, first, end, after, row, last ? l->m : row + ROW_BLOCK, wide, fetch);
-        }
+        int64_t first = first_of(&dealt, item), after = then < dealt.items ? first_of(&dealt, then) : first;
+        some_rows(l, (Part){first, end_of(&dealt, item), 0, l->m}, after, wide, fetch);
         if (!early) then = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
     }
 }

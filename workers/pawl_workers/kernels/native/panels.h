@@ -2,6 +2,7 @@
 #ifndef PAWL_PANELS_H
 #define PAWL_PANELS_H
 
+#include "ends.h"
 #include "linear.h"
 #include "vector.h"
 
@@ -73,6 +74,45 @@ INLINE int64_t first_of(const Deal *d, int64_t item) {
 INLINE int64_t end_of(const Deal *d, int64_t item) {
     int64_t end = first_of(d, item) + (item < d->chunks ? d->chunk : d->small);
     return end < d->panels ? end : d->panels;
+}
+
+/* How many rows are dealt out: the first half of them from the first item on, the other from the last one back, so that a
+   thread mostly reads rows that it wrote itself, which is faster where caches are not shared. In each half it is chunks of
+   panels with all its rows, and then, so that threads end together, pairs of panels with one block of rows each. */
+typedef struct {
+    int64_t rows, panels, chunks, items;
+    int64_t tiles, block; /* rows in tiles of nearly equal height, and how many of them are a block */
+} Halves;
+
+#define SHARED_PANELS 12 /* of a half, at least, where it has so many */
+
+/* Some panels times some rows. */
+typedef struct {
+    int64_t first, end, row, row_end;
+} Part;
+
+INLINE int64_t blocks_in(const Halves *h, int64_t tiles) { return (tiles + h->block - 1) / h->block; }
+
+INLINE int64_t items_in(const Halves *h, int64_t tiles) {
+    return h->chunks + (h->panels - h->chunks * CHUNK) / 2 * blocks_in(h, tiles);
+}
+
+/* height, block: rows of a tile and of a block, the most of them. */
+INLINE Halves halve(int64_t rows, int64_t n, int64_t height, int64_t block) {
+    Halves h = {.rows = rows, .panels = panels_in(n), .tiles = (rows + height - 1) / height, .block = block / height};
+    h.chunks = larger(h.panels - SHARED_PANELS, 0) / CHUNK;
+    h.items = items_in(&h, h.tiles / 2) + items_in(&h, h.tiles - h.tiles / 2);
+    return h;
+}
+
+INLINE Part part_of(const Halves *h, int64_t item) {
+    int second = item >= items_in(h, h->tiles / 2);
+    int64_t number = second ? h->items - 1 - item : item, rest = number - h->chunks;
+    int64_t tile = second ? h->tiles / 2 : 0, tiles = second ? h->tiles - tile : h->tiles / 2;
+    int64_t blocks = rest < 0 ? 1 : blocks_in(h, tiles), block = rest < 0 ? 0 : rest % blocks;
+    int64_t first = rest < 0 ? number * CHUNK : h->chunks * CHUNK + rest / blocks * 2;
+    return (Part){first, first + (rest < 0 ? CHUNK : 2), (tile + tiles * block / blocks) * h->rows / h->tiles,
+                  (tile + tiles * (block + 1) / blocks) * h->rows / h->tiles};
 }
 
 #endif
