@@ -1,8 +1,8 @@
 """How a front end shares cores with engines beside it: it gives way.
 
-A step that runs on a CPU has a barrier after each of some 200 operations. Every time a front end wakes for one message
-of one stream and takes a core at once, all threads of the step wait for the one that lost it. A batch process does
-not: it gets a core when one is free or its turn comes, and then handles all that has arrived.
+A step that runs on a CPU is some 200 operations whose parts its threads share. Every time a front end wakes for one
+message of one stream and takes a core at once, the others wait for the part that was being computed there. A batch
+process does not: it gets a core when one is free or its turn comes, and then handles all that has arrived.
 """
 
 from __future__ import annotations

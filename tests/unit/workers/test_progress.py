@@ -28,17 +28,18 @@ def kernels() -> ctypes.CDLL:
 def test_who_finds_nothing_left_waits_for_those_inside(kernels: ctypes.CDLL) -> None:
     progress = Progress()
     at = ctypes.byref(progress)
-    kernels.enter(at)
-    kernels.enter(at)
+    kernels.enter_operation(at)
+    kernels.enter_operation(at)
     with ThreadPoolExecutor(1) as pool:
         waits = pool.submit(kernels.wait_until_done, at)
         deadline = time.monotonic() + TIMEOUT_S
         while not progress.sleeping and not waits.done() and time.monotonic() < deadline:
             os.sched_yield()
-        kernels.leave(at)
-        assert (progress.inside, progress.sleeping, waits.done()) == (1, 1, False)
-        kernels.leave(at)
+        kernels.leave_operation(at)
+        with_one_inside = (progress.inside, progress.sleeping, waits.done())
+        kernels.leave_operation(at)
         waits.result(TIMEOUT_S)
+    assert with_one_inside == (1, 1, False)
     assert progress.inside == 0
 
 
@@ -46,8 +47,8 @@ def test_nobody_waits_for_those_who_have_not_come(kernels: ctypes.CDLL) -> None:
     progress = Progress()
     at = ctypes.byref(progress)
     for _ in range(2):  # the second one comes late
-        kernels.enter(at)
-        kernels.leave(at)
+        kernels.enter_operation(at)
+        kernels.leave_operation(at)
         kernels.wait_until_done(at)
         assert (progress.inside, progress.sleeping) == (0, 0)
 

@@ -129,9 +129,9 @@ void pawl_run(const Operation *operations, int64_t num_operations, const Frame *
         for (int64_t i = 0; i < num_operations; i++) {
             if (i > attends) fetch = fetch_from(operations, i, num_operations, frame, threads, &attends);
             if (operations[i].kind == MERGE && !frame->pairs) continue;
-            enter(frame->progress + i);
+            enter_operation(frame->progress + i);
             run(&operations[i], frame, &frame->progress[i].next, threads, scratch, &fetch);
-            leave(frame->progress + i);
+            leave_operation(frame->progress + i);
             double done = seconds ? omp_get_wtime() : 0.0;
             wait_until_done(frame->progress + i);
             if (seconds) {

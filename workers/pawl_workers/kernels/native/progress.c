@@ -48,12 +48,12 @@ INLINE void wake_all(uint32_t *inside) {
 #endif
 }
 
-void enter(Progress *p) {
+void enter_operation(Progress *p) {
     __atomic_fetch_add(&p->inside, 1, __ATOMIC_RELAXED);
     __atomic_thread_fence(__ATOMIC_RELEASE);
 }
 
-void leave(Progress *p) {
+void leave_operation(Progress *p) {
     uint32_t left = __atomic_sub_fetch(&p->inside, 1, __ATOMIC_SEQ_CST);
     if (left == 0 && __atomic_load_n(&p->sleeping, __ATOMIC_SEQ_CST)) wake_all(&p->inside);
 }

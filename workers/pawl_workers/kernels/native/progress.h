@@ -11,8 +11,8 @@ typedef struct {
 } Progress;
 
 /* Before a thread takes its first part, and once it has computed its last. */
-void enter(Progress *progress);
-void leave(Progress *progress);
+void enter_operation(Progress *progress);
+void leave_operation(Progress *progress);
 
 /* For a thread that found no more parts: until nobody is inside. Then all are computed, and it sees what came of them. */
 void wait_until_done(Progress *progress);
