@@ -22,6 +22,7 @@ from pawl_workers.options import WorkerOptions, choose_precision
 from pawl_workers.start_plan import plan_start
 from pawl_workers.worker import Worker
 from tests.fakes.checkpoints import make_llama
+from tests.fakes.threads import compute_threads
 
 BACKENDS: dict[str, Callable[[ByteScales], Kernels]] = {
     "cpu": lambda scales: CpuKernels(torch.float32, scales),
@@ -91,12 +92,14 @@ def test_groups_have_the_bits_of_the_floats_they_stand_for(
 
 @pytest.mark.parametrize("backend", ["cpu", "onednn"])
 @pytest.mark.parametrize("group", [None, 32, 128])
-def test_a_row_has_the_same_bits_in_any_company(backend: str, group: int | None) -> None:
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_row_has_the_same_bits_in_any_company(backend: str, group: int | None, num_threads: int) -> None:
     linear = BACKENDS[backend](ByteScales(group)).pack_linear(drawn(1, 200, 250), None)
     x = drawn(2, 230, 250)
     whole = linear(x)
-    for count in (1, 2, 3, 7, 16, 17, 24, 25, 26, 33, 97, 191, 193):
-        assert torch.equal(linear(x[-count:]), whole[-count:]), count
+    with compute_threads(num_threads):
+        for count in (1, 2, 3, 7, 16, 17, 24, 25, 26, 33, 97, 191, 193, 230):
+            assert torch.equal(linear(x[-count:]), whole[-count:]), count
 
 
 def test_large_layers_are_widened_in_parts() -> None:

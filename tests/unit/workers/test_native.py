@@ -26,6 +26,7 @@ from pawl_workers.kernels.reference import ReferenceActivation, ReferenceKernels
 from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
 from pawl_workers.model.weights import AttentionRule, QueryKeyNormWeights
+from tests.fakes.threads import compute_threads
 
 FORMATS = [torch.float32, torch.float16, torch.bfloat16]
 SHAPE = AttentionShape(4, 2, 16)
@@ -69,15 +70,11 @@ def test_linears_are_exact_in_any_format_and_read_back(
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
 def test_a_row_has_the_same_bits_in_any_company(kernels: CpuKernels, dtype: torch.dtype, num_threads: int) -> None:
     linear, x = kernels.pack_linear(_weight(520, 96, dtype), None), _weight(230, 96, torch.float32)
-    before = torch.get_num_threads()
     whole = linear(x)
-    torch.set_num_threads(num_threads)
-    try:
-        for num_rows in [*range(1, 40), 95, 96, 97, 200]:
+    with compute_threads(num_threads):
+        for num_rows in [*range(1, 40), 95, 96, 97, 108, 200]:
             assert torch.equal(linear(x[:num_rows]), whole[:num_rows]), num_rows
             assert torch.equal(linear(x[-num_rows:]), whole[-num_rows:]), num_rows
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
@@ -85,14 +82,10 @@ def test_a_row_has_the_same_bits_in_blocks_of_rows_that_threads_have_to_themselv
     kernels: CpuKernels, num_threads: int
 ) -> None:
     linear, x = kernels.pack_linear(_weight(200, 1544, torch.bfloat16), None), _weight(700, 1544, torch.float32)
-    before = torch.get_num_threads()
     few = torch.cat([linear(x[row : row + 7]) for row in range(0, len(x), 7)])
-    torch.set_num_threads(num_threads)
-    try:
+    with compute_threads(num_threads):
         for num_rows in (193, 287, 389, 700):
             assert torch.equal(linear(x[:num_rows]), few[:num_rows]), num_rows
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
