@@ -106,3 +106,12 @@ def test_tiles_cover_every_row_once(
         assert position - before + tokens <= lengths[sequence]
         seen[first : first + tokens, head : head + heads] += 1
     assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("contexts", "rows"), [([200, 190, 210, 195], [0, 1, 3, 2]), ([900, 12, 11, 10], [0, 2, 3, 1])], ids=["fair", "not"]
+)
+def test_decodes_stay_with_the_end_that_places_them_where_that_is_fair(contexts: list[int], rows: list[int]) -> None:
+    parts = [(i, context - 1, context) for i, context in enumerate(contexts)]
+    layout = lay_out(arrays_of(parts, np.zeros((len(contexts), 30), dtype=np.int64)), AttentionShape(4, 4, 16), 2)
+    assert layout.tiles[:, 1].tolist() == rows

@@ -19,6 +19,7 @@ _LEAST_ROWS = 24  # where tiles are cut no smaller; MOST_PAIR_ROWS in attention.
 _MOST_HEADS = 24  # of a tile
 _FIELDS = 7
 _SPARE_BLOCKS = 8  # columns of the tables for blocks that sequences will be given
+_FAIR = 0.05  # what an end may have more than half of the work
 _ITEMS_PER_THREAD = 8  # below, tiles become smaller, and then the splits of long contexts are shared out too
 
 
@@ -109,8 +110,21 @@ def _tiles(starts: IntArray, lengths: IntArray, contexts: IntArray, group: int, 
         tiles[:, 4] = first_head
         tiles[:, 5] = min(_MOST_HEADS, group - first_head)
         parts.append(tiles)
-    # Threads begin at both ends: there are the longest, and what is left in the end, in the middle, is short.
-    tiles = np.concatenate(parts)
-    longest = np.argsort(-(tiles[:, 2] + tiles[:, 3]), kind="stable")
-    order: IntArray = np.concatenate([longest[::2], longest[1::2][::-1]])
+    return _from_both_ends(np.concatenate(parts), int(lengths.sum()))
+
+
+def _from_both_ends(tiles: IntArray, num_rows: int) -> IntArray:
+    """Put tiles in the order in which threads take them: from both ends, the longest first, short ones in the middle.
+
+    They are dealt out in turn; but those of decodes so that the first end has the first half of the rows, where that is
+    fair: rows are placed from both ends too, and then a thread reads what it wrote itself.
+    """
+    contexts = tiles[:, 2] + tiles[:, 3]
+    longest = np.argsort(-contexts, kind="stable")
+    front, back = longest[::2], longest[1::2]
+    if int(tiles[:, 3].max()) == 1:
+        first = tiles[longest, 1] * 2 < num_rows
+        if abs(contexts[longest[first]].sum() / contexts.sum() - 0.5) < _FAIR:
+            front, back = longest[first], longest[~first]
+    order: IntArray = np.concatenate([front, back[::-1]])
     return tiles[order]
