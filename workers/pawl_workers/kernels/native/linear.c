@@ -235,6 +235,7 @@ static void some_rows(const Linear *l, Part part, int64_t after, float *wide, Fe
     }
 }
 
+/* A thread's share of more rows than one block. */
 static void many_rows_part(const Linear *l, int64_t *next, float *wide, Fetch *fetch) {
     Halves halves = halve(l->m, l->n, ROWS, ROW_BLOCK);
     int thread = omp_get_thread_num(), step = from_the_last(thread) ? -1 : 1;
