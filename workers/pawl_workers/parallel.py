@@ -14,7 +14,7 @@ def thread_environment(num_threads: int) -> dict[str, str]:
     of parallel regions, of which a step has a few. A thread that sleeps at once has to be woken for the next one. One
     that spins for long loses more as soon as anything else runs on these cores: both threads come to wait on one of
     them, where the one that spins keeps the other from what it waits for. So a thread spins for about as long as an
-    operation takes (`_SPINS` pauses of 24 to 50 ns at most), then sleeps.
+    operation takes (`_SPINS` pauses of 24 to 50 ns), then sleeps.
     """
     return {
         "OMP_NUM_THREADS": str(num_threads),

@@ -9,6 +9,8 @@
 
 #include <stddef.h>
 
+#include "ends.h"
+
 #define MOST_TOKENS 4       /* of a tile whose keys and values are fetched */
 #define MOST_BYTES (4 << 20) /* of a thread: its share of the third-level cache holds them until they are read */
 

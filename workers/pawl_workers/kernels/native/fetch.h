@@ -3,7 +3,6 @@
 #define PAWL_FETCH_H
 
 #include "attention.h"
-#include "ends.h"
 
 /* What one thread fetches for the attention that comes next: the blocks of every so many-th tile of those that it will
    take, by and large. */
