@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pawl_workers.kernels.cpu_calls import activation_number, attention_call, norm_call, padded_dim, place_call
 from pawl_workers.kernels.cpu_linear import CpuLinear
-from pawl_workers.kernels.cpu_program import Buffer, CpuProgram, Cut, Kind, Router, Segment
+from pawl_workers.kernels.cpu_operations import Buffer, Cut, Kind, Router, Segment
+from pawl_workers.kernels.cpu_program import CpuProgram
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import MOST_ROTARIES, ExpertsCall, LinearCall, Operation
 from pawl_workers.model.packed import PackedLinear, PackedNorm
