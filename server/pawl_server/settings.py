@@ -46,6 +46,10 @@ class ModelSettings:
         "auto", "linear layers: auto (exact), int8 or, with a scale per N inputs, int8_g32, _g64, _g128"
     )
     strict: bool = _setting(False, "on cuda: results that no other request can touch, to the bit, at some speed")
+    screen_head: bool = _setting(
+        True,
+        "on a cpu: the head in bytes too, by which greedy requests read half of it; false spares its memory",
+    )
     dummy_weights: bool = _setting(
         False, "random weights in the shapes of the checkpoint's config.json, for benchmarks"
     )

@@ -24,6 +24,7 @@ from pawl_workers.kernels.coded_weights import ExponentCode
 from pawl_workers.kernels.cpu import CpuKernels
 from pawl_workers.kernels.cpu_linear import Workspace
 from pawl_workers.kernels.cpu_sampler import CpuSampler
+from pawl_workers.kernels.cpu_screen import CpuHead
 from pawl_workers.kernels.native.library import load_library
 from pawl_workers.kernels.weight_memory import WeightMemory
 from pawl_workers.model.packed import NormWeights
@@ -35,6 +36,7 @@ from pawl_workers.sampling.table import SamplingTable
 from tests.fakes.attention_cases import arrays_of
 from tests.fakes.cached_attention import CACHE_TYPES, CachedAttention, CachedCase
 from tests.fakes.sampling_oracle import as_words, make_batch
+from tests.fakes.screened import choose_tokens
 from tests.fakes.watched_worker import serve, use
 
 __all__ = ["GROUPS"]
@@ -55,6 +57,20 @@ def _call_linears(draw: Random) -> None:
             linear.unpack()
             for num_rows in (1, draw.randint(2, 16), draw.randint(17, 130)):
                 linear(torch.randn(num_rows, shape[1]))
+
+
+def _screen_heads(draw: Random) -> None:
+    """Greedy tokens without all logits, of few rows and many, on one thread and on two; some rows are not finite."""
+    kernels = CpuKernels()
+    for stored in _STORED * 3:
+        shape = draw.choice(_VOCABULARIES), draw.choice(_SIZES)
+        head = kernels.pack_head(torch.randn(shape).to(stored), None)
+        if not isinstance(head, CpuHead):
+            return  # matrix tiles need none
+        for num_rows in (1, draw.randint(2, 16), draw.randint(17, 40)):
+            x = torch.randn(num_rows, shape[1])
+            x[::7, 0] = draw.choice([0.0, torch.nan, 1e30])
+            choose_tokens(head, x, draw.choice([1, 2]))
 
 
 def _code_weights(draw: Random) -> None:
@@ -173,6 +189,7 @@ class _ExactWorkspace(Workspace):
 GROUPS: Mapping[str, Callable[[Random], None]] = {
     "linears": _call_linears,
     "coded": _code_weights,
+    "screen": _screen_heads,
     "attention": _call_attention,
     "elementwise": _call_elementwise,
     "sampling": _call_sampler,

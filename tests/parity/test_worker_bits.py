@@ -104,9 +104,8 @@ class FaultyLinears(StageByStage):
 class FaultyHead(StageByStage):
     """The same in the head alone, whose rows are those that sample."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:  # type: ignore[override]
-        linear = super().pack_linear(weight, bias)
-        return SplitByRows(linear) if linear.out_features == 257 else linear
+    def pack_head(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:  # type: ignore[override]
+        return SplitByRows(super().pack_head(weight, bias))
 
 
 class FaultyAttention(StageByStage):

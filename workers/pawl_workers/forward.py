@@ -20,10 +20,10 @@ from pawl_workers.stages.logits import adjust, logits
 from pawl_workers.stages.mlp import mlp
 from pawl_workers.stages.norm import norm
 from pawl_workers.stages.residual import add
-from pawl_workers.stages.sample import Sampled, sample
+from pawl_workers.stages.sample import Sampled, chosen, sample
 from pawl_workers.stages.score import score
 
-__all__ = ["StepOutput", "compute", "finish", "forward"]
+__all__ = ["StepOutput", "choose", "compute", "finish", "forward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,22 @@ def compute(batch: Batch, weights: Weights, cache: KvCache) -> tuple[Tensor, Ten
         fired = mlp(norm(x, w.mlp_norm), w.mlp)  # features ignite
         x = add(x, norm(fired, w.mlp_output_norm), w.residual_scale)
     return x, logits(norm(batch.samples(x), weights.final_norm), weights.head)  # [S, V]  every direction is scored
+
+
+def choose(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput | None:
+    """Run a step of which nothing but the best token of each sample is wanted, without computing all logits.
+
+    Gives the tokens that `forward` gives, which are not masked. Writes the new tokens' keys and values into `cache`.
+
+    Returns:
+        None where more is wanted, or where the backend cannot; then nothing has been computed.
+    """
+    scoring = cache.scoring
+    if scoring is None or not scoring.chooses or not batch.sampling.greedy:
+        return None
+    x, token_ids = scoring.run_through_choice(embed(batch, weights.embedding), batch)
+    prompts = score(x, weights.final_norm, weights.head, batch)
+    return StepOutput(chosen(token_ids), prompts, x)
 
 
 def finish(x: Tensor, scores: Tensor, batch: Batch, weights: Weights) -> StepOutput:

@@ -45,6 +45,7 @@ class WorkerOptions:
     host_kv_bytes: int = 0  # second tier of KV blocks in host memory; 0 = none
     revision: str | None = None  # of a hub id
     strict: bool = False  # on cuda: bits that depend on nothing else in the step, at some cost; a cpu always does so
+    screen_head: bool = True  # on the cpu kernels: the head in bytes too, for greedy rows
     dummy_weights: bool = False  # random ones in the configured shapes, bf16; none are read
 
 
@@ -91,4 +92,4 @@ def choose_precision(options: WorkerOptions) -> Precision:
     for name, value, known in choices:
         if value not in known:
             raise WorkerError(f"{name} {value!r} is not supported; known: {', '.join(known)}")
-    return Precision(_KV_DTYPES[options.kv_dtype], *_WEIGHT_DTYPES[options.weight_dtype])
+    return Precision(_KV_DTYPES[options.kv_dtype], *_WEIGHT_DTYPES[options.weight_dtype], screened=options.screen_head)

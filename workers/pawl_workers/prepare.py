@@ -178,6 +178,8 @@ def _sampling(table: RowTable, rows: IntArray, settings: BatchSettings, most_dra
     words = None
     if settings.staging is not None:
         words = settings.staging.put(parameter_words(table.sampling, rows, positions).view(np.int32))
+    adjusts = bool(table.sampling.adjusted[rows].any())
+    describes = bool((table.sampling.alternatives[rows] >= 0).any())
     return SamplingBatch(
         sampler=settings.kernels.sampler,
         table=table.sampling,
@@ -186,8 +188,9 @@ def _sampling(table: RowTable, rows: IntArray, settings: BatchSettings, most_dra
         num_output=positions - table.num_prompt[rows],
         drafts=drafts,
         words=words,
-        adjusts=bool(table.sampling.adjusted[rows].any()),
-        describes=bool((table.sampling.alternatives[rows] >= 0).any()),
+        adjusts=adjusts,
+        describes=describes,
+        greedy=not adjusts and not describes and not table.sampling.temperature[rows].any(),
     )
 
 

@@ -18,7 +18,7 @@ from pawl_workers.batch import Batch, IntArray
 from pawl_workers.decodes import Decodes
 from pawl_workers.errors import PlanError
 from pawl_workers.facts import WorkerFacts, worker_facts
-from pawl_workers.forward import compute, finish
+from pawl_workers.forward import choose, compute, finish
 from pawl_workers.graphs import DecodeGraphs, bucket_of
 from pawl_workers.host_cache import HostCache
 from pawl_workers.kernels.cpu_program import CpuProgram
@@ -226,7 +226,9 @@ class Worker:
             return self._run(Work(plan, rows, num_tokens, failures, started), batch, masks, decodes, began, padded)
         pipeline.insert(batch)
         prepared = time.perf_counter()
-        stream, scores = self._compute(batch, len(rows), padded, began)
+        if began is not None:
+            began()
+        stream, scores = self._compute(batch, len(rows), padded)
         if masks is not None or pipeline.choice_must_wait(plan):
             pipeline.settle_all()
         if masks is not None:
@@ -244,20 +246,20 @@ class Worker:
     ) -> DoneStep:
         """Compute a step, and wait for it; `decodes` is kept for the next one if no row fails."""
         prepared = time.perf_counter()
-        stream, scores = self._compute(batch, len(work.rows), padded, began)
-        if masks is not None:
-            batch = with_masks(batch, masks())
-        output = finish(stream, scores, batch, self._weights)
+        if began is not None:
+            began()
+        output = choose(batch, self._weights, self._cache) if masks is None else None
+        if output is None:
+            stream, scores = self._compute(batch, len(work.rows), padded)
+            if masks is not None:
+                batch = with_masks(batch, masks())
+            output = finish(stream, scores, batch, self._weights)
         forward_s = time.perf_counter() - prepared - output.sampled.sample_s
         result = conclude(work, batch.sampling, output, self._table, self._cache, prepared - work.started, forward_s)
         self._decodes = None if output.sampled.failures or result.failures else decodes
         return DoneStep(result)
 
-    def _compute(
-        self, batch: Batch, num_rows: int, padded: int | None, began: Callable[[], object] | None
-    ) -> tuple[Tensor, Tensor]:
-        if began is not None:
-            began()
+    def _compute(self, batch: Batch, num_rows: int, padded: int | None) -> tuple[Tensor, Tensor]:
         if self._graphs is None or padded is None:
             return compute(batch, self._weights, self._cache)
         stream, scores = self._graphs.run(batch)

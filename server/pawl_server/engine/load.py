@@ -54,6 +54,7 @@ def worker_options(model: ModelSettings, engine: EngineSettings, num_threads: in
         kv_dtype=model.kv_dtype,
         weight_dtype=model.weight_dtype,
         strict=model.strict,
+        screen_head=model.screen_head,
         num_threads=num_threads,
         max_context=model.max_context or None,
         max_running=engine.max_running,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pawl_workers.kernels.native import library
 from tests.fakes.checkpoints import make_llama
 
 if TYPE_CHECKING:
@@ -21,6 +23,15 @@ torch.set_num_threads(1)
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny random Llama with a tokenizer."""
     return make_llama(tmp_path_factory.mktemp("llama"), tokenizer=True)
+
+
+@pytest.fixture
+def without_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The compiled kernels as they are where there are no matrix tiles: greedy rows have a screen there."""
+    monkeypatch.setenv("PAWL_CPU_INSTRUCTIONS", "avx512")
+    library.load_library.cache_clear()
+    yield
+    library.load_library.cache_clear()
 
 
 @pytest.fixture

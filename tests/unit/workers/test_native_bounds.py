@@ -32,6 +32,7 @@ OUTSIDE = "ERROR: AddressSanitizer: heap-buffer-overflow"
 FAULTS = {
     "linears": ("linear.c", "k = l->k,", "k = l->k + planted(),", OUTSIDE),
     "coded": ("linear_coded.c", "at[own] =", "at[own + planted()] =", OUTSIDE),
+    "screen": ("screen.c", "fours = fours_in(w->k),", "fours = fours_in(w->k) + planted(),", OUTSIDE),
     "attention": (
         "attention_group.c",
         "dim < step->head_dim; dim++) to",

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pawl_workers.batch import AttentionLayout, AttentionShape, Batch, SequenceArrays
+from pawl_workers.batch import AttentionLayout, AttentionShape, Batch, IntArray, SequenceArrays
 from pawl_workers.errors import WorkerError
 from pawl_workers.kernels.byte_weights import ByteScales
 from pawl_workers.model.packed import Packer
@@ -37,11 +37,13 @@ class Precision:
         cache: of keys and values.
         weights: int8 for bytes with scales.
         group: inputs that share a scale, 32, 64 or 128; None = all of an output feature.
+        screened: whether an exact head is kept in bytes too, where the backend can find greedy tokens by them.
     """
 
     cache: torch.dtype | None = None
     weights: torch.dtype | None = None
     group: int | None = None
+    screened: bool = True
 
 
 class LayerProgram(Protocol):
@@ -65,6 +67,20 @@ class ScoringProgram(Protocol):
         Returns:
             The stream after the last layer, [T, D], as a `LayerProgram` gives it, and what the head's projection gives
             for each of its rows, [T, V] float32.
+        """
+        ...
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it can choose the best tokens without all logits."""
+        ...
+
+    def run_through_choice(self, x: Tensor, batch: Batch) -> tuple[Tensor, IntArray]:
+        """Take the stream of a step, [T, D], through all layers, and choose the best token of each of S samples.
+
+        Returns:
+            The stream, and the tokens that a `Sampler` would choose at temperature 0 from all logits, [S]:
+            `NOT_FINITE` where a logit is not finite.
         """
         ...
 
@@ -238,7 +254,7 @@ def _compiled(shape: AttentionShape, precision: Precision) -> Kernels:
     if not CpuKernels.supports(shape):
         raise WorkerError(f"the cpu kernels serve heads of up to 512 dimensions, not {shape.head_dim}")
     try:
-        return CpuKernels(precision.cache or torch.float32, _byte_scales(precision))
+        return CpuKernels(precision.cache or torch.float32, _byte_scales(precision), screens=precision.screened)
     except BuildError as error:
         raise WorkerError(f"the cpu kernels are not built: {error}") from error
 

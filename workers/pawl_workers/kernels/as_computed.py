@@ -37,6 +37,10 @@ class AsComputed:
             return math.prod(shape) + self._byte_scales.scale_bytes(shape)
         return math.prod(shape) * computed.itemsize
 
+    def packed_head_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
+        """As of any other."""
+        return self.packed_bytes(shape, stored, computed)
+
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's own."""
         return dtype

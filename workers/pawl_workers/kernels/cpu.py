@@ -17,12 +17,13 @@ from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels import LayerProgram
 from pawl_workers.kernels.byte_weights import ByteScales
 from pawl_workers.kernels.cpu_calls import activation_number, attention_call, norm_call, padded_dim, place_call
-from pawl_workers.kernels.cpu_compile import compile_head, compile_program
+from pawl_workers.kernels.cpu_compile import compile_choice, compile_head, compile_program
 from pawl_workers.kernels.cpu_decodes import CpuDecodeMover
 from pawl_workers.kernels.cpu_layout import CpuLayout, lay_out
 from pawl_workers.kernels.cpu_linear import NARROW, CpuLinear, Workspace, packed_bytes
 from pawl_workers.kernels.cpu_program import CpuProgram
 from pawl_workers.kernels.cpu_sampler import CpuSampler
+from pawl_workers.kernels.cpu_screen import CpuHead, HeadScreen, can_screen
 from pawl_workers.kernels.decode_mover import DecodeArrays
 from pawl_workers.kernels.native.library import Library, load_library
 from pawl_workers.kernels.weight_memory import WeightMemory
@@ -75,6 +76,7 @@ class CpuKernels:
     Args:
         cache_dtype: of keys and values: float32, float16, or int8 with a scale per token and head.
         byte_scales: weights in bytes, and how they share scales.
+        screens: an exact head in bytes too, by which greedy rows find their tokens.
 
     Raises:
         BuildError: the kernels cannot be built.
@@ -83,11 +85,14 @@ class CpuKernels:
     name = "cpu"
     block_size = _BLOCK
 
-    def __init__(self, cache_dtype: torch.dtype = torch.float32, byte_scales: ByteScales | None = None) -> None:
+    def __init__(
+        self, cache_dtype: torch.dtype = torch.float32, byte_scales: ByteScales | None = None, *, screens: bool = True
+    ) -> None:
         self._library = load_library()
         self._workspace = Workspace()
         self._memory = WeightMemory()
         self._byte_scales = byte_scales
+        self._screens = screens and byte_scales is None and not self._library.multiplies_coded
         self._cache_dtype = cache_dtype
         self._format = _CACHE_FORMATS[cache_dtype]
         self.sampler = CpuSampler(self._library)
@@ -106,12 +111,20 @@ class CpuKernels:
         dtype = self.linear_dtype(stored, computed)
         return packed_bytes(shape[0], shape[1], dtype, self._library.panel_width, self._byte_scales)
 
+    def packed_head_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
+        """And what its screen takes."""
+        screened = self._screens and can_screen(shape[1])
+        screen = HeadScreen.bytes_of(shape[0], shape[1], self._library) if screened else 0
+        return self.packed_bytes(shape, stored, computed) + screen
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
         """Pack into panels."""
         return CpuLinear(weight, bias, self._library, self._workspace, self._memory, self._byte_scales)
 
     def pack_head(self, weight: Tensor, bias: Tensor | None) -> CpuLinear:
-        """As any other."""
+        """As any other, and once more in bytes where that can be."""
+        if self._screens and bias is None and can_screen(weight.shape[1]):
+            return CpuHead(weight, self._library, self._workspace, self._memory)
         return self.pack_linear(weight, bias)
 
     def pack_norm(self, weights: NormWeights) -> _Norm:
@@ -147,8 +160,9 @@ class CpuKernels:
     def compile_head(self, program: LayerProgram, weights: Weights) -> CpuProgram:
         """See `CompilesHead`."""
         assert isinstance(program, CpuProgram)  # noqa: S101 - narrows the type
-        operations = compile_head(weights.final_norm, weights.head.linear)
-        program.add_head(operations, weights.head.linear.out_features)
+        program.add_head(compile_head(weights.final_norm, weights.head.linear), weights.head.linear.out_features)
+        if weights.head.divisor == 1.0 and weights.head.softcap is None:  # which may make different logits equal
+            program.add_choice(compile_choice(weights.final_norm, weights.head.linear))
         return program
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:

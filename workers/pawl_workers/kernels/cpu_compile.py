@@ -11,12 +11,13 @@ from pawl_workers.kernels.cpu_calls import activation_number, attention_call, no
 from pawl_workers.kernels.cpu_linear import CpuLinear
 from pawl_workers.kernels.cpu_operations import Buffer, Cut, Kind, Router, Segment
 from pawl_workers.kernels.cpu_program import CpuProgram
+from pawl_workers.kernels.cpu_screen import CpuHead
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import MOST_ROTARIES, ExpertsCall, LinearCall, Operation
 from pawl_workers.model.packed import PackedLinear, PackedNorm
 from pawl_workers.model.weights import ExpertWeights, LayerWeights, MlpWeights
 
-__all__ = ["compile_head", "compile_program"]
+__all__ = ["compile_choice", "compile_head", "compile_program"]
 
 Cache = tuple[Tensor, Tensor]
 Steps = Iterator[Operation | Router]
@@ -55,6 +56,20 @@ def compile_head(final_norm: PackedNorm | None, head: PackedLinear) -> list[Oper
     scoring = _linear(head, Buffer.NORMED if norm else Buffer.STREAM, Buffer.LOGITS)
     scoring.kind = Kind.SCORE
     return [*norm, scoring]
+
+
+def compile_choice(final_norm: PackedNorm | None, head: PackedLinear) -> list[Operation]:
+    """Compile what finds the best token of each row of a stream; nothing where the head has no screen."""
+    if not isinstance(head, CpuHead) or head.screen is None:
+        return []
+    norm = list(_norm(final_norm, Buffer.STREAM, Buffer.NORMED))
+    read = Buffer.NORMED if norm else Buffer.STREAM
+    quantise = Operation(kind=Kind.QUANTISE, source=read)
+    screen = Operation(kind=Kind.SCREEN)
+    quantise.call.screen = screen.call.screen = head.screen.call()
+    choose = _linear(head, read, read)
+    choose.kind = Kind.CHOOSE
+    return [*norm, quantise, screen, choose]
 
 
 def _read_later(w: LayerWeights) -> tuple[Buffer, ...]:

@@ -25,6 +25,9 @@ class Kind(IntEnum):
     DOWN = 8
     COMBINE = 9
     SCORE = 10  # a linear layer: the head
+    QUANTISE = 11  # what is in the place of all logits where the best token is all that is asked for
+    SCREEN = 12
+    CHOOSE = 13
 
 
 class Buffer(IntEnum):

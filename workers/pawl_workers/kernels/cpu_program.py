@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pawl_workers.batch import Batch
+from pawl_workers.batch import Batch, IntArray
 from pawl_workers.kernels.cpu_layout import CpuLayout
 from pawl_workers.kernels.cpu_operations import Buffer, Cut, Kind, Router, Segment
 from pawl_workers.kernels.cpu_seconds import KernelSeconds, LayerSeconds
@@ -61,6 +61,9 @@ class CpuProgram:
         self._for_all = [*self._segments[: cut.segment], (_array(operations[: cut.operation]), None)]
         self._for_some = [(_array(operations[cut.operation :]), router), *self._segments[cut.segment + 1 :]]
         self._through_head: list[_Compiled] | None = None
+        self._through_choice: list[_Compiled] | None = None
+        self._choice: _Compiled | None = None
+        self._screened = torch.empty(0, dtype=torch.uint8)
         self._vocab_size = 0
         self._widths = [widths.get(buffer, 0) for buffer in list(Buffer)[1:]]
         self._routers = [s.router for s in segments if s.router is not None]
@@ -84,13 +87,21 @@ class CpuProgram:
 
     def add_head(self, operations: Sequence[Operation], vocab_size: int) -> None:
         """Have `run_through_head` end with these, which write the logits."""
+        self._through_head = self._going_on(operations)
+        self._vocab_size = vocab_size
+
+    def add_choice(self, operations: Sequence[Operation]) -> None:
+        """Have `run_through_choice` end with these, which choose tokens; nothing where there are none."""
+        if operations:
+            self._through_choice, self._choice = self._going_on(operations), (_array(operations), None)
+
+    def _going_on(self, operations: Sequence[Operation]) -> list[_Compiled]:
         *before, last = self._compiled
         longer = [*last.operations, *operations]
-        self._through_head = [*self._segments[: len(before)], (_array(longer), last.router)]
-        self._vocab_size = vocab_size
         if len(longer) > len(self._progress):
             self._progress = (Progress * len(longer))()
             self._frame.progress = ctypes.addressof(self._progress)
+        return [*self._segments[: len(before)], (_array(longer), last.router)]
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """Run all layers over the stream, [T, D] float32, in place; see `LayerProgram`."""
@@ -116,6 +127,37 @@ class CpuProgram:
         self._frame.buffers[Buffer.LOGITS] = scores.data_ptr()
         self._run(self._through_head)
         return x, scores
+
+    @property
+    def chooses(self) -> bool:
+        """See `ScoringProgram`."""
+        return self._choice is not None
+
+    def run_through_choice(self, x: Tensor, batch: Batch) -> tuple[Tensor, IntArray]:
+        """Run all layers over the stream, and choose the best token of each sample; see `ScoringProgram`."""
+        assert self._through_choice is not None  # noqa: S101 - narrows the type
+        assert self._choice is not None  # noqa: S101 - narrows the type
+        x, num_samples, frame = x.contiguous(), batch.last.shape[0], self._frame
+        chosen = np.empty(num_samples, dtype=np.int64)
+        frame.chosen_tokens = chosen.ctypes.data
+        if num_samples == x.shape[0]:
+            self._enter(x, batch)
+            self._make_room_for_choice(num_samples)
+            self._run(self._through_choice)
+            return x, chosen
+        x = self(x, batch)
+        if num_samples:
+            samples = batch.samples(x)
+            frame.buffers[Buffer.STREAM], frame.rows = samples.data_ptr(), num_samples
+            self._make_room_for_choice(num_samples)
+            self._run([self._choice])
+        return x, chosen
+
+    def _make_room_for_choice(self, num_rows: int) -> None:
+        num_bytes = self._library.screened_bytes(num_rows, self._widths[Buffer.NORMED - 1], self._vocab_size)
+        if self._screened.numel() < num_bytes:
+            self._screened = torch.empty(num_bytes, dtype=torch.uint8)
+            self._frame.screened = self._screened.data_ptr()
 
     def _enter(self, x: Tensor, batch: Batch) -> None:
         layout, frame = batch.attention, self._frame
@@ -170,7 +212,7 @@ class CpuProgram:
     def take_seconds(self) -> KernelSeconds:
         """Seconds since this was last called; of the head and of sampling, those of every model in this process."""
         work, waits = (_by_kind(seconds) for seconds in self._seconds[:, : Kind.SCORE].tolist())
-        scoring = float(self._seconds[:, Kind.SCORE].sum())
+        scoring = float(self._seconds[:, Kind.SCORE :].sum())
         calls = self._library.take_seconds()
         taken = KernelSeconds(
             work=replace(work, routing=work.routing + self._choosing_s),

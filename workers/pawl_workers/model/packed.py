@@ -110,6 +110,10 @@ class Packer(Protocol):
         """Return the most that a packed weight of this shape, [out, in], takes; types as for `linear_dtype`."""
         ...
 
+    def packed_head_bytes(self, shape: tuple[int, ...], stored: torch.dtype, computed: torch.dtype) -> int:
+        """Return the same of the projection to the vocabulary, with all that `pack_head` keeps of it."""
+        ...
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """Pack a weight [out, in], in the type of `linear_dtype`, and a bias [out], in the model's type."""
         ...

@@ -132,11 +132,12 @@ def held_bytes(slots: Mapping[str, Slot], packer: Packer, dtype: torch.dtype) ->
     total = 0
     for name, slot in slots.items():
         if _is_linear(name):
-            total += packer.packed_bytes(slot.shape, slot.stored, dtype)
+            count = packer.packed_head_bytes if name == "head.weight" else packer.packed_bytes
+            total += count(slot.shape, slot.stored, dtype)
         else:
             total += math.prod(slot.shape) * _waiting_dtype(name, slot, packer, dtype).itemsize
         if name == "embedding" and "head.weight" not in slots:
-            total += packer.packed_bytes(slot.shape, slot.stored, dtype)
+            total += packer.packed_head_bytes(slot.shape, slot.stored, dtype)
     return total
 
 

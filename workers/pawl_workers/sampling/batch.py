@@ -54,6 +54,7 @@ class SamplingBatch:
             not travel together.
         adjusts: False where it is known that no row has penalties, bias or suppression.
         describes: False where it is known that no row wants log-probabilities.
+        greedy: True where it is known that of each sample the best token is wanted, and nothing else.
     """
 
     sampler: Sampler
@@ -66,6 +67,7 @@ class SamplingBatch:
     words: Tensor | None = None
     adjusts: bool = True
     describes: bool = True
+    greedy: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)

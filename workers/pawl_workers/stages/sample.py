@@ -11,7 +11,7 @@ from torch import Tensor
 from pawl_workers.plan import TokenLogprobs
 from pawl_workers.sampling.batch import NOT_FINITE, NOTHING_LEFT, IntArray, SamplingBatch
 
-__all__ = ["MESSAGES", "Sampled", "sample"]
+__all__ = ["MESSAGES", "Sampled", "chosen", "sample"]
 
 MESSAGES = {
     NOT_FINITE: "the logits are not finite",
@@ -47,9 +47,18 @@ def sample(scores: Tensor, sampling: SamplingBatch) -> Sampled:
     if not len(sampling):
         return Sampled(np.zeros(0, dtype=np.int64), [], {}, time.perf_counter() - started)
     token_ids = sampling.sampler.choose(scores, sampling)
-    failures = {i: MESSAGES[token_id] for i, token_id in enumerate(token_ids.tolist()) if token_id < 0}
+    failures = _failures(token_ids)
     logprobs = _describe(scores, sampling, token_ids) if sampling.describes else []
     return Sampled(token_ids, logprobs, failures, time.perf_counter() - started)
+
+
+def chosen(token_ids: IntArray) -> Sampled:
+    """Say so of tokens, [S], that a backend chose by itself; negative ones failed."""
+    return Sampled(token_ids, [], _failures(token_ids), 0.0)
+
+
+def _failures(token_ids: IntArray) -> dict[int, str]:
+    return {i: MESSAGES[token_id] for i, token_id in enumerate(token_ids.tolist()) if token_id < 0}
 
 
 def _describe(scores: Tensor, sampling: SamplingBatch, token_ids: IntArray) -> list[TokenLogprobs | None]:

@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 __all__ = ["BuildError", "find_or_build", "instruction_flags"]
@@ -26,6 +27,8 @@ _SOURCES = (
     "linear_pack.c",
     "linear_coded.c",
     "linear_tiles.c",
+    "screen.c",
+    "screen_pack.c",
     "attention.c",
     "fetch.c",
     "progress.c",
@@ -43,6 +46,8 @@ _HEADERS = (
     "vector.h",
     "linear.h",
     "linear_tiles.h",
+    "screen.h",
+    "screen_bytes.h",
     "panels.h",
     "coded.h",
     "tiles.h",
@@ -76,12 +81,13 @@ _FLAGS = (
 _X86 = {"x86_64", "AMD64"}
 _AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_FLAGS = (*_AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-_AMX_FLAGS = (*_AVX512_FLAGS, "-mamx-tile", "-mamx-bf16")
-_LEVELS: Mapping[str, tuple[str, ...]] = {
-    "amx": _AMX_FLAGS,
-    "avx512": _AVX512_FLAGS,
-    "avx2": _AVX2_FLAGS,
-    "portable": (),
+_VNNI_FLAGS = (*_AVX512_FLAGS, "-mavx512vnni")
+_AMX_FLAGS = (*_VNNI_FLAGS, "-mamx-tile", "-mamx-bf16")
+_LEVELS: Mapping[str, Sequence[tuple[str, ...]]] = {  # of each the fastest first, with the same bits
+    "amx": (_AMX_FLAGS,),
+    "avx512": (_VNNI_FLAGS, _AVX512_FLAGS),
+    "avx2": (_AVX2_FLAGS,),
+    "portable": ((),),
 }
 _LIMIT = "PAWL_CPU_INSTRUCTIONS"
 # Linux asks each process to ask before it uses tile registers: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
@@ -112,12 +118,12 @@ def instruction_flags() -> tuple[str, ...]:
     except OSError:
         return ()
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    known = set(line.split())
+    known = {name.replace("_", "") for name in line.split()}
     for level in list(_LEVELS)[list(_LEVELS).index(limit) :]:
-        flags = _LEVELS[level]
-        wanted = {flag.removeprefix("-m").replace("-", "_") for flag in flags}
-        if wanted <= known and (level != "amx" or _may_use_tiles()):
-            return flags
+        for flags in _LEVELS[level]:
+            wanted = {flag.removeprefix("-m").replace("-", "") for flag in flags}
+            if wanted <= known and (level != "amx" or _may_use_tiles()):
+                return flags
     return ()
 
 
@@ -143,7 +149,7 @@ def find_or_build() -> Path:
     except BuildError:
         if flags != _AMX_FLAGS:
             raise
-        return _find_or_build(compiler, _AVX512_FLAGS)  # compilers before GCC 11 and Clang 12 know no AMX
+        return _find_or_build(compiler, _VNNI_FLAGS)  # compilers before GCC 11 and Clang 12 know no AMX
 
 
 def _find_or_build(compiler: str, flags: tuple[str, ...]) -> Path:
@@ -157,7 +163,7 @@ def _build_into_package() -> list[Path]:
     """For every processor of this kind: the machine that runs the image may know less than the one that builds it."""
     compiler = _compiler()
     made = []
-    for flags in _LEVELS.values() if platform.machine() in _X86 else ((),):
+    for flags in chain(*_LEVELS.values()) if platform.machine() in _X86 else ((),):
         made.append(_BUILT / f"{_key('', flags)}.so")
         _build(compiler, flags, made[-1])
     return made

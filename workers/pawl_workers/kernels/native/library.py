@@ -21,6 +21,7 @@ from pawl_workers.kernels.native.structures import (
     Operation,
     PlaceCall,
     Progress,
+    ScreenCall,
 )
 
 __all__ = ["BuildError", "Library", "load_library"]
@@ -55,6 +56,7 @@ class Library:
     pack_coded: Function
     unpack_coded: Function
     count_exponents: Function
+    pack_screen: Function
     linear: Function
     attend: Function
     norm: Function
@@ -89,6 +91,18 @@ class Library:
         """Memory in which a step's tokens are sorted by expert."""
         return int(self._loaded.pawl_routing_bytes(tokens, num_experts, num_active))
 
+    def screen_weight_bytes(self, out_features: int, in_features: int) -> int:
+        """Memory that the bytes of a head's screen take."""
+        return int(self._loaded.pawl_screen_weight_bytes(out_features, in_features))
+
+    def screen_columns(self, out_features: int) -> int:
+        """Floats that a head's screen holds beside its bytes."""
+        return int(self._loaded.pawl_screen_columns(out_features))
+
+    def screened_bytes(self, num_rows: int, in_features: int, out_features: int) -> int:
+        """Memory for what a screen finds of so many rows."""
+        return int(self._loaded.pawl_screened_bytes(num_rows, in_features, out_features))
+
     def sampling_scratch_bytes(self, vocab_size: int) -> int:
         """Memory that one thread needs to sample from so many scores."""
         return int(self._loaded.pawl_sampling_scratch_bytes(vocab_size))
@@ -101,6 +115,7 @@ _ARGUMENTS: dict[str, list[type[ctypes._SimpleCData]]] = {  # type: ignore[type-
     "pack_coded": [_P, _P, _N, _N, _N, _P, _I],
     "unpack_coded": [_P, _P, _N, _N, _I],
     "count_exponents": [_P, _N, _N, _N, _P, _I],
+    "pack_screen": [_P, _P, _P, _N, _N, _N, _P, _I],
     "linear": [_P, _P, _I],
     "attend": [_P, _P, _I],
     "norm": [_P, _I],
@@ -119,8 +134,22 @@ _COUNTS: dict[str, list[type[ctypes.c_int64]]] = {
     "program_scratch_bytes": [_N],
     "sampling_scratch_bytes": [_N],
     "routing_bytes": [_N, _N, _N],
+    "screen_weight_bytes": [_N, _N],
+    "screen_columns": [_N],
+    "screened_bytes": [_N, _N, _N],
 }
-_STRUCTURES = (NormCall, LinearCall, PlaceCall, AttentionCall, Operation, Frame, ExpertsCall, DecodesCall, Progress)
+_STRUCTURES = (
+    NormCall,
+    LinearCall,
+    PlaceCall,
+    AttentionCall,
+    Operation,
+    Frame,
+    ExpertsCall,
+    DecodesCall,
+    Progress,
+    ScreenCall,
+)
 
 
 @cache

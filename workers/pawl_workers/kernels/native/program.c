@@ -12,11 +12,13 @@
 #include "fetch.h"
 #include "linear.h"
 #include "progress.h"
+#include "screen.h"
 
 #define NUM_BUFFERS 15
 
-enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4, GROUP = 5, GATHER = 6, UP = 7, DOWN = 8, COMBINE = 9, SCORE = 10 };
-#define NUM_KINDS 11
+enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4, GROUP = 5, GATHER = 6, UP = 7, DOWN = 8, COMBINE = 9, SCORE = 10,
+       QUANTISE = 11, SCREEN = 12, CHOOSE = 13 };
+#define NUM_KINDS 14
 enum { GATHERED = 9, EXPERT_HIDDEN = 10, EXPERT_FOUND = 11, SHARED_FOUND = 12 }; /* buffers of routed layers */
 
 typedef struct {
@@ -29,6 +31,7 @@ typedef struct {
         Place place;
         Attention attention;
         Experts experts;
+        Screen screen;
     };
 } Operation;
 
@@ -42,6 +45,8 @@ typedef struct {
     const int64_t *chosen; /* as in experts.h, of the one routed layer that is run */
     const float *shares, *shared_shares;
     char *routing; /* memory of the routing */
+    char *screened;  /* memory of what bounds the logits */
+    int64_t *chosen_tokens;
     double *seconds;       /* of the first thread, [2][NUM_KINDS]: its work and its waits for the others; or NULL */
     int64_t turned[MOST_ROTARIES]; /* dimensions of a head that turn */
     int64_t rows, num_tiles, num_pairs, table_stride, scratch_bytes;
@@ -112,6 +117,20 @@ static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threa
             else merge_part(&attention, next, scratch);
             break;
         }
+        case QUANTISE:
+        case SCREEN: {
+            Screened screened = screened_of(f->screened, f->rows, o->screen.k, o->screen.n);
+            if (o->kind == QUANTISE) quantise_part(&o->screen, from, f->rows, &screened, next);
+            else screen_part(&o->screen, f->rows, &screened, next);
+            break;
+        }
+        case CHOOSE: {
+            Linear linear = o->linear;
+            linear.x = from, linear.m = f->rows;
+            Screened screened = screened_of(f->screened, f->rows, linear.k, linear.n);
+            choose_part(&linear, &screened, f->chosen_tokens, next, threads, (float *)scratch);
+            break;
+        }
         default: run_experts(o, f, next, threads, (float *)scratch);
     }
 }
@@ -158,4 +177,5 @@ void pawl_structure_sizes(int64_t *sizes) {
     sizes[0] = sizeof(Norm), sizes[1] = sizeof(Linear), sizes[2] = sizeof(Place), sizes[3] = sizeof(Attention);
     sizes[4] = sizeof(Operation), sizes[5] = sizeof(Frame), sizes[6] = sizeof(Experts);
     sizes[7] = sizeof(Decodes), sizes[8] = sizeof(Progress);
+    sizes[9] = sizeof(Screen);
 }

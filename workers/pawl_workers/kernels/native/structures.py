@@ -17,6 +17,7 @@ __all__ = [
     "Operation",
     "PlaceCall",
     "Progress",
+    "ScreenCall",
 ]
 
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -83,6 +84,12 @@ class ExpertsCall(ctypes.Structure):
     )
 
 
+class ScreenCall(ctypes.Structure):
+    """`Screen` of screen.h."""
+
+    _fields_: ClassVar[_Fields] = _fields(weights__columns=_P, k__n=_N)
+
+
 class _Call(ctypes.Union):
     _fields_: ClassVar[list[tuple[str, type[ctypes.Structure]]]] = [
         ("norm", NormCall),
@@ -90,6 +97,7 @@ class _Call(ctypes.Union):
         ("place", PlaceCall),
         ("attention", AttentionCall),
         ("experts", ExpertsCall),
+        ("screen", ScreenCall),
     ]
 
 
@@ -113,7 +121,7 @@ class Frame(ctypes.Structure):
         ("cosines", _P * MOST_ROTARIES),
         ("sines", _P * MOST_ROTARIES),
         *_fields(slots__tables__tiles__pairs__partials__progress__scratch=_P),
-        *_fields(chosen__shares__shared_shares__routing__seconds=_P),
+        *_fields(chosen__shares__shared_shares__routing__screened__chosen_tokens__seconds=_P),
         ("turned", _N * MOST_ROTARIES),
         *_fields(
             rows__num_tiles__num_pairs__table_stride__scratch_bytes=_N,
