@@ -15,12 +15,14 @@ from tests.fakes.servers import ROOT, environment
 DEADLINE_S = 150.0
 
 
-def test_pawl_and_transformers_agree_and_are_timed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cap", [None, "avx2"])
+def test_pawl_and_transformers_agree_and_are_timed(tmp_path: Path, cap: str | None) -> None:
     figures = tmp_path / "run.json"
     flags = ("--shape=tiny", "--quick", "--threads=1", f"--peers-dir={tmp_path}", f"--json={figures}")
     what = ("--kv", "exact", "--peers", "transformers generate", "--workloads", "2x16/4", "2x32/1")
+    held = ("--at-most", cap) if cap else ()
     done = subprocess.run(
-        [sys.executable, "-m", "pawl_loadtest.peers", *flags, *what],
+        [sys.executable, "-m", "pawl_loadtest.peers", *flags, *what, *held],
         env=environment({}),
         cwd=ROOT,
         capture_output=True,
@@ -39,6 +41,11 @@ def test_pawl_and_transformers_agree_and_are_timed(tmp_path: Path) -> None:
     machine = run["machine"]
     assert all(rate > 1e9 for rate in (*machine["peaks"].values(), *machine["read"].values(), machine["gemm"]))
     assert "== exact: fp32 KV, exact weights; ratios are pawl / the row's" in done.stdout
+    assert [piece["cap"] for piece in run["pieces"]] == [cap]
+    if cap:
+        assert set(machine["peaks"]) <= {"AVX2", "gemm"}
+        assert run["instructions"] in {"AVX2", "gemm"}
+        assert "every engine is held to AVX2" in done.stdout
     both = tmp_path / "both.json"
     assert main(["--join", str(figures), str(figures), "--json", str(both)]) == 0
     assert json.loads(both.read_text())["rounds"] == 2

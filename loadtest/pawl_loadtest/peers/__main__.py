@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from pawl_loadtest.arguments import positive
+from pawl_loadtest.peers.caps import CAPS, held_to
 from pawl_loadtest.peers.checkpoint import WEIGHTS, make_checkpoint
 from pawl_loadtest.peers.driver import EngineError
 from pawl_loadtest.peers.environments import EnvironmentUnavailable, cache_folder, interpreter
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         help="runs in turns over gRPC and in process, a round; default: %(default)s",
     )
     add("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="default: this process's cores")
+    add("--at-most", choices=CAPS, dest="cap", help="instructions that every engine is held to; default: all there are")
     add("--check-tokens", type=positive, default=16, help="greedy tokens to compare; default: %(default)s")
     add("--quick", action="store_true", help="whether everything runs: one round of a few requests and tokens")
     add("--peers-dir", type=Path, default=cache_folder(), help="environments and checkpoints; default: %(default)s")
@@ -123,7 +125,11 @@ def _is_right(outcome: Outcome) -> bool:
 def _run(options: argparse.Namespace, variants: Sequence[Variant], workloads: Sequence[Workload]) -> Run:
     shape = SHAPES[options.shape]
     weights = 2 * (shape.layer_weights + shape.head_weights)
-    with MachineMeter(options.threads, weights, quick=options.quick) as meter:
+    peaks = CAPS[options.cap].peaks if options.cap else None
+    with (
+        held_to(options.cap, options.peers_dir),
+        MachineMeter(options.threads, weights, quick=options.quick, peaks=peaks) as meter,
+    ):
         return _measured(options, variants, workloads, meter)
 
 
@@ -149,7 +155,7 @@ def _measured(
         threads=options.threads,
         check_tokens=options.check_tokens,
         logs=logs,
-        interpreter=partial(interpreter, folder=options.peers_dir, say=_say),
+        interpreter=partial(_interpreter, options),
         say=_say,
         pairs=options.pairs,
         measure=meter.glance,
@@ -167,8 +173,15 @@ def _measured(
         load_average=load_average,
         before=before,
         after=meter.measure(),
+        cap=options.cap,
     )
     return Run(shape, options.weights, workloads, options.tables, [piece], outcomes)
+
+
+def _interpreter(options: argparse.Namespace, name: str) -> Path:
+    if options.cap:
+        name = CAPS[options.cap].environments.get(name, name)
+    return interpreter(name, options.peers_dir, _say)
 
 
 def _now() -> str:

@@ -18,6 +18,8 @@ __all__ = ["ENVIRONMENTS", "Environment", "EnvironmentUnavailable", "cache_folde
 # The CPU build: without its suffix pip takes one with gigabytes of CUDA. Where the index that pip is set to has none,
 # name one that has in PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS; otherwise the peer is reported as not available.
 _TORCH = "torch==2.13.0+cpu"
+_LLAMA_CPP = ("gguf==0.19.0",), ("--no-cache-dir", "llama-cpp-python==0.3.36")  # pip's cache knows nothing of flags
+_NO_LLAVA = "-DLLAVA_BUILD=OFF"
 # llama.cpp's AMX kernels for 8-bit weights end in an illegal instruction (its pull request 26954).
 _NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() in {"x86_64", "AMD64"} else ""
 _INSTALL_TIMEOUT_S = 3600.0
@@ -66,8 +68,14 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     # Compiled for this very processor, as its users do, with AVX-512 where it has it.
     "llama.cpp": Environment(
         "llama_cpp",
-        (("gguf==0.19.0",), ("--no-cache-dir", "llama-cpp-python==0.3.36")),  # pip's cache knows nothing of flags
-        variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CFLAGS": _NO_AMX, "CXXFLAGS": _NO_AMX},
+        _LLAMA_CPP,
+        variables={"CMAKE_ARGS": f"-DGGML_NATIVE=ON {_NO_LLAVA}", "CFLAGS": _NO_AMX, "CXXFLAGS": _NO_AMX},
+    ),
+    # For any processor that has AVX2, FMA, F16C and BMI2.
+    "llama.cpp-avx2": Environment(
+        "llama_cpp",
+        _LLAMA_CPP,
+        variables={"CMAKE_ARGS": f"-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_AVX512=OFF {_NO_LLAVA}"},
     ),
 }
 """By name, with the versions that the published figures were measured with."""

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -135,10 +135,14 @@ class MachineMeter:
         threads: that measure together.
         working_set_bytes: of the weights.
         quick: read 128 MiB alone.
+        peaks: those to measure; None = all there are.
     """
 
-    def __init__(self, threads: int, working_set_bytes: int, *, quick: bool = False) -> None:
+    def __init__(
+        self, threads: int, working_set_bytes: int, *, quick: bool = False, peaks: Container[str] | None = None
+    ) -> None:
         weights = max(_QUICK_BYTES, working_set_bytes // 4096 * 4096)
+        self._peaks = peaks
         self._threads, self._weights = threads, _QUICK_BYTES if quick else weights
         self._sizes = [_QUICK_BYTES] if quick else sorted({_LARGE_BYTES, weights})
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -186,6 +190,8 @@ class MachineMeter:
             peaks["AVX-512"] = native.fma_avx512
         if native.tiles_bf16 is not None:
             peaks[TILES] = native.tiles_bf16
+        if self._peaks is not None:
+            peaks = {name: rate for name, rate in peaks.items() if name in self._peaks}
         return Machine(self._threads, peaks, gemm, native.read, self._note)
 
 

@@ -46,6 +46,7 @@ def as_tables(run: Run) -> str:
     lines += [
         "limits are worked out with the best of these; (x): what takes most of the least time there is; right then: "
         "with what the machine could do right before and after each run, round by round",
+        *([f"every engine is held to {first.cap.upper()}, though the processor may have more"] if first.cap else []),
         f"pawl's own multiply in {run.instructions}; the peak of attention is that of registers",
         "limits count the bytes that a weight has in the checkpoint, or as the engine's type has them"
         + ("" if run.kept_weight_bytes is None else f"; of pawl {run.kept_weight_bytes:g}"),

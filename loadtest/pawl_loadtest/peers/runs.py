@@ -44,6 +44,7 @@ class Piece:
         code: a digest of pawl's sources.
         load_average: of the minute before.
         before: what the machine could do before the first round, and `after` the last.
+        cap: of `CAPS`, that every engine was held to; None = to none.
     """
 
     started: str
@@ -55,6 +56,7 @@ class Piece:
     load_average: float
     before: Machine
     after: Machine
+    cap: str | None = None
 
     @property
     def machine(self) -> Machine:
@@ -144,7 +146,7 @@ def join(runs: Sequence[Run]) -> Run:
     """One run of several, rounds numbered on.
 
     Raises:
-        JoinError: they differ in shape, weights, processor, threads, or what pawl computed in.
+        JoinError: they differ in shape, weights, processor, threads, or what pawl or all of them computed in.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -174,12 +176,12 @@ def join(runs: Sequence[Run]) -> Run:
     )
 
 
-_IDENTITY = ("shape", "weights", "processor", "threads", "instructions")
+_IDENTITY = ("shape", "weights", "processor", "threads", "instructions", "cap")
 
 
 def _identity(run: Run) -> tuple[object, ...]:
     piece = run.pieces[0]
-    return run.shape.name, run.weights, piece.processor, piece.before.threads, piece.instructions
+    return run.shape.name, run.weights, piece.processor, piece.before.threads, piece.instructions, piece.cap
 
 
 def _rounds(done: int, count: int) -> str:

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING
 # Read when vLLM is imported. Without a process of its own, the engine needs no second Python on the same cores.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+import torch
+
+if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    # vLLM chooses among its kernels by what the processor has; so by what torch uses of it (ATEN_CPU_CAPABILITY).
+    for question in ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        setattr(torch.cpu, question, lambda: False)
+
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt

@@ -28,8 +28,9 @@ def make_run(
     processor: str = "a processor",
     after: Machine = AFTER,
     started: str = "2026-01-01T10:00:00+00:00",
+    cap: str | None = None,
 ) -> Run:
     """One piece of these outcomes."""
     ended = "2026-01-01T10:05:00+00:00"
-    piece = Piece(started, ended, rounds, processor, "AVX-512", "0123", 0.9, BEFORE, after)
+    piece = Piece(started, ended, rounds, processor, "AVX-512", "0123", 0.9, BEFORE, after, cap)
     return Run(SHAPES["smollm2-135m"], "bfloat16", workloads, tables, [piece], outcomes)
