@@ -23,6 +23,7 @@
 #include "vector.h"
 
 #define ROW_BLOCK 96 /* rows that stay in the second-level cache while a thread passes over its panels */
+#define LAST_ROWS 48 /* of a block that is dealt out at the end of a prompt's layer, at most */
 #define AHEAD 2048   /* bytes of each of four panels and more to prefetch ahead, where weights are read once */
 #define FEW_AHEAD 4096 /* of each of two, which have less under way */
 #define MOST_PANELS 8
@@ -248,7 +249,7 @@ static void some_rows(const Linear *l, Part part, int64_t after, float *wide, Fe
 
 /* A thread's share of more rows than one block. */
 static void many_rows_part(const Linear *l, int64_t *next, float *wide, Fetch *fetch) {
-    Halves halves = halve(l->m, l->n, ROWS, ROW_BLOCK);
+    Halves halves = halve(l->m, l->n, ROWS, LAST_ROWS);
     int thread = omp_get_thread_num(), step = from_the_last(thread) ? -1 : 1;
     for (int64_t item; (item = take_item(next, halves.items, 0, thread)) >= 0;) {
         int64_t then = item + step < 0 || item + step == halves.items ? item : item + step;
