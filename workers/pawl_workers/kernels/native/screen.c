@@ -31,8 +31,6 @@
 #define ROWS 6
 #endif
 
-typedef int32_t vwi __attribute__((vector_size(WIDTH * 4)));
-
 /* Products of four bytes each, added up: weights [WIDTH][4] with the same four bytes of a row. */
 INLINE vwi add_bytes(vwi sums, const uint8_t *weights, const int8_t *bytes) {
     int32_t four;
@@ -97,22 +95,6 @@ void quantise_part(const Screen *screen, const float *x, int64_t rows, const Scr
     int thread = omp_get_thread_num();
     for (int64_t row; (row = take_item(next, rows, 0, thread)) >= 0;)
         quantise(x + row * screen->k, screen->k, to->bytes + row * to->padded, to->padded, to->rows + row);
-}
-
-INLINE float largestw(vw x) {
-#if WIDTH == 16
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    return largest8(x);
-#endif
-}
-
-INLINE vw maxw(vw a, vw b) {
-#if WIDTH == 16
-    return (vw)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-    return max8(a, b);
-#endif
 }
 
 /* Raise what all threads know. */

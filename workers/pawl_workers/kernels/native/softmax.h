@@ -8,21 +8,6 @@
 
 #define STEP 16 /* scores at a time, whatever the width of a register: sums of weights have the same bits */
 
-typedef int32_t vwi __attribute__((vector_size(4 * WIDTH)));
-
-INLINE vw maxw(vw a, vw b) {
-#if WIDTH == 16
-    return (vw)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-    return max8(a, b);
-#endif
-}
-
-#if WIDTH == 16
-INLINE v8 lower_half(vw x) { return (v8)_mm512_castps512_ps256((__m512)x); }
-INLINE v8 upper_half(vw x) { return (v8)_mm512_extractf32x8_ps((__m512)x, 1); }
-#endif
-
 /* e^x for x <= 0, exactly 1 at 0; 0 below -87.7, so that -infinity weighs nothing. It is 2^(x log2 e): what rounding that
    product loses grows with x, as the result falls. The polynomial for 2^f has the least relative error, 1e-7, of those of
    its degree on [-1/2, 1/2] that are 1 at 0. */
@@ -49,14 +34,6 @@ INLINE void hide(float *scores, int64_t from, int64_t to, int64_t past, int64_t 
     }
 }
 
-INLINE float largest_of(vw x) {
-#if WIDTH == 16
-    return largest8(max8(lower_half(x), upper_half(x)));
-#else
-    return largest8(x);
-#endif
-}
-
 INLINE float sum_of(vw first, vw second) {
 #if WIDTH == 16
     (void)second;
@@ -76,7 +53,7 @@ INLINE void weigh_rows(int rows, float *scores, int64_t stride, int64_t from, in
     for (int64_t i = from + WIDTH; i < to; i += WIDTH)
         for (int r = 0; r < rows; r++) most[r] = maxw(most[r], loadw(scores + r * stride + i));
     for (int r = 0; r < rows; r++) {
-        maximum[r] = largest_of(most[r]);
+        maximum[r] = largestw(most[r]);
         one[r] = maximum[r] == -INFINITY ? 0.0f : maximum[r]; /* of a row that sees none of these keys all weigh 0 */
     }
     for (int64_t i = from; i < to; i += STEP)

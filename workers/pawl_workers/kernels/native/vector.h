@@ -253,4 +253,27 @@ INLINE vw loadw(const float *p) {
 
 INLINE void storew(float *p, vw x) { memcpy(p, &x, sizeof x); }
 
+typedef int32_t vwi __attribute__((vector_size(4 * WIDTH)));
+
+INLINE vw maxw(vw a, vw b) {
+#if WIDTH == 16
+    return (vw)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return max8(a, b);
+#endif
+}
+
+#if WIDTH == 16
+INLINE v8 lower_half(vw x) { return (v8)_mm512_castps512_ps256((__m512)x); }
+INLINE v8 upper_half(vw x) { return (v8)_mm512_extractf32x8_ps((__m512)x, 1); }
+#endif
+
+INLINE float largestw(vw x) {
+#if WIDTH == 16
+    return largest8(max8(lower_half(x), upper_half(x)));
+#else
+    return largest8(x);
+#endif
+}
+
 #endif
