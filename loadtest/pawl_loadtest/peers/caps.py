@@ -64,6 +64,6 @@ def held_to(name: str | None, folder: Path) -> Iterator[None]:
     finally:
         for key, value in before.items():
             if value is None:
-                del os.environ[key]
+                os.environ.pop(key, None)
             else:
                 os.environ[key] = value

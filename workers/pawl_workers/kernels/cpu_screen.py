@@ -35,7 +35,7 @@ class HeadScreen:
         features, inputs = weight.shape
         packed = memory.take(library.screen_weight_bytes(features, inputs))
         columns = torch.zeros(library.screen_columns(features))
-        packed.zero_()
+        packed[-library.screen_weight_bytes(1, inputs) :] = 0  # of two panels, of which the last one may stay empty
         step = max(1, _PACKED_AT_ONCE // inputs // library.panel_width) * library.panel_width
         odd = torch.zeros(1, dtype=torch.int64)
         for first in range(0, features, step):

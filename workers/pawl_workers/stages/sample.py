@@ -53,7 +53,7 @@ def sample(scores: Tensor, sampling: SamplingBatch) -> Sampled:
 
 
 def chosen(token_ids: IntArray) -> Sampled:
-    """Say so of tokens, [S], that a backend chose by itself; negative ones failed."""
+    """What came of tokens, [S], that a backend chose without `sample`; negative ones failed, see `MESSAGES`."""
     return Sampled(token_ids, [], _failures(token_ids), 0.0)
 
 
