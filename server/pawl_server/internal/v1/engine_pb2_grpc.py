@@ -50,6 +50,11 @@ class EngineServiceStub:
                 request_serializer=pawl__server_dot_internal_dot_v1_dot_engine__pb2.FlushCacheRequest.SerializeToString,
                 response_deserializer=pawl__server_dot_internal_dot_v1_dot_engine__pb2.FlushCacheResponse.FromString,
                 _registered_method=True)
+        self.Stop = channel.unary_unary(
+                '/pawl_server.internal.v1.EngineService/Stop',
+                request_serializer=pawl__server_dot_internal_dot_v1_dot_engine__pb2.StopRequest.SerializeToString,
+                response_deserializer=pawl__server_dot_internal_dot_v1_dot_engine__pb2.StopResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServiceServicer:
@@ -78,6 +83,13 @@ class EngineServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Stop(self, request, context):
+        """Ends the engine after the step that runs; front ends see their streams break. Asked by the fleet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +107,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.FlushCache,
                     request_deserializer=pawl__server_dot_internal_dot_v1_dot_engine__pb2.FlushCacheRequest.FromString,
                     response_serializer=pawl__server_dot_internal_dot_v1_dot_engine__pb2.FlushCacheResponse.SerializeToString,
+            ),
+            'Stop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stop,
+                    request_deserializer=pawl__server_dot_internal_dot_v1_dot_engine__pb2.StopRequest.FromString,
+                    response_serializer=pawl__server_dot_internal_dot_v1_dot_engine__pb2.StopResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +196,33 @@ class EngineService:
             '/pawl_server.internal.v1.EngineService/FlushCache',
             pawl__server_dot_internal_dot_v1_dot_engine__pb2.FlushCacheRequest.SerializeToString,
             pawl__server_dot_internal_dot_v1_dot_engine__pb2.FlushCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pawl_server.internal.v1.EngineService/Stop',
+            pawl__server_dot_internal_dot_v1_dot_engine__pb2.StopRequest.SerializeToString,
+            pawl__server_dot_internal_dot_v1_dot_engine__pb2.StopResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class EngineServiceStub:
     """The live sequences, oldest first."""
     FlushCache: _grpc.UnaryUnaryMultiCallable[_engine_pb2.FlushCacheRequest, _engine_pb2.FlushCacheResponse]
     """Empties the prefix cache of the blocks nobody uses."""
+    Stop: _grpc.UnaryUnaryMultiCallable[_engine_pb2.StopRequest, _engine_pb2.StopResponse]
+    """Ends the engine after the step that runs; front ends see their streams break. Asked by the fleet."""
 
 @_typing.type_check_only
 class EngineServiceAsyncStub(EngineServiceStub):
@@ -55,6 +57,8 @@ class EngineServiceAsyncStub(EngineServiceStub):
     """The live sequences, oldest first."""
     FlushCache: _aio.UnaryUnaryMultiCallable[_engine_pb2.FlushCacheRequest, _engine_pb2.FlushCacheResponse]  # type: ignore[assignment]
     """Empties the prefix cache of the blocks nobody uses."""
+    Stop: _aio.UnaryUnaryMultiCallable[_engine_pb2.StopRequest, _engine_pb2.StopResponse]  # type: ignore[assignment]
+    """Ends the engine after the step that runs; front ends see their streams break. Asked by the fleet."""
 
 class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by every engine. Callers authenticate with the shared token (metadata `pawl-internal-token`)."""
@@ -84,5 +88,13 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.FlushCacheResponse, _abc.Awaitable[_engine_pb2.FlushCacheResponse]]:
         """Empties the prefix cache of the blocks nobody uses."""
+
+    @_abc_1.abstractmethod
+    def Stop(
+        self,
+        request: _engine_pb2.StopRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.StopResponse, _abc.Awaitable[_engine_pb2.StopResponse]]:
+        """Ends the engine after the step that runs; front ends see their streams break. Asked by the fleet."""
 
 def add_EngineServiceServicer_to_server(servicer: EngineServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
