@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from pawl_server.engine.link.client import EngineLink
+from pawl_server.engine.link.stopping import ask_to_stop
 from pawl_server.engine.spec import EngineProgress, EngineSpec
 from pawl_server.fleet.launcher import LaunchError
 from pawl_server.fleet.local_fleet import LocalLauncher, LocalReplica
@@ -63,6 +64,13 @@ async def test_a_replica_reports_its_start_serves_and_stops_in_order() -> None:
         await running.stop(10.0)
         assert "exit code 0" in await dying
         assert not process.is_running()
+
+
+async def test_a_replica_that_is_asked_over_its_link_ends_in_order() -> None:
+    async with replica(fake_spec()) as (running, _):
+        dying = asyncio.create_task(running.died())
+        await ask_to_stop(running.addresses.address, "secret", 10.0)
+        assert "exit code 0" in await asyncio.wait_for(dying, DEADLINE_S)
 
 
 async def test_the_death_of_a_replica_is_told_with_its_signal() -> None:

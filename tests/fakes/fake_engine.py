@@ -156,6 +156,10 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self.flushed += 1
         return engine_pb2.FlushCacheResponse(freed_blocks=7)
 
+    async def Stop(self, request: Any, context: Any) -> engine_pb2.StopResponse:
+        """Its test stops it."""
+        return engine_pb2.StopResponse()
+
     def _welcome(self) -> engine_pb2.Welcome:
         facts = engine_pb2.ModelFacts(
             id="toy",

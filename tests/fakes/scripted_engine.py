@@ -58,6 +58,10 @@ class ScriptedEngine(engine_pb2_grpc.EngineServiceServicer):
         """Nothing is cached here."""
         return engine_pb2.FlushCacheResponse()
 
+    async def Stop(self, request: object, context: object) -> engine_pb2.StopResponse:
+        """Its test stops it."""
+        return engine_pb2.StopResponse()
+
     async def _read(self, frames: AsyncIterator[engine_pb2.ConnectRequest]) -> None:
         async for frame in frames:
             if frame.HasField("submit"):

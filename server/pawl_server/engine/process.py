@@ -13,22 +13,18 @@ import os
 import signal
 import sys
 import threading
-import time
-import traceback
 from typing import BinaryIO
 
 import msgspec
 
-from pawl.errors import PawlError
-from pawl_server.collector import collector_at_rest
 from pawl_server.config import LogSettings
 from pawl_server.engine.engine import Engine
+from pawl_server.engine.life import describe_failure, live
 from pawl_server.engine.load import LoadWorker, load_torch_worker
-from pawl_server.engine.spec import EngineEvent, EngineFailed, EngineReady, EngineSpec, decode_spec, encode
+from pawl_server.engine.spec import EngineEvent, EngineFailed, EngineSpec, decode_spec, encode
 from pawl_server.logs import set_up_logs
-from pawl_workers.errors import WorkerError
 
-__all__ = ["describe_failure", "main"]
+__all__ = ["main"]
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +32,7 @@ _FAILED_EXIT_CODE = 1
 
 
 def main(load_worker: LoadWorker = load_torch_worker) -> None:
-    """Run one engine; ends the process. Exit code 0 after SIGTERM or the end of stdin, else not 0."""
+    """Run one engine; ends the process. Exit code 0 after SIGTERM, the end of stdin or a `Stop`, else not 0."""
     events = _Events()
     code = _FAILED_EXIT_CODE
     try:
@@ -65,49 +61,19 @@ class _Events:
             self._file.write(encode(event) + b"\n")
 
 
-def describe_failure(error: BaseException) -> EngineFailed:
-    """The root cause of a failure in words for an operator."""
-    if isinstance(error, PawlError):
-        return EngineFailed(code=error.code, reason=error.reason, message=error.message)
-    if isinstance(error, WorkerError):
-        reason = type(error).__name__.removesuffix("Error")
-        return EngineFailed(code="unavailable", reason=_upper(reason), message=str(error))
-    return EngineFailed(
-        code="internal",
-        reason="ENGINE_FAILED",
-        message=f"{type(error).__name__}: {error}",
-        detail="".join(traceback.format_exception(error))[-4000:],
-    )
-
-
-def _upper(name: str) -> str:
-    """OutOfMemory as OUT_OF_MEMORY."""
-    return "".join(f"_{c}" if c.isupper() else c for c in name).lstrip("_").upper()
-
-
 async def _serve(spec: EngineSpec, events: _Events, load_worker: LoadWorker) -> int:
     """Start, run, and stop when told to; returns the exit code."""
-    started = time.monotonic()
     stop = _stop_signals()
     engine = Engine(spec, events.write, load_worker)
-
-    async def work() -> None:
-        with collector_at_rest():
-            addresses = await engine.start()
-        events.write(EngineReady(addresses=addresses, seconds=time.monotonic() - started))
-        await engine.run()
-
-    working, stopping = asyncio.create_task(work()), asyncio.create_task(stop.wait())
-    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not working.done():
-        log.info("replica %d stops", spec.replica)
-        await engine.stop()
-        return 0
-    error = working.exception()
-    if error is not None:
+    living, stopping = asyncio.create_task(live(engine, events.write)), asyncio.create_task(stop.wait())
+    await asyncio.wait({living, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if living.done() and (error := living.exception()) is not None:
         log.error("replica %d ends", spec.replica, exc_info=error)
         events.write(describe_failure(error))
-    return _FAILED_EXIT_CODE
+        return _FAILED_EXIT_CODE
+    log.info("replica %d stops", spec.replica)
+    await engine.stop()
+    return 0
 
 
 def _stop_signals() -> asyncio.Event:

@@ -1,6 +1,6 @@
 """What starts an engine, and what a starting engine says: plain data for the fleet and the engine itself.
 
-Owns the JSON that crosses the pipe of `pawl_server.engine.process` and the arguments of the Ray actor; imports
+Owns the JSON that crosses the pipe of `pawl_server.engine.process` and the calls of the Ray actor; imports
 neither torch nor Ray, so that whoever builds a spec stays light.
 """
 
@@ -19,7 +19,6 @@ __all__ = [
     "EngineReady",
     "EngineSpec",
     "check_engine",
-    "decode_addresses",
     "decode_event",
     "decode_spec",
     "encode",
@@ -100,10 +99,9 @@ EngineEvent = EngineProgress | EngineReady | EngineFailed
 _encoder = msgspec.json.Encoder()
 _spec_decoder = msgspec.json.Decoder(EngineSpec)
 _event_decoder: msgspec.json.Decoder[EngineEvent] = msgspec.json.Decoder(EngineEvent)
-_addresses_decoder = msgspec.json.Decoder(EngineAddresses)
 
 
-def encode(message: EngineSpec | EngineAddresses | EngineEvent) -> bytes:
+def encode(message: EngineSpec | EngineEvent) -> bytes:
     """One line of JSON, without its line end."""
     return _encoder.encode(message)
 
@@ -118,21 +116,12 @@ def decode_spec(data: bytes) -> EngineSpec:
 
 
 def decode_event(data: bytes) -> EngineEvent:
-    """Decode and type-check one line of `pawl_server.engine.process`.
+    """Decode and type-check one event.
 
     Raises:
         msgspec.DecodeError: the bytes are not an event.
     """
     return _event_decoder.decode(data)
-
-
-def decode_addresses(data: bytes) -> EngineAddresses:
-    """Decode and type-check what the Ray actor's `start` returns.
-
-    Raises:
-        msgspec.DecodeError: the bytes are not an EngineAddresses.
-    """
-    return _addresses_decoder.decode(data)
 
 
 def check_engine(engine: EngineSettings) -> None:

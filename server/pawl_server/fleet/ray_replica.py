@@ -11,9 +11,11 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import AsyncIterator
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray import ObjectRefGenerator
+from ray.exceptions import RayActorError
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -23,13 +25,15 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pawl_server.engine.link.stopping import ask_to_stop
 from pawl_server.engine.replica import ReplicaActor
 from pawl_server.engine.spec import (
     EngineAddresses,
+    EngineEvent,
     EngineFailed,
     EngineProgress,
+    EngineReady,
     EngineSpec,
-    decode_addresses,
     decode_event,
     encode,
 )
@@ -40,21 +44,34 @@ __all__ = ["RayLauncher", "RayReplica"]
 
 log = logging.getLogger(__name__)
 
-_PROGRESS_PERIOD_S = 0.2
 _STOP_S = 5.0
 
 
 class RayReplica:
-    """One engine actor that serves; see supervisor.Running."""
+    """One engine actor that serves; see supervisor.Running.
+
+    Args:
+        actor: the engine's.
+        group: that it is placed in.
+        addresses: where it listens.
+        token: the shared token.
+        events: what it still says; they end when it does.
+    """
 
     def __init__(
-        self, actor: ray.actor.ActorHandle, group: PlacementGroup, addresses: EngineAddresses, node_id: str
+        self,
+        actor: ray.actor.ActorHandle,
+        group: PlacementGroup,
+        addresses: EngineAddresses,
+        token: str,
+        events: AsyncIterator[EngineEvent],
     ) -> None:
         self._actor = actor
         self._group = group
         self._addresses = addresses
-        self._node_id = node_id
-        self._run_ref = actor.run.remote()  # the death sentinel
+        self._token = token
+        self._node_id = placement_group_table(group)["bundles_to_node_id"][0]
+        self._ending = asyncio.create_task(self._last_words(events), name=f"pawl-ending-{addresses.address}")
 
     @property
     def addresses(self) -> EngineAddresses:
@@ -63,20 +80,14 @@ class RayReplica:
 
     async def died(self) -> str:
         """Return, with the reason, once it is gone."""
-        process_id = self._addresses.process_id
-        try:
-            await self._run_ref
-        except RayTaskError as error:
-            return _split_cause(error).message
-        except RayActorError as error:
-            return f"the engine process {process_id} died: {_first_line(error)}"
-        return f"the engine process {process_id} stopped by itself"
+        return await asyncio.shield(self._ending)
 
     async def stop(self, grace_s: float) -> None:
         """Ask it to stop, wait, then kill it."""
-        with contextlib.suppress(RayError, TimeoutError):
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                await self._actor.stop.remote()
+                await ask_to_stop(self._addresses.address, self._token, grace_s)
+                await self.died()
         await self.kill()
 
     async def kill(self) -> None:
@@ -86,10 +97,20 @@ class RayReplica:
             # Ray asks the process to end, which one that is stopped or stuck in a kernel does not hear.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._addresses.process_id, signal.SIGKILL)
-        with contextlib.suppress(RayError, TimeoutError):
-            async with asyncio.timeout(_STOP_S):
-                await self._run_ref
+        await asyncio.wait({self._ending}, timeout=_STOP_S)
+        self._ending.cancel()
         remove_placement_group(self._group)
+
+    async def _last_words(self, events: AsyncIterator[EngineEvent]) -> str:
+        process_id = self._addresses.process_id
+        reason = f"the engine process {process_id} stopped by itself"
+        try:
+            async for event in events:
+                if isinstance(event, EngineFailed):
+                    reason = event.message
+        except RayActorError as error:
+            return f"the engine process {process_id} died: {_first_line(error)}"
+        return reason
 
 
 class RayLauncher:
@@ -128,14 +149,14 @@ class RayLauncher:
         try:
             await group.ready()
             actor = self._create_actor(spec, group)
-            addresses = await self._started(actor, spec, on_progress)
+            events = _events(actor.run.remote(encode(spec)))
+            addresses = await _ready(events, spec, on_progress)
+            return RayReplica(actor, group, addresses, spec.internal_token, events)
         except BaseException:
             if actor is not None:
                 ray.kill(actor, no_restart=True)
             remove_placement_group(group)
             raise
-        node_id = placement_group_table(group)["bundles_to_node_id"][0]
-        return RayReplica(actor, group, addresses, node_id)
 
     def _create_actor(self, spec: EngineSpec, group: PlacementGroup) -> ray.actor.ActorHandle:
         return ReplicaActor.options(
@@ -145,63 +166,36 @@ class RayLauncher:
             runtime_env={"env_vars": thread_environment(spec.num_threads)},
         ).remote()
 
-    async def _started(
-        self, actor: ray.actor.ActorHandle, spec: EngineSpec, on_progress: OnProgress
-    ) -> EngineAddresses:
-        """Start the engine in its actor, passing its progress on.
 
-        Raises:
-            LaunchError: it failed or died.
-        """
-        progress = _Progress(actor, on_progress)
-        following = asyncio.create_task(progress.follow())
-        try:
-            return decode_addresses(await actor.start.remote(encode(spec)))
-        except RayTaskError as error:
-            raise LaunchError(_split_cause(error), reported=True) from error
-        except RayActorError as error:
-            words = f"the engine process of replica {spec.replica} died at its start: {_first_line(error)}"
-            failure = EngineFailed(code="unavailable", reason="DIED_AT_START", message=words, detail=_log_hint())
-            raise LaunchError(failure, reported=False) from error
-        finally:
-            following.cancel()
-            await asyncio.wait({following})
-            with contextlib.suppress(RayError, TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await progress.look()  # the steps that ended after the last look
+async def _events(stream: ObjectRefGenerator) -> AsyncIterator[EngineEvent]:
+    """What an engine actor says, until it has ended.
+
+    Raises:
+        RayActorError: its process died.
+    """
+    async for reference in stream:
+        yield decode_event(await reference)
 
 
-class _Progress:
-    """Follows the start of an engine actor, and tells each piece of news once."""
+async def _ready(events: AsyncIterator[EngineEvent], spec: EngineSpec, on_progress: OnProgress) -> EngineAddresses:
+    """Pass the start's progress on until the engine serves.
 
-    def __init__(self, actor: ray.actor.ActorHandle, on_progress: OnProgress) -> None:
-        self._actor = actor
-        self._on_progress = on_progress
-        self._seen: dict[str, EngineProgress] = {}
-
-    async def look(self) -> None:
-        """Ask once."""
-        for line in await self._actor.progress.remote():
-            event = decode_event(line)
-            if isinstance(event, EngineProgress) and self._seen.get(event.step) != event:
-                self._seen[event.step] = event
-                self._on_progress(event)
-
-    async def follow(self) -> None:
-        """Ask until cancelled or the actor is gone."""
-        with contextlib.suppress(RayError):
-            while True:
-                await self.look()
-                await asyncio.sleep(_PROGRESS_PERIOD_S)
-
-
-def _split_cause(error: RayTaskError) -> EngineFailed:
-    """The engine's own words: `REASON: message` of the RuntimeError it raised."""
-    words = str(error.cause) if error.cause is not None else str(error)
-    reason, colon, message = words.partition(": ")
-    if not colon or not reason.isupper():
-        reason, message = "ENGINE_FAILED", words
-    return EngineFailed(code="unavailable", reason=reason, message=message)
+    Raises:
+        LaunchError: it failed or died.
+    """
+    how = "ended without a word"
+    try:
+        async for event in events:
+            if isinstance(event, EngineReady):
+                return event.addresses
+            if isinstance(event, EngineFailed):
+                raise LaunchError(event, reported=True)
+            on_progress(event)
+    except RayActorError as error:
+        how = f"died: {_first_line(error)}"
+    words = f"the engine process of replica {spec.replica} {how} at its start"
+    failure = EngineFailed(code="unavailable", reason="DIED_AT_START", message=words, detail=_log_hint())
+    raise LaunchError(failure, reported=False)
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,14 +5,13 @@ import pytest
 
 from pawl.errors import InvalidRequest
 from pawl_server.config import ModelSettings
-from pawl_server.engine.process import describe_failure
+from pawl_server.engine.life import describe_failure
 from pawl_server.engine.spec import (
     EngineAddresses,
     EngineEvent,
     EngineFailed,
     EngineProgress,
     EngineReady,
-    decode_addresses,
     decode_event,
     decode_spec,
     encode,
@@ -51,10 +50,6 @@ def test_an_unknown_key_is_refused() -> None:
 )
 def test_events_survive_the_pipe(event: EngineEvent) -> None:
     assert decode_event(encode(event)) == event
-
-
-def test_addresses_survive() -> None:
-    assert decode_addresses(encode(ADDRESSES)) == ADDRESSES
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The engine's end of the link: one stream per front end, and two calls for operators.
+"""The engine's end of the link: one stream per front end, two calls for operators, and one for the fleet.
 
 Owns connections, their hellos, heartbeats and writers; hands frames on to the step loop and knows nothing of
 scheduling. When a stream breaks, or its front end falls silent, everything that came in through it is aborted.
@@ -52,6 +52,9 @@ class Sequences(Protocol):
 
     def describe(self) -> Iterable[SequenceView]:
         """The live sequences, oldest first."""
+
+    def stop(self) -> None:
+        """End after the steps that run."""
 
     def flush_prefix_cache(self) -> int:
         """Empty the prefix cache of the blocks nobody uses; returns how many that were."""
@@ -118,6 +121,14 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
     ) -> engine_pb2.FlushCacheResponse:
         """Empty the prefix cache of the blocks nobody uses."""
         return engine_pb2.FlushCacheResponse(freed_blocks=self._sequences.flush_prefix_cache())
+
+    async def Stop(  # noqa: N802 (gRPC names methods)
+        self, request: engine_pb2.StopRequest, context: Context
+    ) -> engine_pb2.StopResponse:
+        """End the engine; the answer comes before it has ended."""
+        log.info("asked to end by %s", context.peer())
+        self._sequences.stop()
+        return engine_pb2.StopResponse()
 
     async def _hello(self, context: Connection) -> str:
         """Read the hello and answer it; refuses another protocol with FAILED_PRECONDITION."""
