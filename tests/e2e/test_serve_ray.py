@@ -6,13 +6,16 @@ import contextlib
 import ipaddress
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.e2e import serve_story
-from tests.fakes.servers import FREE_PORTS, SMALL, RunningServer, launch_pawl, pawl_serve
+from tests.fakes.servers import FREE_PORTS, SMALL, RunningServer, environment, launch_pawl, pawl_serve
 from tests.fakes.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -68,6 +71,67 @@ def test_a_life_in_ray() -> None:
         assert "*** SIGTERM" not in server.errors
         # Nor does what was turned off report that it has failed.
         assert "autoscaler" not in server.output
+
+
+_CLUSTER_VARIABLES = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so told, Ray listens on 127.0.0.1 alone
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "0" * 64,
+}
+_CLUSTER = """
+import sys, ray
+context = ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+print(context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def _cluster() -> Iterator[tuple[str, psutil.Process]]:
+    """Somebody else's Ray, on loopback: its address, and the process that it ends with."""
+    variables = environment({"RAY_USAGE_STATS_ENABLED": "0", **_CLUSTER_VARIABLES})
+    command = [sys.executable, "-c", _CLUSTER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip(), psutil.Process(process.pid)
+        finally:
+            process.stdin.close()
+            process.wait(60.0)
+
+
+def _actors_of(cluster: psutil.Process) -> set[str]:
+    """Classes of pawl's actors that run in it."""
+    found = set()
+    for process in cluster.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            name = process.cmdline()[:1] or [""]
+            found |= {actor for actor in ("EngineReplica", "_FleetActor") if name[0].startswith(f"ray::{actor}")}
+    return found
+
+
+def test_a_life_in_a_cluster() -> None:
+    """Joins a Ray of somebody else's, serves, drains, and leaves no actor there."""
+    with _cluster() as (address, cluster):
+        where = ("--ray-address", address, "--cpus-per-replica=1")
+        with pawl_serve(*where, fleet="ray", variables=_CLUSTER_VARIABLES) as server:
+            serve_story.answers(server)
+            assert _actors_of(cluster) == {"EngineReplica", "_FleetActor"}
+            serve_story.drains_on_sigterm(server)
+        wait_until(lambda: not _actors_of(cluster))
+
+
+def test_a_killed_server_takes_its_engines_along() -> None:
+    with pawl_serve(fleet="ray") as server:
+        try:
+            engines = server.engines()
+            assert engines
+            server.signal(signal.SIGKILL)
+            _, alive = psutil.wait_procs(engines, timeout=30.0)
+            assert alive == []
+        finally:
+            server.kill()  # helpers of Ray see its end later
 
 
 def test_a_stop_while_ray_starts_leaves_nothing(tmp_path: Path) -> None:

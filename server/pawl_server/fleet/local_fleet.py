@@ -18,7 +18,6 @@ from pathlib import Path
 
 import msgspec
 
-from pawl_server.addresses import host_port
 from pawl_server.config import Config
 from pawl_server.engine.spec import (
     EngineAddresses,
@@ -29,11 +28,10 @@ from pawl_server.engine.spec import (
     decode_event,
     encode,
 )
+from pawl_server.fleet.hosted_fleet import HostedFleet
 from pawl_server.fleet.launcher import LaunchError, OnProgress
-from pawl_server.fleet.replicas import EventBatch, EventLog
-from pawl_server.fleet.service import FleetServer, FleetService
-from pawl_server.fleet.specs import engine_specs, memory_share, num_cores, restart_policy, served_name
-from pawl_server.fleet.supervisor import Supervisor
+from pawl_server.fleet.replicas import EventBatch
+from pawl_server.fleet.specs import engine_specs, memory_share, num_cores
 from pawl_workers.parallel import thread_environment
 
 __all__ = ["LocalFleet", "LocalLauncher", "visible_gpus"]
@@ -201,19 +199,16 @@ class LocalFleet:
     kind = "local processes"
 
     def __init__(self, config: Config, token: str, first_incarnation: int = 1) -> None:
-        self._config = config
-        self._events = EventLog()
         cores = max(1, num_cores() // config.fleet.replicas)
         gpus = visible_gpus(config)
-        self._supervisor = Supervisor(
-            engine_specs(config, token, cores, memory_bytes=memory_share(config), num_gpus=len(gpus)),
-            LocalLauncher(gpus=gpus),
-            restart_policy(config),
-            self._events,
-            first_incarnation=first_incarnation,
-        )
-        self._server = FleetServer(FleetService(self._supervisor, config.model.model, served_name(config)), token)
-        self.address = ""
+        specs = engine_specs(config, token, cores, memory_bytes=memory_share(config), num_gpus=len(gpus))
+        self._port = config.fleet.fleet_port
+        self._hosted = HostedFleet(config, token, specs, LocalLauncher(gpus=gpus), first_incarnation)
+
+    @property
+    def address(self) -> str:
+        """host:port for front ends, once started."""
+        return self._hosted.address
 
     async def start(self) -> None:
         """Listen and begin to start the replicas.
@@ -221,18 +216,15 @@ class LocalFleet:
         Raises:
             Unavailable: the fleet's port is in use.
         """
-        host = self._config.fleet.fleet_host
-        self.address = host_port(host, await self._server.start(host, self._config.fleet.fleet_port))
-        self._supervisor.start()
+        await self._hosted.start(self._port)
 
     async def events(self, number: int) -> EventBatch:
         """Events from `number` on; may be none after a while."""
-        return await self._events.after(number, timeout_s=5.0)
+        return await self._hosted.events(number)
 
     async def stop(self, grace_s: float) -> None:
         """Stop everything; nothing is left on return."""
-        await self._supervisor.stop(grace_s)
-        await self._server.stop()
+        await self._hosted.stop(grace_s)
 
 
 def visible_gpus(config: Config) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Chooses the fleet that the settings ask for, and prepares the environment of a local Ray before Ray is imported.
 
-Owns the protocol that both fleets meet; imports Ray only when it is asked for.
+Owns the protocol that all fleets meet; imports Ray only when it is asked for.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class Fleet(Protocol):
 
     kind: str
     """In words, for people."""
-    address: str
-    """host:port for front ends, once started."""
+
+    @property
+    def address(self) -> str:
+        """host:port for front ends, once started."""
 
     async def start(self) -> None:
         """Listen and begin to start the replicas.
@@ -80,10 +82,14 @@ def make_fleet(config: Config, token: str, *, outlived: bool = False) -> Fleet:
             " HOST:PORT of a running fleet is for `pawl frontend`",
             reason="BAD_SETTING",
         )
+    # Ray is heavy, and optional.
     if not config.fleet.ray_address:
         # An engine on every interface is reached from elsewhere, under the address that Ray takes for the node's.
         prepare_local_ray(os.environ, loopback=not is_any(config.fleet.engine_host))
-    from pawl_server.fleet.ray_fleet import RayFleet  # noqa: PLC0415 (Ray is heavy, and optional)
+        from pawl_server.fleet.own_ray_fleet import OwnRayFleet  # noqa: PLC0415
+
+        return OwnRayFleet(config, token, first_incarnation)
+    from pawl_server.fleet.ray_fleet import RayFleet  # noqa: PLC0415
 
     return RayFleet(config, token, first_incarnation)
 

@@ -11,20 +11,18 @@ from concurrent.futures import Future
 import msgspec
 import ray
 
-from pawl_server.addresses import host_port
 from pawl_server.config import Config
+from pawl_server.fleet.hosted_fleet import HostedFleet
 from pawl_server.fleet.ray_replica import RayLauncher
-from pawl_server.fleet.replicas import EventLog, encode_batch
-from pawl_server.fleet.service import FleetServer, FleetService
-from pawl_server.fleet.specs import engine_specs, restart_policy, served_name
-from pawl_server.fleet.supervisor import Supervisor
+from pawl_server.fleet.replicas import encode_batch
+from pawl_server.fleet.specs import engine_specs
 from pawl_server.logs import set_up_logs
 
-__all__ = ["NAMESPACE", "FleetActor", "FleetPlan", "encode_plan"]
+__all__ = ["FleetActor", "FleetPlan", "encode_plan"]
 
 log = logging.getLogger(__name__)
 
-NAMESPACE = "pawl"
+_EVENTS_WAIT_S = 2.0
 
 
 class FleetPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,11 +67,8 @@ class _FleetActor:
 
     def __init__(self, plan_json: bytes) -> None:
         self._plan = _plan_decoder.decode(plan_json)
-        self._events = EventLog()
-        self._ready: Future[str] = Future()
+        self._ready: Future[HostedFleet] = Future()
         self._loop = asyncio.new_event_loop()
-        self._supervisor: Supervisor | None = None
-        self._server: FleetServer | None = None
         set_up_logs(self._plan.config.log, "fleet")
         threading.Thread(target=self._work, name="pawl-fleet", daemon=True).start()
 
@@ -83,17 +78,20 @@ class _FleetActor:
         Raises:
             RuntimeError: the fleet could not start.
         """
-        return self._ready.result(), self._plan.digest
+        return self._ready.result().address, self._plan.digest
 
     def events(self, number: int) -> bytes:
         """An EventBatch from `number` on, as JSON; may be empty after a while."""
-        self._ready.result()
-        waiting = self._events.after(number, timeout_s=2.0)
+        waiting = self._ready.result().events(number, _EVENTS_WAIT_S)
         return encode_batch(asyncio.run_coroutine_threadsafe(waiting, self._loop).result())
 
     def stop(self, grace_s: float) -> None:
-        """Stop the replicas and the listener."""
-        asyncio.run_coroutine_threadsafe(self._stop(grace_s), self._loop).result()
+        """Stop the replicas and the listener.
+
+        Raises:
+            RuntimeError: the fleet could not start.
+        """
+        asyncio.run_coroutine_threadsafe(self._ready.result().stop(grace_s), self._loop).result()
 
     def _work(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -105,33 +103,18 @@ class _FleetActor:
             return
         self._loop.run_forever()
 
-    async def _start(self) -> str:
+    async def _start(self) -> HostedFleet:
         plan = self._plan
-        fleet = plan.config.fleet
-        launcher = RayLauncher(plan.name, fleet.cpus_per_replica, plan.gpus_per_replica)
+        launcher = RayLauncher(plan.name, plan.config.fleet.cpus_per_replica, plan.gpus_per_replica)
         launcher.sweep()
-        self._supervisor = Supervisor(
-            engine_specs(plan.config, plan.token, plan.cores_per_replica, memory_bytes=plan.memory_bytes),
-            launcher,
-            restart_policy(plan.config),
-            self._events,
-            first_incarnation=self._first_incarnation(),
-        )
-        service = FleetService(self._supervisor, plan.config.model.model, served_name(plan.config))
-        self._server = FleetServer(service, plan.token)
-        port = await self._server.start(fleet.fleet_host, plan.port)
-        self._supervisor.start()
-        return host_port(fleet.fleet_host, port)
+        specs = engine_specs(plan.config, plan.token, plan.cores_per_replica, memory_bytes=plan.memory_bytes)
+        hosted = HostedFleet(plan.config, plan.token, specs, launcher, self._first_incarnation())
+        await hosted.start(plan.port)
+        return hosted
 
     def _first_incarnation(self) -> int:
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         return int(time.time()) if restarted else self._plan.first_incarnation
-
-    async def _stop(self, grace_s: float) -> None:
-        if self._supervisor is not None:
-            await self._supervisor.stop(grace_s)
-        if self._server is not None:
-            await self._server.stop()
 
 
 FleetActor = ray.remote(_FleetActor)
