@@ -70,8 +70,8 @@ INLINE void add_products(int format, int odd, int rows, int panels, const char *
     }
 }
 
-/* What to prefetch of each panel with every DEPTH inputs: from `near` on, and from input `turn` on, `jump` bytes later;
-   and, where rows take several tiles, one of the `other` lines. */
+/* What to prefetch of each panel with every DEPTH inputs: `step` bytes, from `near` on, and from input `turn` on, `jump`
+   bytes later; and, where rows take several tiles, one of the `other` lines, if there are any. */
 typedef struct {
     const char *near;
     int64_t step, turn, jump;
@@ -107,6 +107,7 @@ INLINE void tile(const Panels *at, int format, int rows, int panels, int64_t row
     vw sums[MOST_SUMS], scales[MOST_PANELS];
     const char *bases[(ROWS + 2) / 3], *packed[MOST_PANELS];
     int64_t stride = l->x_stride * 4, k = l->k, group = format == GROUPS ? 1 << l->shift : k, i = 0;
+    int line_by_line = rows > MANY_ROWS && ahead.step <= 64; /* a tile's share, where many tiles share the fetching */
     for (int b = 0; b * 3 < rows; b++) bases[b] = (const char *)(l->x + (row + b * 3) * l->x_stride);
     for (int p = 0; p < panels; p++) packed[p] = format == WIDE ? first + p * WIDTH * 4 : place_of(at, first, p);
     for (int p = 0; p < panels; p++) scales[p] = allw(1.0f);
@@ -122,9 +123,9 @@ INLINE void tile(const Panels *at, int format, int rows, int panels, int64_t row
             if (i == ahead.turn) ahead.near += ahead.jump;
             for (int p = 0; p < panels; p++)
                 for (int line = 0; line < lines_of(format); line++)
-                    __builtin_prefetch(place_of(at, ahead.near, p) + line * 64);
+                    if (line == 0 || !line_by_line) __builtin_prefetch(place_of(at, ahead.near, p) + line * 64);
             ahead.near += ahead.step;
-            if (rows >= MANY_ROWS && panels == 2) { /* as tiles are of which there are several */
+            if (rows >= MANY_ROWS && panels == 2 && ahead.other.step) { /* as tiles are of which there are several */
                 __builtin_prefetch(ahead.other.at, 0, 2);
                 ahead.other.at += ahead.other.step;
             }
