@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 
 import ray
 from ray import ObjectRefGenerator
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -108,7 +108,7 @@ class RayReplica:
             async for event in events:
                 if isinstance(event, EngineFailed):
                     reason = event.message
-        except RayActorError as error:
+        except RayError as error:
             return f"the engine process {process_id} died: {_first_line(error)}"
         return reason
 
@@ -171,7 +171,7 @@ async def _events(stream: ObjectRefGenerator) -> AsyncIterator[EngineEvent]:
     """What an engine actor says, until it has ended.
 
     Raises:
-        RayActorError: its process died.
+        RayError: its process died.
     """
     async for reference in stream:
         yield decode_event(await reference)
@@ -191,7 +191,7 @@ async def _ready(events: AsyncIterator[EngineEvent], spec: EngineSpec, on_progre
             if isinstance(event, EngineFailed):
                 raise LaunchError(event, reported=True)
             on_progress(event)
-    except RayActorError as error:
+    except RayError as error:
         how = f"died: {_first_line(error)}"
     words = f"the engine process of replica {spec.replica} {how} at its start"
     failure = EngineFailed(code="unavailable", reason="DIED_AT_START", message=words, detail=_log_hint())
