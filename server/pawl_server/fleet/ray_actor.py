@@ -86,12 +86,9 @@ class _FleetActor:
         return encode_batch(asyncio.run_coroutine_threadsafe(waiting, self._loop).result())
 
     def stop(self, grace_s: float) -> None:
-        """Stop the replicas and the listener.
-
-        Raises:
-            RuntimeError: the fleet could not start.
-        """
-        asyncio.run_coroutine_threadsafe(self._ready.result().stop(grace_s), self._loop).result()
+        """Stop the replicas and the listener, unless the fleet could not start: then there are none."""
+        if self._ready.exception() is None:
+            asyncio.run_coroutine_threadsafe(self._ready.result().stop(grace_s), self._loop).result()
 
     def _work(self) -> None:
         asyncio.set_event_loop(self._loop)
