@@ -82,15 +82,17 @@ async def test_a_replica_starts_serves_and_stops(local_ray: None) -> None:
     ]
     assert isinstance(ready, EngineReady)
     addresses = ready.addresses
-    woken = _wakes_of_main_thread(addresses.process_id)
     async with EngineLink(addresses.address, "secret", "test") as link:
-        for _ in range(20):
+        woken = 0
+        for generation in range(21):
             _, recorder = open_stream(link, [4, 5], 100)
             await ended(recorder)
             assert recorder.token_ids == expected_output([4, 5], 100)
+            if generation == 0:  # what followed its last word is over
+                woken = _wakes_of_main_thread(addresses.process_id)
         assert link.welcome.replica == 1
-        # Ray wakes the main thread of an actor that waits for calls every 10 ms.
-        assert _wakes_of_main_thread(addresses.process_id) == woken
+        # Ray wakes the main thread of an actor that waits for calls every 10 ms, hundreds of times meanwhile.
+        assert _wakes_of_main_thread(addresses.process_id) - woken < 5
         with pytest.raises(grpc.aio.AioRpcError):
             async with grpc.aio.insecure_channel(addresses.address) as channel:
                 await engine_pb2_grpc.EngineServiceStub(channel).Stop(engine_pb2.StopRequest())
