@@ -25,8 +25,8 @@ def server() -> Iterator[RunningServer]:
 
 
 async def _ask(client: AsyncClient, question: corpus.HeldOutQuestion, *, goes_on: bool) -> str:
-    """The answer; one that goes on grows by three blocks after it was admitted, so that others are preempted."""
-    stop = Stop(max_tokens=96, ignore_eos=True) if goes_on else Stop(max_tokens=16)
+    """The answer; one that goes on grows by eight blocks after it was admitted, so that others are preempted."""
+    stop = Stop(max_tokens=256, ignore_eos=True) if goes_on else Stop(max_tokens=16)
     completion = await client.generate(question.prompt, stop=stop, temperature=0.0)
     return completion.text
 
