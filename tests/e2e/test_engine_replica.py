@@ -36,20 +36,14 @@ pytestmark = [
 ]
 
 
-def _start_ray() -> None:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-
-
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
+    from pawl_server.fleet.ray_session import end_ray, start_ray
+
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    try:
-        _start_ray()
-    except Exception:  # what it raises when its node took more than 30 s to register: a busy machine
-        ray.shutdown()
-        _start_ray()
+    start_ray(num_cpus=2)
     yield
-    ray.shutdown()
+    end_ray()
 
 
 async def _told(stream: ObjectRefGenerator) -> list[EngineEvent]:

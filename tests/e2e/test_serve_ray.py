@@ -80,7 +80,14 @@ _CLUSTER_VARIABLES = {
 }
 _CLUSTER = """
 import sys, ray
-context = ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+for attempt in range(2):
+    try:
+        context = ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        break
+    except Exception:  # its node took more than 30 s to register: a busy machine
+        ray.shutdown()
+        if attempt:
+            raise
 print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """

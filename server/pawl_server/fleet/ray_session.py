@@ -6,8 +6,10 @@ Owns what Ray does to the process (signals, children) and what is left of it. Kn
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from pawl_server.config import Config
 from pawl_server.fleet import own_ray
 from pawl_server.fleet.specs import num_cores
 
-__all__ = ["NAMESPACE", "RaySession", "gpus_per_replica"]
+__all__ = ["NAMESPACE", "RaySession", "end_ray", "gpus_per_replica", "start_ray"]
 
 log = logging.getLogger(__name__)
 
@@ -88,27 +90,80 @@ class RaySession:
             )
             return
         fleet = self._config.fleet
-        own_ray.set_environment()
+        # Counts of reservations, not of threads: two replicas fit on one core if they are asked for.
+        start_ray(max(num_cores(), math.ceil(fleet.replicas * fleet.cpus_per_replica)))
+
+    def _disconnect(self) -> None:
+        if self._is_own:
+            end_ray()
+        else:
+            ray.shutdown()
+
+
+def start_ray(num_cpus: int) -> None:
+    """Start a Ray of this process's own, and connect to it.
+
+    Ray gives its node 30 s to register, which cannot be set and a busy machine exceeds: hence a second try.
+
+    Args:
+        num_cpus: that can be reserved there.
+
+    Raises:
+        Exception: Ray's own, of any class: it could not be started, and none of its processes is left.
+    """
+    own_ray.set_environment()
+    try:
+        _start_ray(num_cpus)
+    except Exception as error:  # a bare one, where its node took too long
+        log.warning("Ray did not start: %s; trying once more", error)
+        _start_ray(num_cpus)
+    own_ray.end_idle_helpers()
+
+
+def end_ray() -> None:
+    """End the Ray that this process started, if it did. None of its processes is left on return."""
+    started = _processes_of_ray()
+    ray.shutdown()
+    _, left = psutil.wait_procs(started, timeout=_LEFTOVER_S)
+    if left:
+        log.warning("killing what Ray left over: processes %s", [process.pid for process in left])
+    _kill(left)
+
+
+def _start_ray(num_cpus: int) -> None:
+    try:
         ray.init(
             "local",
-            # Counts of reservations, not of threads: two replicas fit on one core if they are asked for.
-            num_cpus=max(num_cores(), math.ceil(fleet.replicas * fleet.cpus_per_replica)),
+            num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES,
             namespace=NAMESPACE,
         )
-        own_ray.end_idle_helpers()
+    except BaseException:
+        started = _processes_of_ray()
+        ray.shutdown()  # which knows nothing of a node that did not register
+        _kill(started)
+        raise
 
-    def _disconnect(self) -> None:
-        started = psutil.Process().children(recursive=True) if self._is_own and ray.is_initialized() else []
-        ray.shutdown()
-        _, left = psutil.wait_procs(started, timeout=_LEFTOVER_S)
-        for process in left:
-            log.warning("killing %d (%s), left over by Ray", process.pid, process.name())
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        psutil.wait_procs(left, timeout=_LEFTOVER_S)
+    psutil.wait_procs(processes, timeout=_LEFTOVER_S)
+
+
+def _processes_of_ray() -> list[psutil.Process]:
+    """Those of a Ray that this process started, with all that they started."""
+    home = os.path.dirname(ray.__file__)
+    found: dict[int, psutil.Process] = {}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(part.startswith(home) for part in child.cmdline()):
+                found |= {process.pid: process for process in (child, *child.children(recursive=True))}
+    return list(found.values())
 
 
 def gpus_per_replica(config: Config) -> float:
