@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -36,8 +36,14 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 
-def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+Children = Callable[[], list[psutil.Process]]
+
+
+@pytest.fixture
+def children() -> Children:
+    """What this process has started since the test began, and what that has."""
+    before = set(psutil.Process().children(recursive=True))
+    return lambda: [process for process in psutil.Process().children(recursive=True) if process not in before]
 
 
 @asynccontextmanager
@@ -88,7 +94,7 @@ async def test_a_replica_that_hears_no_signal_is_killed_after_the_grace() -> Non
         assert not process.is_running()
 
 
-async def test_a_start_that_fails_carries_the_engines_own_words() -> None:
+async def test_a_start_that_fails_carries_the_engines_own_words(children: Children) -> None:
     with pytest.raises(LaunchError, match="planted load failure") as caught:
         async with replica(fake_spec(model="broken")):
             pass
@@ -104,7 +110,7 @@ async def test_a_process_that_dies_at_its_start_leaves_the_end_of_its_log() -> N
     assert not caught.value.reported
 
 
-async def test_a_cancelled_start_leaves_nothing() -> None:
+async def test_a_cancelled_start_leaves_nothing(children: Children) -> None:
     launcher = LocalLauncher((sys.executable, "-c", "import time; time.sleep(600)"))
     starting = asyncio.create_task(launcher.start(fake_spec(), lambda _: None))
     await until(lambda: len(children()) == 1)
@@ -114,7 +120,7 @@ async def test_a_cancelled_start_leaves_nothing() -> None:
     assert children() == []
 
 
-async def test_a_killed_replica_is_rebuilt_and_serves_under_a_new_address() -> None:
+async def test_a_killed_replica_is_rebuilt_and_serves_under_a_new_address(children: Children) -> None:
     policy = RestartPolicy(start_timeout_s=DEADLINE_S, backoff_initial_s=0.01, backoff_max_s=0.1)
     specs = [fake_spec(replica=0), fake_spec(replica=1)]
     supervisor = Supervisor(specs, LAUNCHER, policy, EventLog())
