@@ -89,8 +89,9 @@ INLINE const char *place_of(const Panels *at, const char *first, int p) {
     return first + (p & 1) * at->odd_step + (p >> 1) * at->pair_step;
 }
 
-/* Where a tile of prompts puts what two panels give lies in no first-level cache, and stores that wait for it hold up the
-   tiles after this one: so it is on its way while the products are summed. */
+/* Where a tile puts what two panels give lies in no first-level cache: of prompts it was too far back, and what decodes
+   write again, the other threads have read since. Stores that wait for it hold up the tiles after this one: so it is on
+   its way while the products are summed. By the builtin: with inline assembly GCC keeps a tile's sums in memory. */
 INLINE void fetch_results(const Linear *l, int rows, int64_t row, int64_t panel) {
     const float *y = l->y + row * l->y_stride + (l->gated ? panel / 2 : panel) * WIDTH;
     for (int r = 0; r < rows; r++, y += l->y_stride) {
@@ -112,7 +113,7 @@ INLINE void tile(const Panels *at, int format, int rows, int panels, int64_t row
     for (int p = 0; p < panels; p++) packed[p] = format == WIDE ? first + p * WIDTH * 4 : place_of(at, first, p);
     for (int p = 0; p < panels; p++) scales[p] = allw(1.0f);
     for (int s = 0; s < rows * panels; s++) sums[s] = allw(0.0f);
-    if (rows > MANY_ROWS && l->m > ROW_BLOCK) fetch_results(l, rows, row, panel);
+    if (rows > MANY_ROWS) fetch_results(l, rows, row, panel);
     while (i < k) {
         int64_t end = k - i < group ? k : i + group;
         for (int p = 0; format == GROUPS && p < panels; p++) {
