@@ -20,6 +20,7 @@ from pawl_server.fleet.launcher import LaunchError
 from pawl_server.internal.v1 import engine_pb2, engine_pb2_grpc
 from tests.fakes.engine_harness import ended, expected_output, open_stream
 from tests.fakes.engine_worker import fake_spec, load_fake_worker
+from tests.fakes.ray_marks import RAY
 from tests.fakes.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -28,12 +29,7 @@ if TYPE_CHECKING:
     from pawl_server.fleet.ray_replica import RayReplica
 
 ray = pytest.importorskip("ray")
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = RAY
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,10 @@ import contextlib
 import psutil
 import pytest
 
+from tests.fakes.ray_marks import RAY
+
 ray = pytest.importorskip("ray")
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = RAY
 
 
 def _living() -> set[psutil.Process]:

@@ -80,8 +80,8 @@ _FLAGS = (
 )
 _X86 = {"x86_64", "AMD64"}
 # A line that will be written is asked for as this core's own. Processors that do not know how, do nothing then.
-_HARMLESS = "-mprfchw"
-_AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", _HARMLESS)
+_PREFETCH_TO_WRITE = "-mprfchw"
+_AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", _PREFETCH_TO_WRITE)
 _AVX512_FLAGS = (*_AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _VNNI_FLAGS = (*_AVX512_FLAGS, "-mavx512vnni")
 _AMX_FLAGS = (*_VNNI_FLAGS, "-mamx-tile", "-mamx-bf16")
@@ -123,7 +123,7 @@ def instruction_flags() -> tuple[str, ...]:
     known = {name.replace("_", "") for name in line.split()}
     for level in list(_LEVELS)[list(_LEVELS).index(limit) :]:
         for flags in _LEVELS[level]:
-            wanted = {flag.removeprefix("-m").replace("-", "") for flag in flags if flag != _HARMLESS}
+            wanted = {flag.removeprefix("-m").replace("-", "") for flag in flags if flag != _PREFETCH_TO_WRITE}
             if wanted <= known and (level != "amx" or _may_use_tiles()):
                 return flags
     return ()
