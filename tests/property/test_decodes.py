@@ -21,6 +21,7 @@ from pawl_workers.model.spec import RotarySpec
 from pawl_workers.plan import NewSequence, SamplingSpec, StepPlan
 from pawl_workers.prepare import BatchSettings, build_batch
 from pawl_workers.rows import RowTable
+from pawl_workers.sampling.penalties import SeenTokens
 
 CPU, SIZE, CONTEXT, ROWS = torch.device("cpu"), 32, 1600, 6
 SHAPE = AttentionShape(6, 3, 16)
@@ -134,6 +135,32 @@ def test_moved_on_batches_are_those_built_anew(
                 assert_same(moved, rows.built_anew(settings), blocks)
     finally:
         torch.set_num_threads(1)
+
+
+@given(
+    lengths=st.lists(st.sampled_from(LENGTHS), min_size=1, max_size=ROWS - 1),
+    num_steps=st.integers(1, 5),
+    seed=st.integers(0, 9),
+)
+def test_what_is_noted_is_what_the_table_would_have_written(
+    lengths: list[int], num_steps: int, seed: int, settings_of_steps: BatchSettings
+) -> None:
+    """Of each row in the step, in its order, and of no other row."""
+    ours, theirs, random = Rows([*lengths, 9]), Rows([*lengths, 9]), np.random.default_rng(seed)
+    ours.rows = theirs.rows = random.permutation(len(lengths) + 1)[: len(lengths)]
+    penalised = int(ours.rows[0])
+    for rows in (ours, theirs):
+        rows.table.sampling.seen[penalised] = SeenTokens([], [], np.float32(0.5), np.float32(0.25))
+    decodes = ours.decodes(settings_of_steps)
+    for _ in range(num_steps):
+        token_ids = random.integers(500, size=len(lengths))
+        assert decodes.note(token_ids) == ours.rows.tolist()
+        theirs.table.num_computed[theirs.rows] += 1
+        theirs.table.append_tokens(theirs.rows, token_ids)
+    for name in ("token_ids", "num_tokens", "num_computed"):
+        assert (getattr(ours.table, name) == getattr(theirs.table, name)).all(), name
+    seen = (rows.table.sampling.seen[penalised].entries() for rows in (ours, theirs))
+    assert all((mine == wanted).all() for mine, wanted in zip(*seen, strict=True))
 
 
 def changed(plan: StepPlan) -> dict[str, StepPlan]:

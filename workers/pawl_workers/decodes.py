@@ -30,7 +30,8 @@ class Decodes:
         self.rows, self.num_tokens = arrays.rows, np.ones(len(arrays.rows), dtype=np.int64)
         self._batch, self._capacity, self._mover = arrays.batch, arrays.capacity, mover
         self._table, self._settings = table, settings
-        self._named, self._granted = self.rows.tolist(), self.num_tokens.tolist()
+        self._named: list[int] = self.rows.tolist()
+        self._granted = self.num_tokens.tolist()
         self._places = {row: place for place, row in enumerate(self._named)}
         self._furthest = int(self._batch.positions.max())
         self._end = table.max_context
@@ -51,6 +52,8 @@ class Decodes:
             batch=batch,
             rows=rows,
             known=table.token_ids,
+            num_tokens=table.num_tokens,
+            num_computed=table.num_computed,
             capacity=table.num_blocks[rows] * kernels.block_size,
             rotaries=settings.rotaries if looked_up else (),
         )
@@ -58,6 +61,12 @@ class Decodes:
         if mover is None or not _append_spare(mover, table, rows, shown=furthest // kernels.block_size + 1):
             return None
         return cls(arrays, mover, table, settings)
+
+    def note(self, token_ids: IntArray) -> list[int]:
+        """Write into the table that the step was computed and gave these tokens, [S]; the rows that they are of."""
+        self._mover.note(token_ids)
+        self._table.sampling.observe(self.rows, token_ids)
+        return self._named
 
     def next(self, plan: StepPlan) -> Batch | None:
         """Apply a plan to the table and build its batch, out of the last one, whose tokens have been appended.

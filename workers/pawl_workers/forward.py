@@ -48,12 +48,12 @@ def compute(batch: Batch, weights: Weights, cache: KvCache) -> tuple[Tensor, Ten
     """Give the stream after the last layer, [T, D], as in `StepOutput`, and the logits of the rows that sample, [S, V].
 
     Where the backend has compiled the layers into a program, that does what the loop does, with the same bits; and one
-    that goes on to the head does the last line too.
+    that goes on to the head does the first and the last line too.
     """
-    x = embed(batch, weights.embedding)  # [T, D]  token -> vector
-    if cache.scoring is not None and batch.last.shape[0] == x.shape[0]:  # a step of decodes
-        x, scores = cache.scoring.run_through_head(x, batch)
+    if cache.scoring is not None and batch.last.shape[0] == batch.token_ids.shape[0]:  # a step of decodes
+        x, scores = cache.scoring.run_through_head(batch)
         return x, adjust(scores, weights.head)
+    x = embed(batch, weights.embedding)  # [T, D]  token -> vector
     if cache.program is not None:
         x = cache.program(x, batch)
     for layer, w in enumerate(weights.layers if cache.program is None else ()):
@@ -80,7 +80,7 @@ def choose(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput | None:
     scoring = cache.scoring
     if scoring is None or not scoring.chooses or not batch.sampling.greedy:
         return None
-    x, token_ids = scoring.run_through_choice(embed(batch, weights.embedding), batch)
+    x, token_ids = scoring.run_through_choice(batch)
     prompts = score(x, weights.final_norm, weights.head, batch)
     return StepOutput(chosen(token_ids), prompts, x)
 

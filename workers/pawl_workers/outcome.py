@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from pawl_workers.batch import IntArray, SamplingBatch
+from pawl_workers.decodes import Decodes
 from pawl_workers.forward import StepOutput
 from pawl_workers.kv_cache import KvCache
-from pawl_workers.plan import RowFailure, StepPlan, StepResult
+from pawl_workers.plan import RowFailure, StepPlan, StepResult, TokenLogprobs
 from pawl_workers.rows import RowTable
+from pawl_workers.stages.sample import Sampled
 from pawl_workers.verify import append_accepted, find_accepted
 
 __all__ = ["Work", "conclude"]
@@ -26,6 +29,7 @@ class Work:
         num_tokens: of each, [S].
         failures: rows of the plan that had failed before and are passed over.
         started: when its launch began, seconds of `time.perf_counter`.
+        decodes: the step, where it may go on as such.
     """
 
     plan: StepPlan
@@ -33,6 +37,7 @@ class Work:
     num_tokens: IntArray
     failures: list[RowFailure]
     started: float
+    decodes: Decodes | None = None
 
 
 def conclude(
@@ -55,33 +60,20 @@ def conclude(
         prepare_s: seconds until the forward pass.
         forward_s: seconds of the forward pass, up to the logits.
     """
-    plan, rows, num_tokens = work.plan, work.rows, work.num_tokens
+    plan = work.plan
     failed = _find_failures(work, sampling, output, table, cache)
     if plan.copies:  # forked sequences get what the step wrote; where it was not finite, it has been made so by now
         cache.copy_blocks(plan.copies)
-    table.num_computed[rows] += num_tokens
-    failures = work.failures
-    if failed:
-        unsure = {row for row, _ in plan.drafts if row in failed}  # the drafts may have done it
-        for row in unsure:
-            table.num_computed[row] -= num_tokens[rows == row].item()
-        certain = [row for row in failed if row not in unsure]
-        table.failed[certain] = True
-        failures = failures + [RowFailure(row, failed[row]) for row in certain]
-    sampled = output.sampled
-    sampled_rows, token_ids, logprobs = sampling.rows, sampled.token_ids, sampled.logprobs
-    if plan.drafts or failed or sampled.failures:
-        kept = find_accepted(token_ids, sampling, table) if plan.drafts else np.flatnonzero(token_ids >= 0)
-        kept = kept[~np.isin(sampled_rows[kept], list(failed))]
-        sampled_rows, token_ids = sampled_rows[kept], token_ids[kept]
-        logprobs = [logprobs[i] for i in kept.tolist()] if logprobs else []
-        append_accepted(table, sampled_rows, token_ids, sampling.positions[kept] - table.num_tokens[sampled_rows])
+    sampled, failures = output.sampled, work.failures
+    if work.decodes is not None and not failed and not sampled.failures:
+        rows, token_ids, logprobs = work.decodes.note(sampled.token_ids), sampled.token_ids, sampled.logprobs
     else:
-        table.append_tokens(sampled_rows, token_ids)
+        failures = failures + _mark_failed(work, failed, table)
+        rows, token_ids, logprobs = _append(work, sampling, sampled, failed, table)
     return StepResult(
         step=plan.step,
         epoch=plan.epoch,
-        rows=sampled_rows.tolist(),
+        rows=rows,
         token_ids=token_ids.tolist(),
         logprobs=logprobs,
         prompt_logprobs=[entry for entry in output.prompts if entry.row not in failed],
@@ -92,11 +84,39 @@ def conclude(
     )
 
 
+def _mark_failed(work: Work, failed: Mapping[int, str], table: RowTable) -> list[RowFailure]:
+    """Count as computed what was, and mark who failed for good: not who may have failed by drafts alone."""
+    plan, rows, num_tokens = work.plan, work.rows, work.num_tokens
+    table.num_computed[rows] += num_tokens
+    unsure = {row for row, _ in plan.drafts if row in failed}
+    for row in unsure:
+        table.num_computed[row] -= num_tokens[rows == row].item()
+    certain = [row for row in failed if row not in unsure]
+    table.failed[certain] = True
+    return [RowFailure(row, failed[row]) for row in certain]
+
+
+def _append(
+    work: Work, sampling: SamplingBatch, sampled: Sampled, failed: Collection[int], table: RowTable
+) -> tuple[list[int], IntArray, list[TokenLogprobs | None]]:
+    """Append to the rows that did not fail what they sampled: the rows, each once for each of its tokens, and these."""
+    rows, token_ids, logprobs = sampling.rows, sampled.token_ids, sampled.logprobs
+    drafts = work.plan.drafts
+    if not (drafts or failed or sampled.failures):
+        table.append_tokens(rows, token_ids)
+        return rows.tolist(), token_ids, logprobs
+    kept = find_accepted(token_ids, sampling, table) if drafts else np.flatnonzero(token_ids >= 0)
+    kept = kept[~np.isin(rows[kept], list(failed))]
+    rows, token_ids = rows[kept], token_ids[kept]
+    append_accepted(table, rows, token_ids, sampling.positions[kept] - table.num_tokens[rows])
+    return rows.tolist(), token_ids, [logprobs[i] for i in kept.tolist()] if logprobs else []
+
+
 def _find_failures(
     work: Work, sampling: SamplingBatch, output: StepOutput, table: RowTable, cache: KvCache
 ) -> dict[int, str]:
     failures, known = output.sampled.failures, table.num_tokens
-    if not failures and len(sampling) == output.stream.shape[0]:
+    if not failures and (work.decodes is not None or len(sampling) == output.stream.shape[0]):
         return {}  # every token's logits were found finite, which those of a stream that is not never are
     # What fails after a draft is not accepted; if it must, the row fails there once it comes there.
     reached = (i for i in failures if sampling.positions[i] == known[sampling.rows[i]])

@@ -189,8 +189,8 @@ class Worker:
         with torch.inference_mode():
             if decodes is not None and (batch := decodes.next(plan)) is not None:
                 self._step = plan.step
-                work = Work(plan, decodes.rows, decodes.num_tokens, [], started)
-                return self._run(work, batch, masks, decodes, began)
+                work = Work(plan, decodes.rows, decodes.num_tokens, [], started, decodes)
+                return self._run(work, batch, masks, began)
             return self._launch_anew(plan, masks, started, began)
 
     def _launch_anew(
@@ -223,7 +223,7 @@ class Worker:
         batch, _ = build_batch(self._table, rows, num_tokens, self._settings, padded, num_drafts)
         if pipeline is None:
             decodes = Decodes.after(batch, rows, self._table, self._settings) if num_drafts is None else None
-            return self._run(Work(plan, rows, num_tokens, failures, started), batch, masks, decodes, began, padded)
+            return self._run(Work(plan, rows, num_tokens, failures, started, decodes), batch, masks, began, padded)
         pipeline.insert(batch)
         prepared = time.perf_counter()
         if began is not None:
@@ -240,11 +240,10 @@ class Worker:
         work: Work,
         batch: Batch,
         masks: MaskSource | None,
-        decodes: Decodes | None,
         began: Callable[[], object] | None,
         padded: int | None = None,
     ) -> DoneStep:
-        """Compute a step, and wait for it; `decodes` is kept for the next one if no row fails."""
+        """Compute a step, and wait for it; what may go on from it is kept if no row fails."""
         prepared = time.perf_counter()
         if began is not None:
             began()
@@ -256,7 +255,7 @@ class Worker:
             output = finish(stream, scores, batch, self._weights)
         forward_s = time.perf_counter() - prepared - output.sampled.sample_s
         result = conclude(work, batch.sampling, output, self._table, self._cache, prepared - work.started, forward_s)
-        self._decodes = None if output.sampled.failures or result.failures else decodes
+        self._decodes = None if output.sampled.failures or result.failures else work.decodes
         return DoneStep(result)
 
     def _compute(self, batch: Batch, num_rows: int, padded: int | None) -> tuple[Tensor, Tensor]:

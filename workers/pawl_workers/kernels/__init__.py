@@ -59,10 +59,10 @@ class LayerProgram(Protocol):
 
 
 class ScoringProgram(Protocol):
-    """All layers, the final norm and the head in one call."""
+    """The embedding, all layers, the final norm and the head in one call."""
 
-    def run_through_head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Take the stream of a step of which every token is sampled from, [T, D], through all layers and the head.
+    def run_through_head(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run a step of which every token is sampled from, [T], from the embedding through all layers and the head.
 
         Returns:
             The stream after the last layer, [T, D], as a `LayerProgram` gives it, and what the head's projection gives
@@ -75,12 +75,12 @@ class ScoringProgram(Protocol):
         """Whether it can choose the best tokens without all logits."""
         ...
 
-    def run_through_choice(self, x: Tensor, batch: Batch) -> tuple[Tensor, IntArray]:
-        """Take the stream of a step, [T, D], through all layers, and choose the best token of each of S samples.
+    def run_through_choice(self, batch: Batch) -> tuple[Tensor, IntArray]:
+        """Run a step from the embedding through all layers, and choose the best token of each of S samples.
 
         Returns:
             The stream, and the tokens that a `Sampler` would choose at temperature 0 from all logits, [S]:
-            `NOT_FINITE` where a logit is not finite.
+            `NOT_FINITE` where a logit is not finite. Both hold until the program is run again.
         """
         ...
 

@@ -17,7 +17,7 @@ from pawl_workers.batch import AttentionLayout, AttentionShape, SequenceArrays
 from pawl_workers.kernels import LayerProgram
 from pawl_workers.kernels.byte_weights import ByteScales
 from pawl_workers.kernels.cpu_calls import activation_number, attention_call, norm_call, padded_dim, place_call
-from pawl_workers.kernels.cpu_compile import compile_choice, compile_head, compile_program
+from pawl_workers.kernels.cpu_compile import compile_choice, compile_embedding, compile_head, compile_program
 from pawl_workers.kernels.cpu_decodes import CpuDecodeMover
 from pawl_workers.kernels.cpu_layout import CpuLayout, lay_out
 from pawl_workers.kernels.cpu_linear import NARROW, CpuLinear, Workspace, packed_bytes
@@ -160,9 +160,10 @@ class CpuKernels:
     def compile_head(self, program: LayerProgram, weights: Weights) -> CpuProgram:
         """See `CompilesHead`."""
         assert isinstance(program, CpuProgram)  # noqa: S101 - narrows the type
-        program.add_head(compile_head(weights.final_norm, weights.head.linear), weights.head.linear.out_features)
+        embedding, head = compile_embedding(weights.embedding), weights.head.linear
+        program.add_head(embedding, compile_head(weights.final_norm, head), head.out_features)
         if weights.head.divisor == 1.0 and weights.head.softcap is None:  # which may make different logits equal
-            program.add_choice(compile_choice(weights.final_norm, weights.head.linear))
+            program.add_choice(embedding, compile_choice(weights.final_norm, head))
         return program
 
     def lay_out(self, sequences: SequenceArrays, shape: AttentionShape) -> AttentionLayout:

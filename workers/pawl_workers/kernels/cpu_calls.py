@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from pawl_workers.kernels.native.structures import NO_WINDOW, AttentionCall, NormCall, PlaceCall
+from pawl_workers.kernels.native.structures import NO_WINDOW, AttentionCall, EmbeddingCall, NormCall, PlaceCall
 from pawl_workers.model.packed import NormWeights
 from pawl_workers.model.spec import Activation, NormKind, QueryKeyNorm
-from pawl_workers.model.weights import AttentionRule, QueryKeyNormWeights
+from pawl_workers.model.weights import AttentionRule, EmbeddingWeights, QueryKeyNormWeights
 
-__all__ = ["activation_number", "attention_call", "norm_call", "padded_dim", "place_call"]
+__all__ = ["activation_number", "attention_call", "embedding_call", "norm_call", "padded_dim", "place_call"]
 
 _ACTIVATIONS = {Activation.SILU: 1, Activation.GELU: 2, Activation.GELU_TANH: 3, Activation.RELU: 4}  # as in vector.h
 _NORMS = {NormKind.RMS: 0, NormKind.LAYER: 1}  # as in elementwise.h
 _DIM_MULTIPLE = 16
+_VECTORS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in linear.h
 
 
 def padded_dim(head_dim: int) -> int:
@@ -24,6 +26,17 @@ def padded_dim(head_dim: int) -> int:
 def activation_number(activation: Activation) -> int:
     """Number of an activation in C."""
     return _ACTIVATIONS[activation]
+
+
+def embedding_call(w: EmbeddingWeights) -> EmbeddingCall:
+    """Vectors of tokens, and of positions where these are learned."""
+    return EmbeddingCall(
+        vectors=w.tokens.data_ptr(),
+        positions=None if w.positions is None else w.positions.data_ptr(),
+        n=w.tokens.shape[1],
+        format=_VECTORS[w.tokens.dtype],
+        scale=w.scale,
+    )
 
 
 def norm_call(w: NormWeights) -> NormCall:

@@ -7,7 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from pawl_workers.kernels.cpu_calls import activation_number, attention_call, norm_call, padded_dim, place_call
+from pawl_workers.kernels.cpu_calls import (
+    activation_number,
+    attention_call,
+    embedding_call,
+    norm_call,
+    padded_dim,
+    place_call,
+)
 from pawl_workers.kernels.cpu_linear import CpuLinear
 from pawl_workers.kernels.cpu_operations import Buffer, Cut, Kind, Router, Segment
 from pawl_workers.kernels.cpu_program import CpuProgram
@@ -15,9 +22,9 @@ from pawl_workers.kernels.cpu_screen import CpuHead
 from pawl_workers.kernels.native.library import Library
 from pawl_workers.kernels.native.structures import MOST_ROTARIES, ExpertsCall, LinearCall, Operation
 from pawl_workers.model.packed import PackedLinear, PackedNorm
-from pawl_workers.model.weights import ExpertWeights, LayerWeights, MlpWeights
+from pawl_workers.model.weights import EmbeddingWeights, ExpertWeights, LayerWeights, MlpWeights
 
-__all__ = ["compile_choice", "compile_head", "compile_program"]
+__all__ = ["compile_choice", "compile_embedding", "compile_head", "compile_program"]
 
 Cache = tuple[Tensor, Tensor]
 Steps = Iterator[Operation | Router]
@@ -48,6 +55,13 @@ def compile_program(
     attention = layers[0].attention
     kv_shape = attention.num_kv_heads, padded_dim(attention.head_dim)
     return CpuProgram(segments, cut, _widths(layers), kv_shape, _widest(layers), library, kept)
+
+
+def compile_embedding(w: EmbeddingWeights) -> Operation:
+    """Compile what begins the stream."""
+    operation = Operation(kind=Kind.EMBED, target=Buffer.STREAM)
+    operation.call.embedding = embedding_call(w)
+    return operation
 
 
 def compile_head(final_norm: PackedNorm | None, head: PackedLinear) -> list[Operation]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+from pawl_workers.batch import IntArray
 from pawl_workers.kernels.cpu_layout import CpuLayout
 from pawl_workers.kernels.decode_mover import DecodeArrays
 from pawl_workers.kernels.native.library import Library
@@ -23,6 +24,8 @@ class CpuDecodeMover:
         self._call = DecodesCall(
             rows=arrays.rows.ctypes.data,
             known=known.ctypes.data,
+            num_tokens=arrays.num_tokens.ctypes.data,
+            num_computed=arrays.num_computed.ctypes.data,
             capacity=arrays.capacity.ctypes.data,
             positions=batch.positions.data_ptr(),
             token_ids=batch.token_ids.data_ptr(),
@@ -42,6 +45,8 @@ class CpuDecodeMover:
             self._call.cosines[i], self._call.sines[i] = cosines.data_ptr(), sines.data_ptr()
             self._call.turned[i] = cosines.shape[-1]
         self._address = ctypes.addressof(self._call)
+        self._noted: IntArray | None = None  # an address takes longer than to write the tokens
+        self._noted_address = 0
 
     @staticmethod
     def can_move(arrays: DecodeArrays) -> bool:
@@ -55,6 +60,12 @@ class CpuDecodeMover:
             return False
         self._tables[sequence, begin:end] = block_ids
         return True
+
+    def note(self, token_ids: IntArray) -> None:
+        """See `DecodeMover`."""
+        if token_ids is not self._noted:
+            self._noted, self._noted_address = token_ids, token_ids.ctypes.data
+        self._library.note(self._address, self._noted_address)
 
     def move_on(self) -> bool:
         """Not where a sequence has no block, or comes to another split of 512 keys."""

@@ -24,10 +24,11 @@ class Kind(IntEnum):
     UP = 7
     DOWN = 8
     COMBINE = 9
-    SCORE = 10  # a linear layer: the head
-    QUANTISE = 11  # what is in the place of all logits where the best token is all that is asked for
-    SCREEN = 12
-    CHOOSE = 13
+    EMBED = 10
+    SCORE = 11  # a linear layer: the head
+    QUANTISE = 12  # what is in the place of all logits where the best token is all that is asked for
+    SCREEN = 13
+    CHOOSE = 14
 
 
 class Buffer(IntEnum):

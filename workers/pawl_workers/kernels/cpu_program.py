@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,23 @@ __all__ = ["CpuProgram"]
 
 
 _Compiled = tuple[ctypes.Array[Operation], Router | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entered:
+    """What the frame points to. A batch that was moved on in place is run over again as it is."""
+
+    batch: Batch
+    stream: Tensor
+    chosen: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class _Ways:
+    """Programs through all layers for all rows, and for those of which nobody asks anything."""
+
+    to_end: list[_Compiled]
+    to_cut: list[_Compiled]
 
 
 class CpuProgram:
@@ -54,23 +71,20 @@ class CpuProgram:
         library: Library,
         kept: Sequence[object] = (),
     ) -> None:
-        self._compiled = segments
-        self._segments = [(_array(s.operations), s.router) for s in segments]
-        operations, router = segments[cut.segment].operations, segments[cut.segment].router
-        self._cut = cut
-        self._for_all = [*self._segments[: cut.segment], (_array(operations[: cut.operation]), None)]
-        self._for_some = [(_array(operations[cut.operation :]), router), *self._segments[cut.segment + 1 :]]
+        last, self._cut = segments[cut.segment], cut
+        self._all, self._to_cut = segments, [*segments[: cut.segment], Segment(last.operations[: cut.operation], None)]
         self._through_head: list[_Compiled] | None = None
         self._through_choice: list[_Compiled] | None = None
-        self._choice: _Compiled | None = None
+        self._choice: list[_Compiled] | None = None
+        self._entered: _Entered | None = None
         self._screened = torch.empty(0, dtype=torch.uint8)
         self._vocab_size = 0
         self._widths = [widths.get(buffer, 0) for buffer in list(Buffer)[1:]]
         self._routers = [s.router for s in segments if s.router is not None]
         self._num_kv_heads, self._padded = kv_shape
         self._library, self._kept = library, kept
-        self._progress = (Progress * max(len(s.operations) for s in segments))()
-        self._rows = 0
+        self._progress = (Progress * 0)()
+        self._rows, self._num_threads = 0, 1
         self._memory: list[Tensor] = []
         self._partials: Tensor | None = None
         self._routing = torch.empty(0, dtype=torch.int64)
@@ -78,39 +92,45 @@ class CpuProgram:
         self._scratch_bytes = library.program_scratch_bytes(widest)
         self._seconds = np.zeros((2, len(Kind)))
         self._choosing_s = 0.0
-        self._frame = Frame(
-            progress=ctypes.addressof(self._progress),
-            seconds=self._seconds.ctypes.data,
-            scratch_bytes=self._scratch_bytes,
-        )
+        self._frame = Frame(seconds=self._seconds.ctypes.data, scratch_bytes=self._scratch_bytes)
         self._frame_address = ctypes.addressof(self._frame)
+        self._layers = _Ways(self._compile(self._all), self._compile(self._to_cut))
+        self._embedding_and_layers: _Ways | None = None
+        after_cut = Segment(last.operations[cut.operation :], last.router)
+        self._for_some = self._compile([after_cut, *segments[cut.segment + 1 :]])
 
-    def add_head(self, operations: Sequence[Operation], vocab_size: int) -> None:
-        """Have `run_through_head` end with these, which write the logits."""
-        self._through_head = self._going_on(operations)
+    def add_head(self, embedding: Operation, operations: Sequence[Operation], vocab_size: int) -> None:
+        """Have `run_through_head` begin with the one and end with the others, which write the logits."""
+        self._through_head = self._compile(_between([embedding], self._all, operations))
         self._vocab_size = vocab_size
 
-    def add_choice(self, operations: Sequence[Operation]) -> None:
+    def add_choice(self, embedding: Operation, operations: Sequence[Operation]) -> None:
         """Have `run_through_choice` end with these, which choose tokens; nothing where there are none."""
         if operations:
-            self._through_choice, self._choice = self._going_on(operations), (_array(operations), None)
+            self._through_choice = self._compile(_between([embedding], self._all, operations))
+            both = (self._compile(_between([embedding], segments)) for segments in (self._all, self._to_cut))
+            self._embedding_and_layers = _Ways(*both)
+            self._choice = self._compile([Segment(operations, None)])
 
-    def _going_on(self, operations: Sequence[Operation]) -> list[_Compiled]:
-        *before, last = self._compiled
-        longer = [*last.operations, *operations]
-        if len(longer) > len(self._progress):
-            self._progress = (Progress * len(longer))()
+    def _compile(self, segments: Sequence[Segment]) -> list[_Compiled]:
+        most = max(len(segment.operations) for segment in segments)
+        if most > len(self._progress):
+            self._progress = (Progress * most)()
             self._frame.progress = ctypes.addressof(self._progress)
-        return [*self._segments[: len(before)], (_array(longer), last.router)]
+        return [((Operation * len(s.operations))(*s.operations), s.router) for s in segments]
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """Run all layers over the stream, [T, D] float32, in place; see `LayerProgram`."""
-        x, asked = x.contiguous(), batch.asked()
+        x = x.contiguous()
         self._enter(x, batch)
+        return self._run_layers(self._layers, x, batch)
+
+    def _run_layers(self, ways: _Ways, x: Tensor, batch: Batch) -> Tensor:
+        asked = batch.asked()
         if len(asked) == x.shape[0]:
-            self._run(self._segments)
+            self._run(ways.to_end)
             return x
-        self._run(self._for_all)
+        self._run(ways.to_cut)
         keys_and_values = self._memory[Buffer.HEADS - 1][: x.shape[0], self._cut.first_key :]
         finite = np.isfinite(keys_and_values.numpy()).all(axis=1)  # torch takes twice as long
         if not finite.all():
@@ -119,10 +139,11 @@ class CpuProgram:
             self._go_on_with(torch.from_numpy(asked), x, batch)
         return x
 
-    def run_through_head(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Run all layers and the head over the stream; see `ScoringProgram`."""
+    def run_through_head(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run everything from the embedding to the head; see `ScoringProgram`."""
         assert self._through_head is not None  # noqa: S101 - narrows the type
-        x, scores = x.contiguous(), torch.empty(x.shape[0], self._vocab_size)
+        x = self._new_stream(batch)
+        scores = torch.empty(x.shape[0], self._vocab_size)
         self._enter(x, batch)
         self._frame.buffers[Buffer.LOGITS] = scores.data_ptr()
         self._run(self._through_head)
@@ -133,24 +154,30 @@ class CpuProgram:
         """See `ScoringProgram`."""
         return self._choice is not None
 
-    def run_through_choice(self, x: Tensor, batch: Batch) -> tuple[Tensor, IntArray]:
-        """Run all layers over the stream, and choose the best token of each sample; see `ScoringProgram`."""
+    def run_through_choice(self, batch: Batch) -> tuple[Tensor, IntArray]:
+        """Run everything from the embedding to the best token of each sample; see `ScoringProgram`."""
         assert self._through_choice is not None  # noqa: S101 - narrows the type
+        entered = self._entered
+        if entered is not None and entered.batch is batch:
+            self._run(self._through_choice)
+            return entered.stream, entered.chosen
+        assert self._embedding_and_layers is not None  # noqa: S101 - narrows the type
         assert self._choice is not None  # noqa: S101 - narrows the type
-        x, num_samples, frame = x.contiguous(), batch.last.shape[0], self._frame
+        x, num_samples, frame = self._new_stream(batch), batch.last.shape[0], self._frame
         chosen = np.empty(num_samples, dtype=np.int64)
+        self._enter(x, batch)
         frame.chosen_tokens = chosen.ctypes.data
         if num_samples == x.shape[0]:
-            self._enter(x, batch)
             self._make_room_for_choice(num_samples)
             self._run(self._through_choice)
+            self._entered = _Entered(batch, x, chosen)
             return x, chosen
-        x = self(x, batch)
+        x = self._run_layers(self._embedding_and_layers, x, batch)
         if num_samples:
             samples = batch.samples(x)
             frame.buffers[Buffer.STREAM], frame.rows = samples.data_ptr(), num_samples
             self._make_room_for_choice(num_samples)
-            self._run([self._choice])
+            self._run(self._choice)
         return x, chosen
 
     def _make_room_for_choice(self, num_rows: int) -> None:
@@ -159,11 +186,16 @@ class CpuProgram:
             self._screened = torch.empty(num_bytes, dtype=torch.uint8)
             self._frame.screened = self._screened.data_ptr()
 
+    def _new_stream(self, batch: Batch) -> Tensor:
+        return torch.empty(batch.token_ids.shape[0], self._widths[Buffer.NORMED - 1])
+
     def _enter(self, x: Tensor, batch: Batch) -> None:
         layout, frame = batch.attention, self._frame
         assert isinstance(layout, CpuLayout)  # noqa: S101 - narrows the type
-        self._make_room(x.shape[0], torch.get_num_threads())
+        self._entered, self._num_threads = None, torch.get_num_threads()
+        self._make_room(x.shape[0], self._num_threads)
         frame.buffers[Buffer.STREAM] = x.data_ptr()
+        frame.token_ids, frame.positions = batch.token_ids.data_ptr(), batch.positions.data_ptr()
         frame.slots, frame.tables = layout.slots.data_ptr(), layout.tables.data_ptr()
         frame.tiles = layout.tiles.data_ptr()
         frame.rows, frame.num_tiles, frame.table_stride = x.shape[0], layout.tiles.shape[0], layout.table_stride
@@ -191,11 +223,11 @@ class CpuProgram:
         x[rows] = some
 
     def _run(self, segments: Sequence[_Compiled]) -> None:
-        num_rows, num_threads, frame = self._frame.rows, torch.get_num_threads(), self._frame
+        frame = self._frame
         for operations, router in segments:
-            self._library.run(operations, len(operations), self._frame_address, num_threads)
+            self._library.run(operations, len(operations), self._frame_address, self._num_threads)
             if router is not None:
-                before = time.perf_counter()
+                before, num_rows = time.perf_counter(), frame.rows
                 scores = self._memory[Buffer.SCORES - 1][:num_rows]
                 shares, chosen = choose_experts(scores, router.num_active, normalised=router.normalised)
                 frame.shares, frame.chosen = shares.data_ptr(), chosen.data_ptr()
@@ -240,10 +272,18 @@ class CpuProgram:
             frame.scratch = -(-self._scratch.data_ptr() // 64) * 64
 
 
-def _array(operations: Sequence[Operation]) -> ctypes.Array[Operation]:
-    return (Operation * len(operations))(*operations)
+def _between(
+    before: Sequence[Operation], segments: Sequence[Segment], after: Sequence[Operation] = ()
+) -> list[Segment]:
+    """Segments whose first begins with some operations, and whose last ends with others."""
+    longer = [list(segment.operations) for segment in segments]
+    longer[0][:0] = before
+    longer[-1] += after
+    return [Segment(operations, segment.router) for operations, segment in zip(longer, segments, strict=True)]
 
 
 def _by_kind(seconds: Sequence[float]) -> LayerSeconds:
-    norms, linears, placing, attending, merging, grouping, gathering, up, down, combining = seconds
-    return LayerSeconds(norms, linears + up + down, placing, attending + merging, grouping + gathering + combining)
+    norms, linears, placing, attending, merging, grouping, gathering, up, down, combining, embedding = seconds
+    return LayerSeconds(
+        norms + embedding, linears + up + down, placing, attending + merging, grouping + gathering + combining
+    )

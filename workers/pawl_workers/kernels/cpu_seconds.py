@@ -12,6 +12,7 @@ class LayerSeconds:
     """Seconds in layers by kind of operation.
 
     Attributes:
+        norms: and the embedding, where it is part of the program.
         placing: turning queries and keys, and writing keys and values.
         routing: choosing experts, sorting tokens by them, and adding up what they found.
     """

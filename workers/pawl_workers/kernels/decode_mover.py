@@ -23,6 +23,8 @@ class DecodeArrays:
         batch: of the step, on the host.
         rows: of the worker's table, by sequence, [S].
         known: token ids of that table, [rows, longest].
+        num_tokens: of these that are known, [rows].
+        num_computed: of these whose keys and values are, [rows].
         capacity: tokens that the blocks of each sequence hold, [S]; its owner changes it.
         rotaries: tables of the batch's angles; none where they are not looked up.
     """
@@ -30,12 +32,14 @@ class DecodeArrays:
     batch: Batch
     rows: IntArray
     known: NDArray[np.int32]
+    num_tokens: IntArray
+    num_computed: IntArray
     capacity: IntArray
     rotaries: Sequence[RotaryTable]
 
 
 class DecodeMover(Protocol):
-    """Changes the tensors and arrays of one step's batch."""
+    """Changes the tensors and arrays of one step's batch, and what the table knows of its rows."""
 
     def append(self, sequence: int, begin: int, block_ids: Sequence[int]) -> bool:
         """Note blocks that a sequence was given, from place `begin` of its table on.
@@ -43,6 +47,10 @@ class DecodeMover(Protocol):
         Returns:
             False where there is no room: then the step must be laid out anew.
         """
+        ...
+
+    def note(self, token_ids: IntArray) -> None:
+        """Write into the table that each sequence has computed its token and that these, [S], follow."""
         ...
 
     def move_on(self) -> bool:

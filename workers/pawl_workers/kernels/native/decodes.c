@@ -14,6 +14,15 @@ static int can_move(const Decodes *d) {
     return 1;
 }
 
+/* Each sequence has computed its token, and these are known to follow. */
+void pawl_note(const Decodes *d, const int64_t *token_ids) {
+    for (int64_t i = 0; i < d->count; i++) {
+        int64_t row = d->rows[i];
+        d->known[row * d->known_stride + d->num_tokens[row]++] = (int32_t)token_ids[i];
+        d->num_computed[row]++;
+    }
+}
+
 /* Nothing changes where `moved` becomes 0. */
 void pawl_move_on(Decodes *d) {
     d->moved = can_move(d);

@@ -8,7 +8,8 @@
 
 typedef struct {
     const int64_t *rows;     /* of the worker's table, [count] */
-    const int32_t *known;    /* token ids by row of that table, [rows, known_stride] */
+    int32_t *known;          /* token ids by row of that table, [rows, known_stride] */
+    int64_t *num_tokens, *num_computed; /* of each row of that table: known, and with keys and values, [rows] */
     const int64_t *capacity; /* tokens that the blocks of each sequence hold, [count] */
     int64_t *positions, *token_ids, *slots; /* of the token that each sequence computes, [count] */
     int64_t *sampled_at, *num_output;       /* of the token that it samples, [count] */

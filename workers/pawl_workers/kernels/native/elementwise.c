@@ -1,4 +1,4 @@
-/* What lies between the products: norms, rotation, gates. Every row by itself, every sum in a fixed order. */
+/* What lies between the products: vectors of tokens, norms, rotation, gates. Every row by itself, every sum in a fixed order. */
 #include "elementwise.h"
 
 #include <omp.h>
@@ -17,6 +17,41 @@ INLINE int64_t take_rows(int64_t *next, int64_t rows, int32_t threads, int64_t *
     if (item < 0) return rows;
     *end = smaller((item + 1) * chunk, rows);
     return item * chunk;
+}
+
+/* x = scale * the token's vector, and the position's added where there is one: two roundings, as the stage has. */
+INLINE void embed_row(const Embedding *w, int64_t token_id, const float *position, float *x) {
+    int64_t n = w->n, i = 0;
+    const float *floats = (const float *)w->vectors + token_id * n;
+    const uint16_t *halves = (const uint16_t *)w->vectors + token_id * n;
+    switch (w->format) {
+        case FLOAT: memcpy(x, floats, (size_t)n * sizeof(float)); break;
+        case HALF:
+            for (; i + LANES <= n; i += LANES) store8(x + i, half8(halves + i));
+            if (i < n) {
+                uint16_t rest[LANES] = {0};
+                memcpy(rest, halves + i, (size_t)(n - i) * sizeof *rest);
+                v8 values = half8(rest);
+                memcpy(x + i, &values, (size_t)(n - i) * sizeof(float));
+            }
+            break;
+        default:
+            for (; i < n; i++) {
+                uint32_t bits = (uint32_t)halves[i] << 16;
+                memcpy(x + i, &bits, sizeof bits);
+            }
+    }
+    if (w->scale != 1.0f)
+        for (i = 0; i < n; i++) x[i] *= w->scale;
+    if (position)
+        for (i = 0; i < n; i++) x[i] += position[i];
+}
+
+void embed_part(const Embedding *w, const int64_t *token_ids, const int64_t *positions, float *x, int64_t rows,
+                int64_t *next, int32_t threads) {
+    for (int64_t end, row; (row = take_rows(next, rows, threads, &end)) < rows;)
+        for (; row < end; row++)
+            embed_row(w, token_ids[row], w->positions ? w->positions + positions[row] * w->n : 0, x + row * w->n);
 }
 
 /* y = x / rms(x) * weight. Source: Zhang and Sennrich, 2019. */

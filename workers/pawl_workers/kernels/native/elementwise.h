@@ -1,10 +1,18 @@
-/* What lies between the products: norms, rotation and the writing of keys and values. See elementwise.c. */
+/* What lies between the products: vectors of tokens, norms, rotation and the writing of keys and values. See elementwise.c. */
 #ifndef PAWL_ELEMENTWISE_H
 #define PAWL_ELEMENTWISE_H
 
 #include <stdint.h>
 
 enum { RMS_NORM = 0, LAYER_NORM = 1 };
+
+typedef struct {
+    const void *vectors;    /* [vocabulary, n], FLOAT, HALF or BRAIN of linear.h */
+    const float *positions; /* [longest, n], or NULL */
+    int64_t n;
+    int32_t format;
+    float scale;
+} Embedding;
 
 typedef struct {
     const float *x;            /* [rows, n] */
@@ -28,6 +36,8 @@ typedef struct {
 } Place;
 
 /* One thread's share, taken in chunks of rows from `next`. */
+void embed_part(const Embedding *embedding, const int64_t *token_ids, const int64_t *positions, float *x, int64_t rows,
+                int64_t *next, int32_t threads);
 void norm_part(const Norm *norm, int64_t *next, int32_t threads);
 void place_part(const Place *place, int64_t *next, int32_t threads);
 

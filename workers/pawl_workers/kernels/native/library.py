@@ -14,6 +14,7 @@ from pawl_workers.kernels.native.build import BuildError, find_or_build
 from pawl_workers.kernels.native.structures import (
     AttentionCall,
     DecodesCall,
+    EmbeddingCall,
     ExpertsCall,
     Frame,
     LinearCall,
@@ -64,6 +65,7 @@ class Library:
     activate: Function
     run: Function
     move_on: Function
+    note: Function
     choose_tokens: Function
     describe_tokens: Function
     panel_width: int
@@ -123,6 +125,7 @@ _ARGUMENTS: dict[str, list[type[ctypes._SimpleCData]]] = {  # type: ignore[type-
     "activate": [_P, _P, _N, _N, _I, _I, _I],
     "run": [_P, _N, _P, _I],
     "move_on": [_P],
+    "note": [_P, _P],
     "choose_tokens": [_P, _N, _N, _P, _P, _P, _P, _P, _P, _I],
     "describe_tokens": [_P, _N, _N, _P, _P, _P, _N, _P, _P, _P, _P, _P, _I],
 }
@@ -149,6 +152,7 @@ _STRUCTURES = (
     DecodesCall,
     Progress,
     ScreenCall,
+    EmbeddingCall,
 )
 
 

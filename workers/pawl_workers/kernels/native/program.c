@@ -16,9 +16,9 @@
 
 #define NUM_BUFFERS 15
 
-enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4, GROUP = 5, GATHER = 6, UP = 7, DOWN = 8, COMBINE = 9, SCORE = 10,
-       QUANTISE = 11, SCREEN = 12, CHOOSE = 13 };
-#define NUM_KINDS 14
+enum { NORM = 0, LINEAR = 1, PLACE = 2, ATTEND = 3, MERGE = 4, GROUP = 5, GATHER = 6, UP = 7, DOWN = 8, COMBINE = 9, EMBED = 10,
+       SCORE = 11, QUANTISE = 12, SCREEN = 13, CHOOSE = 14 };
+#define NUM_KINDS 15
 enum { GATHERED = 9, EXPERT_HIDDEN = 10, EXPERT_FOUND = 11, SHARED_FOUND = 12 }; /* buffers of routed layers */
 
 typedef struct {
@@ -26,6 +26,7 @@ typedef struct {
     int32_t from, to; /* buffers of the frame: what is read and what is written */
     int32_t rotary;   /* of PLACE; -1: none */
     union {
+        Embedding embedding;
         Norm norm;
         Linear linear;
         Place place;
@@ -38,6 +39,7 @@ typedef struct {
 typedef struct {
     float *buffers[NUM_BUFFERS];
     const float *cosines[MOST_ROTARIES], *sines[MOST_ROTARIES]; /* [rows, turned] */
+    const int64_t *token_ids, *positions;                       /* of EMBED, [rows] */
     const int64_t *slots, *tables, *tiles, *pairs;              /* as in elementwise.h and attention.h */
     float *partials;
     Progress *progress;    /* of each operation */
@@ -88,6 +90,7 @@ static Fetch fetch_from(const Operation *operations, int64_t i, int64_t count, c
 static void run(const Operation *o, const Frame *f, int64_t *next, int32_t threads, char *scratch, Fetch *fetch) {
     float *from = f->buffers[o->from], *to = f->buffers[o->to];
     switch (o->kind) {
+        case EMBED: embed_part(&o->embedding, f->token_ids, f->positions, to, f->rows, next, threads); break;
         case NORM: {
             Norm norm = o->norm;
             norm.x = from, norm.y = to, norm.rows = f->rows;
@@ -177,5 +180,5 @@ void pawl_structure_sizes(int64_t *sizes) {
     sizes[0] = sizeof(Norm), sizes[1] = sizeof(Linear), sizes[2] = sizeof(Place), sizes[3] = sizeof(Attention);
     sizes[4] = sizeof(Operation), sizes[5] = sizeof(Frame), sizes[6] = sizeof(Experts);
     sizes[7] = sizeof(Decodes), sizes[8] = sizeof(Progress);
-    sizes[9] = sizeof(Screen);
+    sizes[9] = sizeof(Screen), sizes[10] = sizeof(Embedding);
 }

@@ -10,6 +10,7 @@ __all__ = [
     "NO_WINDOW",
     "AttentionCall",
     "DecodesCall",
+    "EmbeddingCall",
     "ExpertsCall",
     "Frame",
     "LinearCall",
@@ -31,6 +32,12 @@ NO_WINDOW = 1 << 62
 def _fields(**groups: type) -> _Fields:
     """Fields of one type in a row, named as one argument: `x__y=c_int64` stands for two."""
     return [(name, kind) for names, kind in groups.items() for name in names.split("__")]
+
+
+class EmbeddingCall(ctypes.Structure):
+    """`Embedding` of elementwise.h."""
+
+    _fields_: ClassVar[_Fields] = _fields(vectors__positions=_P, n=_N, format=_I, scale=_F)
 
 
 class NormCall(ctypes.Structure):
@@ -92,6 +99,7 @@ class ScreenCall(ctypes.Structure):
 
 class _Call(ctypes.Union):
     _fields_: ClassVar[list[tuple[str, type[ctypes.Structure]]]] = [
+        ("embedding", EmbeddingCall),
         ("norm", NormCall),
         ("linear", LinearCall),
         ("place", PlaceCall),
@@ -120,6 +128,7 @@ class Frame(ctypes.Structure):
         ("buffers", _P * _NUM_BUFFERS),
         ("cosines", _P * MOST_ROTARIES),
         ("sines", _P * MOST_ROTARIES),
+        *_fields(token_ids__positions=_P),
         *_fields(slots__tables__tiles__pairs__partials__progress__scratch=_P),
         *_fields(chosen__shares__shared_shares__routing__screened__chosen_tokens__seconds=_P),
         ("turned", _N * MOST_ROTARIES),
@@ -133,7 +142,8 @@ class DecodesCall(ctypes.Structure):
     """`Decodes` of decodes.h."""
 
     _fields_: ClassVar = [
-        *_fields(rows__known__capacity__positions__token_ids__slots__sampled_at__num_output__tables__tiles=_P),
+        *_fields(rows__known__num_tokens__num_computed__capacity__positions__token_ids=_P),
+        *_fields(slots__sampled_at__num_output__tables__tiles=_P),
         ("all_cosines", _P * MOST_ROTARIES),
         ("all_sines", _P * MOST_ROTARIES),
         ("cosines", _P * MOST_ROTARIES),
