@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,36 @@ def test_drafts_are_verified_by_it(folder: Path, chosen: list[int]) -> None:
     driver.step([(generation, 4)], drafts={generation.row: drafts})
     assert generation.output == tokens[:4]
     assert chosen == [4]
+
+
+def test_a_batch_moved_on_is_entered_again_after_another_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run over a batch leaves it entered; what runs in between, over the same batch too, makes room for itself."""
+    batches: list[Batch] = []
+
+    def keeping(batch: Batch, weights: Weights, cache: KvCache) -> StepOutput | None:
+        batches.append(batch)
+        return choose(batch, weights, cache)
+
+    monkeypatch.setattr(worker_module, "choose", keeping)
+    worker = _worker(folder)
+    driver = WorkerDriver(worker)
+    generation = driver.start([3, 1, 4])
+    driver.step([(generation, 3)])
+    for _ in range(2):
+        driver.step([(generation, 1)])
+    scoring, batch = worker._cache.scoring, batches[-1]
+    assert batch is batches[-2]
+    assert scoring is not None
+    with torch.inference_mode():
+        scoring.run_through_head(batch)
+        for token_id in (7, 8):
+            batch.token_ids[0] = token_id
+            stream, token_ids = (found.copy() for found in map(np.asarray, scoring.run_through_choice(batch)))
+            anew = scoring.run_through_choice(replace(batch))
+            assert (stream == np.asarray(anew[0])).all()
+            assert (token_ids == anew[1]).all()
+            scoring.run_through_head(batch)
+            scoring.run_through_choice(batch)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

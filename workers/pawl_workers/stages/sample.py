@@ -58,10 +58,7 @@ def chosen(token_ids: IntArray) -> Sampled:
 
 
 def _failures(token_ids: IntArray) -> dict[int, str]:
-    tokens: list[int] = token_ids.tolist()
-    if min(tokens, default=0) >= 0:
-        return {}
-    return {i: MESSAGES[token_id] for i, token_id in enumerate(tokens) if token_id < 0}
+    return {i: MESSAGES[token_id] for i, token_id in enumerate(token_ids.tolist()) if token_id < 0}
 
 
 def _describe(scores: Tensor, sampling: SamplingBatch, token_ids: IntArray) -> list[TokenLogprobs | None]:
