@@ -97,9 +97,11 @@ class NgramIndex:
         """Enter all but the last few n-grams at once."""
         end, mask = len(tokens) - 1, np.uint64(_MASK)
         values = np.array(tokens, dtype=np.uint64) + np.uint64(1)
-        first = max(self._num_indexed, self._longest)
-        names = np.zeros(max(0, end - first), dtype=np.uint64)
+        first = self._num_indexed
+        names = np.zeros(end - first, dtype=np.uint64)
         for size in range(1, self._longest + 1):
+            if first < size:  # where a sequence begins, none of this size has ended
+                names, first = names[size - first :], size
             names = (names * np.uint64(_FACTOR) + values[first - size : end - size]) & mask
             if size >= self._shortest:
                 slots = (names * np.uint64(_MIX) & mask) >> np.uint64(32 - self._bits)
