@@ -83,7 +83,8 @@ class Launched(_Event, frozen=True):
     Attributes:
         now: when it was planned.
         fingerprint: of the plan.
-        drafts: (row, number) of the drafts that it was to have, in each attempt at the plan, which rests on token ids.
+        drafts: (row, number) of the drafts that it was to have, in each attempt at the plan up to the last that had
+            some, which rests on token ids.
         limits: that it was planned under, where they were not the replica's own.
     """
 
@@ -246,7 +247,9 @@ class Journal:
     def launched(self, plan: Plan) -> None:
         """A plan is launched."""
         attempts = plan.attempts or ([] if plan.proposals is None else [plan.proposals])
-        drafts = [proposals.chosen for proposals in attempts] if any(one.chosen for one in attempts) else []
+        drafts = [proposals.chosen for proposals in attempts]
+        while drafts and not drafts[-1]:  # as if they had not been asked for, which a replay cannot know
+            drafts.pop()
         limits = None if plan.limits == self._limits else plan.limits
         self._write(Launched(plan.now, fingerprint(plan.wire()), drafts, limits))
 
