@@ -12,7 +12,7 @@ PYTEST := $(TEST_ENV) $(PY) -m pytest
 # Tests that start no whole server are spread over the processors, a file to a process, so that what a file shares is made once.
 SPREAD := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup demo serve test unit property parity e2e chaos interop check lint types imports proto-lint deploy-check fmt protos sizes bench train test-gpu bench-gpu clean
+.PHONY: help setup demo serve test unit property parity fuzz e2e chaos interop check lint types imports proto-lint deploy-check fmt protos sizes bench train test-gpu bench-gpu clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ test: setup ## unit, property, parity, e2e, chaos and interop tests
 
 unit property parity: setup
 	$(PYTEST) $(SPREAD) tests/$@ -m "not gpu and not slow"
+
+fuzz: setup ## unit, property and parity tests on examples that no run has drawn before
+	HYPOTHESIS_PROFILE=dev PAWL_TEST_TRACES_FROM=$$(date +%s) $(PYTEST) $(SPREAD) tests/unit tests/property tests/parity -m "not gpu and not slow"
 
 e2e chaos interop: setup
 	$(PYTEST) tests/$@ -m "not gpu and not slow"

@@ -24,6 +24,7 @@ from pawl_server.scheduler.endings import EndReason
 from tests.fakes.masked_bench import EOS_ID, constrained, decode, masked_bench, replay, vocabulary
 
 MAX_OUTPUT = 24
+MOST_TOKENS = 20_000  # of a walk through a schema: arrays of arrays of four, with spaces wherever they may stand
 
 _atoms = st.sampled_from(["a", "b", "the", "[a-f]", "[0-9]", " ", r"\.", "[^a-z ]", "é", "\U0001f600", "(?:yes|no)"])
 
@@ -195,9 +196,17 @@ def _schemas() -> st.SearchStrategy[dict[str, object]]:
     return st.recursive(leaves, deeper, max_leaves=5)
 
 
+def _nested(schema: dict[str, object], *bounds: tuple[int, int]) -> dict[str, object]:
+    """Arrays of arrays, the innermost first."""
+    for least, most in bounds:
+        schema = {"type": "array", "items": schema, "minItems": least, "maxItems": most}
+    return schema
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
 @given(schema=_schemas(), seed=st.integers(0, 2**32 - 1))
 @example(schema={"type": "integer", "x-guidance": {"whitespace_pattern": ".*", "lenient": True}}, seed=1)
+@example(schema=_nested({"const": {"a": [1]}}, (3, 4), (2, 4), (0, 2)), seed=3)  # long, and yet it ends
 def test_whatever_is_chosen_inside_the_masks_fits_the_schema(schema: dict[str, object], seed: int) -> None:
     """Any walk through the masks to the end of text is JSON that `jsonschema` finds valid."""
     try:
@@ -206,7 +215,7 @@ def test_whatever_is_chosen_inside_the_masks_fits_the_schema(schema: dict[str, o
         assume(False)
         raise
     random, chosen = np.random.default_rng(seed), list[int]()
-    for _ in range(400):
+    for _ in range(MOST_TOKENS):
         allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
         assert len(allowed), "nothing is left to choose"
         token_id = int(EOS_ID if EOS_ID in allowed and random.random() < 0.5 else random.choice(allowed))

@@ -7,7 +7,7 @@ from itertools import chain, product
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def _draw(kind: str, shape: tuple[int, int], num_rows: int, seed: int, dtype: to
         case "huge":
             x, weight = x * 1e13, weight * 1e3
         case "scales":
-            weight *= torch.exp(3 * torch.randn(shape[0], 1, generator=generator))
+            weight = (weight * torch.exp(3 * torch.randn(shape[0], 1, generator=generator))).clamp(-6e4, 6e4)  # as fp16
             x *= torch.exp(3 * torch.randn(num_rows, 1, generator=generator))
     return weight.to(dtype).float(), x
 
@@ -75,6 +75,7 @@ def _hold(screened: Screened, logits: Tensor) -> None:
     seed=st.integers(0, 1000),
     num_threads=st.sampled_from([1, 2, 3]),
 )
+@example("scales", 12, 68, 1, torch.float16, 191, 1)
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_token_is_the_one_that_all_logits_give(
     kind: str, vocab_size: int, inputs: int, num_rows: int, dtype: torch.dtype, seed: int, num_threads: int

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -77,6 +77,11 @@ class Case:
         call.tiles, call.num_tiles = layout.tiles.data_ptr(), len(layout.tiles)
         self.call, self._layout = call, layout
 
+    def tiles_of_decodes(self) -> list[tuple[int, int, int]]:
+        """Sequence, first position and tokens of the tiles that pass for decodes: also of prompts, of many heads."""
+        fields = self._layout.tiles[:, [0, 2, 3]].tolist()
+        return [(sequence, first, tokens) for sequence, first, tokens in fields if tokens <= MOST_TOKENS]
+
 
 def lines_of(cache: Tensor, blocks: set[int]) -> set[int]:
     """Numbers of the lines that blocks of all heads take."""
@@ -92,24 +97,29 @@ def lines_of(cache: Tensor, blocks: set[int]) -> set[int]:
     ),
     addresses=st.sampled_from([1, 7, 144, 3000]), threads=st.integers(1, 5),
 )  # fmt: skip
+@example(1, 30, 5, torch.float16, None, [(0, 5)], 1, 1)  # so many heads that a prompt's tiles are short
 def test_threads_fetch_what_decodes_read_next(
     kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, window: int | None,
     sequences: list[tuple[int, int]], addresses: int, threads: int,
 ) -> None:  # fmt: skip
-    """Every line of the keys and values that decodes see, and no more than the end of a run is beyond it."""
+    """Every line of the keys and values that decodes see; beyond are those of short tiles and the end of a run."""
     most = -(-max(before + new for before, new in sequences) // BLOCK)
     tables = np.arange(1, len(sequences) * most + 1)[::-1].reshape(len(sequences), most)
     case = Case(AttentionShape(kv_heads * group, kv_heads, head_dim), dtype, window, sequences, tables)
     found = {line for i in range(threads) for line in Fetching(case.call, i, threads, addresses).lines}
-    seen = [
-        {int(tables[i, key // BLOCK]) for key in range(max(0, before + 1 - (window or 1 << 30)), before + new)}
-        for i, (before, new) in enumerate(sequences)
-        if new <= MOST_TOKENS
-    ]
-    needed = set().union(*(lines_of(cache, blocks) for cache in (case.keys, case.values) for blocks in seen))
-    assert needed <= found
-    beyond = found - needed
-    assert all(any(line - i in needed for i in range(1, addresses // LINE + 2)) for line in beyond)
+
+    def lines_seen(parts: Iterable[tuple[int, int, int]]) -> set[int]:
+        seen = {
+            int(tables[i, key // BLOCK])
+            for i, before, new in parts
+            for key in range(max(0, before + 1 - (window or 1 << 30)), before + new)
+        }
+        return lines_of(case.keys, seen) | lines_of(case.values, seen)
+
+    decodes = ((i, before, new) for i, (before, new) in enumerate(sequences) if new <= MOST_TOKENS)
+    assert lines_seen(decodes) <= found
+    allowed = lines_seen(case.tiles_of_decodes())
+    assert all(any(line - i in allowed for i in range(1, addresses // LINE + 2)) for line in found - allowed)
 
 
 def test_a_thread_fetches_no_more_than_caches_keep() -> None:
