@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -75,14 +75,22 @@ class Service:
         epoch: that it has not had.
         requests: with their numbers as handles.
         max_drafts: of a request in a step; 0 = none.
+        clock: seconds, by which is learnt whether drafts pay.
 
     Raises:
         RuntimeError: a request is refused.
     """
 
-    def __init__(self, worker: Worker, epoch: int, requests: Sequence[SequenceRequest], max_drafts: int) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        epoch: int,
+        requests: Sequence[SequenceRequest],
+        max_drafts: int,
+        clock: Callable[[], float],
+    ) -> None:
         facts = worker.facts
-        self._worker, self._num_requests = worker, len(requests)
+        self._worker, self._num_requests, self._clock = worker, len(requests), clock
         self._limits = SchedulerLimits(
             num_blocks=facts.num_blocks, block_size=facts.block_size, max_running=facts.max_running,
             max_batch_tokens=facts.max_batch_tokens, max_context=facts.max_context, prefix_cache=False,
@@ -105,7 +113,7 @@ class Service:
 
     def step(self) -> bool:
         """Make a step; False when there is none to make."""
-        run, state, began = self.run, self._state, time.perf_counter()
+        run, state, began = self.run, self._state, self._clock()
         plan = plan_step(state, self._limits, 0.0)
         if plan is None:
             self._masks.close()
@@ -114,12 +122,12 @@ class Service:
         masks = self._masks.launched(state, {} if plan.proposals is None else plan.proposals.drafts)
         committed = commit(state, plan, self._worker.execute(plan.wire(), masks), 0.0)
         self._masks.committed(state)
-        seconds = time.perf_counter() - began
+        seconds = self._clock() - began
         if state.speculation is not None and plan.kind == "decode":
             state.speculation.observe(plan.load, seconds)
         if plan.num_decodes == self._num_requests:
             run.num_decoded += len(committed.token_ids)
-            run.decode_s += time.perf_counter() - began
+            run.decode_s += self._clock() - began
         run.num_drafts += plan.num_drafts
         run.num_accepted += committed.num_accepted
         logprobs = committed.logprobs or [None] * len(committed.token_ids)
@@ -137,12 +145,20 @@ class Runner:
         workers: of the same model.
         num_output: tokens of each request.
         max_drafts: with drafts, most of them.
+        clock: seconds.
     """
 
-    def __init__(self, workers: tuple[Worker, Worker], num_output: int, max_drafts: int) -> None:
+    def __init__(
+        self,
+        workers: tuple[Worker, Worker],
+        num_output: int,
+        max_drafts: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._workers = workers
         self._num_output = num_output
         self._max_drafts = max_drafts
+        self._clock = clock
         self._epochs = itertools.count(1)
         self._compiler = GrammarCompiler(
             lambda: checkpoint_tokenizer("demo", "", workers[0].facts.vocab_size, [EOS_ID])
@@ -156,7 +172,7 @@ class Runner:
         """
         requests = [self._request(task, number) for number in range(num_requests)]
         services = [
-            Service(worker, next(self._epochs), requests, max_drafts)
+            Service(worker, next(self._epochs), requests, max_drafts, self._clock)
             for worker, max_drafts in zip(self._workers, (0, self._max_drafts), strict=True)
         ]
         running = list(services)
